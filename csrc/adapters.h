@@ -1,0 +1,116 @@
+// From tensors to raw pointers: argument checks, the segment table, the history's rows. Every check
+// that an op makes lives here and names the argument.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <vector>
+
+#include "row.h"
+#include "segments.h"
+#include "two_loop.h"
+
+namespace fuse_ext {
+
+// The segment table of one op call. Tensors that are not dense, and gradients whose memory order
+// differs from their parameter's, are worked on in a dense copy; *_changed() writes the copies back
+// and bumps version counters, as every in-place op must.
+class TensorSegments {
+ public:
+  struct Options {
+    at::ArrayRef<double> weight_decay;  // per tensor; empty: none
+    at::ArrayRef<double> lr_scale;      // per tensor; empty: 1
+    bool writes_grads = false;
+  };
+
+  // Flat indices lie in [0, numel). `state` is the dtype of the flat vectors and of the arithmetic:
+  // float64 where a parameter has it, lest the parameter lose digits.
+  TensorSegments(at::TensorList params, at::TensorList grads, at::IntArrayRef offsets,
+                 std::int64_t numel, at::ScalarType state, const Options& options)
+      : TensorSegments(params, &grads, offsets, numel, state, options) {}
+  // For ops that only move parameters.
+  TensorSegments(at::TensorList params, at::IntArrayRef offsets, std::int64_t numel,
+                 at::ScalarType state)
+      : TensorSegments(params, nullptr, offsets, numel, state, Options{}) {}
+
+  SegmentTable table() const {
+    return {segments_.data(), static_cast<std::int64_t>(segments_.size())};
+  }
+  // First and one past the last flat index that a segment covers.
+  std::int64_t begin() const { return segments_.empty() ? 0 : segments_.front().offset; }
+  std::int64_t end() const {
+    return segments_.empty() ? 0 : segments_.back().offset + segments_.back().numel;
+  }
+
+  void params_changed() { write_back(params_); }
+  void grads_changed() { write_back(grads_); }
+
+ private:
+  struct Copy {
+    std::size_t index;
+    at::Tensor dense;
+  };
+  struct Side {
+    at::TensorList tensors;
+    std::vector<Copy> copies;
+  };
+  TensorSegments(at::TensorList params, const at::TensorList* grads, at::IntArrayRef offsets,
+                 std::int64_t numel, at::ScalarType state, const Options& options);
+  static void write_back(Side& side);
+
+  std::vector<Segment> segments_;
+  Side params_, grads_;
+};
+
+// Checks that a flat state tensor is what the kernels expect.
+void check_flat(const at::Tensor& tensor, const char* name, std::int64_t numel,
+                at::ScalarType dtype);
+
+// The dtype of a state tensor, which must be float32 or float64.
+at::ScalarType state_dtype_of(const at::Tensor& tensor, const char* name);
+
+// The scalars of an L-BFGS ring, checked: whatever they hold, no slot lies outside of the ring.
+LbfgsScalars lbfgs_scalars(const at::Tensor& scalars, std::int64_t slots);
+
+// The ring of curvature pairs: history [2, slots, numel] (S rows, then Y rows) with contiguous
+// rows, and scalars as in two_loop.h. An int8 history has scales, float32 [2, slots, blocks] with
+// one for every kScaleBlock elements of a row.
+class History {
+ public:
+  History(const at::Tensor& history, const std::optional<at::Tensor>& scales,
+          const at::Tensor& scalars);
+
+  std::int64_t numel() const { return numel_; }
+  DType row_dtype() const { return row_dtype_; }
+  LbfgsScalars scalars() const { return scalars_; }
+  Row s_row(std::int64_t slot) const { return row(0, slot); }
+  Row y_row(std::int64_t slot) const { return row(1, slot); }
+  Row open_row() const { return s_row(scalars_.open()); }
+
+ private:
+  Row row(std::int64_t side, std::int64_t slot) const {
+    return {data_ + side * side_bytes_ + slot * slot_bytes_,
+            scales_ == nullptr ? nullptr : scales_ + side * side_scales_ + slot * slot_scales_,
+            row_dtype_};
+  }
+
+  char* data_;
+  float* scales_;
+  std::int64_t numel_, slot_bytes_, side_bytes_, slot_scales_, side_scales_;
+  DType row_dtype_;
+  LbfgsScalars scalars_;
+};
+
+// Where the previous gradient lives: in `grad_prev`, or without one in the open
+// slot's Y row (then history and state have one dtype).
+struct PreviousGradient {
+  PreviousGradient(const History& ring, const std::optional<at::Tensor>& grad_prev);
+
+  void* data;
+  at::ScalarType dtype;  // the state's
+};
+
+void bump_version(const at::Tensor& tensor);
+
+}  // namespace fuse_ext

@@ -1,0 +1,104 @@
+// CPU kernels on raw pointers: the streaming loops of the Adam step and of the
+// L-BFGS passes.
+//
+// Every kernel works on the flat range [begin, end) of a segment table and
+// writes its partial sums to `out`; the caller splits the whole range into
+// chunks, runs them in parallel and adds the partial results in a fixed order.
+// T is the arithmetic and state type (float or double).
+#pragma once
+
+#include <type_traits>
+
+#include "../adam.h"
+#include "../row.h"
+#include "../segments.h"
+
+namespace fuse_ext {
+
+// Sums are taken in runs of this many elements in T, then in double.
+constexpr std::int64_t kRun = 1024;
+// Elements per block: a block of the gradient, of y and of the output stays in
+// L1/L2 while the history's rows stream past. Chunks are multiples of it.
+constexpr std::int64_t kBlock = 4096;
+
+// Places in grad_stats' output.
+enum GradStat : int {
+  kGradDotDirection,
+  kGradSq,
+  kGradAbsSum,
+  kPenalty,     // sum of weight_decay/2 x^2: what weight decay adds to the loss
+  kGradAbsMax,  // a maximum; the others are sums
+  kGradStats,
+};
+
+// Places in combine's output.
+enum DirectionStat : int { kDotGrad, kSq, kMax, kDirectionStats };
+
+template <class T>
+struct StateKernels {
+  // Eq. 2 on parameters and moments; out[0] = sum of squared gradients.
+  // max_exp_avg_sq may be null (no amsgrad).
+  void (*adam)(const SegmentTable& table, std::int64_t begin, std::int64_t end, T* exp_avg,
+               T* exp_avg_sq, T* max_exp_avg_sq, const AdamCoefficients<T>& coefficients,
+               double* out);
+
+  // Norms of the effective gradient g = sign * grad + weight_decay * param, and
+  // its dot product with `direction` (which may be null).
+  void (*grad_stats)(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sign,
+                     const Row* direction, double* out);
+
+  // Pass 1. With y_row (not null): y = g - grad_prev, rounded to the row's
+  // dtype and stored. out = [g . row, for all rows][y . row, for all rows][g .
+  // y][y . y]. grad_prev may be the same memory as y_row.
+  void (*dots)(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sign,
+               const T* grad_prev, const Row* y_row, const Rows& rows, double* out);
+
+  // Pass 2. p = coef_g g + sum coefs[i] rows[i], scaled by the segments'
+  // lr_scale, rounded to the row's dtype and stored in p_row; grad_prev <- g.
+  void (*combine)(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sign,
+                  const Rows& rows, const double* coefs, double coef_g, const Row& p_row,
+                  T* grad_prev, double* out);
+
+  // param = origin + step * row; with save, origin <- param first. step 0
+  // restores exactly.
+  void (*move)(const SegmentTable& table, std::int64_t begin, std::int64_t end, T* origin,
+               const Row& row, double step, bool save);
+
+  // Algorithm 3: param = theta * param + (1 - theta) * (origin + step * row);
+  // row <- the step really taken; out[0] = its squared norm.
+  void (*blend)(const SegmentTable& table, std::int64_t begin, std::int64_t end, const T* origin,
+                const Row& row, double theta, double step, double* out);
+
+  // flat <- stored gradients, and back.
+  void (*gather)(const SegmentTable& table, std::int64_t begin, std::int64_t end, T* flat);
+  void (*scatter)(const SegmentTable& table, std::int64_t begin, std::int64_t end, const T* flat);
+};
+
+struct CpuKernels {
+  const char* level;  // instruction set they were compiled for
+  StateKernels<float> f32;
+  StateKernels<double> f64;
+
+  template <class T>
+  const StateKernels<T>& of() const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return f32;
+    } else {
+      return f64;
+    }
+  }
+};
+
+// The best level that this CPU can run, or the one named by FUSE_EXT_CPU_LEVEL
+// (default, avx2, avx512). Throws std::runtime_error for a level that does not
+// exist here.
+const CpuKernels& cpu_kernels();
+
+extern const CpuKernels kernels_default;
+#if defined(__x86_64__)
+#define FUSE_EXT_X86_LEVELS 1
+extern const CpuKernels kernels_avx2;
+extern const CpuKernels kernels_avx512;
+#endif
+
+}  // namespace fuse_ext

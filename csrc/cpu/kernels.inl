@@ -1,0 +1,19 @@
+// Kernel bodies, compiled once per instruction-set level. Everything here has internal linkage,
+// so that no level's code can be linked into another's.
+#include "adam.inl"
+#include "lbfgs.inl"
+
+namespace fuse_ext {
+namespace {
+
+template <class T>
+constexpr StateKernels<T> state_kernels() {
+  return {adam<T>, grad_stats<T>, dots<T>, combine<T>, move<T>, blend<T>, gather<T>, scatter<T>};
+}
+
+}  // namespace
+
+extern const CpuKernels FUSE_CPU_KERNELS = {FUSE_CPU_LEVEL, state_kernels<float>(),
+                                            state_kernels<double>()};
+
+}  // namespace fuse_ext

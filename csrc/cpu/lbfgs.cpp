@@ -1,0 +1,255 @@
+// The L-BFGS ops for CPU tensors.
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "../adapters.h"
+#include "parallel.h"
+
+namespace fuse_ext {
+namespace {
+
+template <class Function>
+void with_state_type(at::ScalarType dtype, Function&& function) {
+  if (dtype == at::kDouble) {
+    function(double{});
+  } else {
+    function(float{});
+  }
+}
+
+void grad_stats(at::TensorList params, at::TensorList grads, at::IntArrayRef offsets,
+                at::ArrayRef<double> weight_decay, bool maximize,
+                const std::optional<at::Tensor>& history, const std::optional<at::Tensor>& scalars,
+                at::Tensor stats, const std::optional<at::Tensor>& history_scale) {
+  TORCH_CHECK_VALUE(history.has_value() == scalars.has_value(),
+                    "history and scalars must be given together");
+  check_flat(stats, "stats", kGradStats, at::kDouble);
+  std::int64_t numel = std::numeric_limits<std::int64_t>::max();
+  std::optional<Row> direction;
+  if (history) {
+    const History ring(*history, history_scale, *scalars);
+    numel = ring.numel();
+    direction = ring.open_row();
+  }
+  const auto is_double = [](const at::Tensor& t) { return t.scalar_type() == at::kDouble; };
+  const bool any_double = std::any_of(params.begin(), params.end(), is_double) ||
+                          std::any_of(grads.begin(), grads.end(), is_double);
+  const at::ScalarType dtype = any_double ? at::kDouble : at::kFloat;
+  const TensorSegments segments(params, grads, offsets, numel, dtype, {weight_decay, {}});
+  with_state_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T sign = maximize ? T(-1) : T(1);
+    run_chunks(segments.begin(), segments.end(), kGradStats, 1, stats.data_ptr<double>(),
+               [&](std::int64_t begin, std::int64_t end, double* out) {
+      cpu_kernels().of<T>().grad_stats(segments.table(), begin, end, sign,
+                                       direction ? &*direction : nullptr, out);
+    });
+  });
+  bump_version(stats);
+}
+
+// Rows of the ring, newest pair first, S and Y alternating, and the slots they belong to.
+struct RingRows {
+  std::vector<Row> rows;
+  std::vector<std::int64_t> slots;
+
+  explicit RingRows(const History& ring) {
+    const LbfgsScalars scalars = ring.scalars();
+    for (std::int64_t age = 0; age < scalars.count(); ++age) {
+      const std::int64_t slot = scalars.slot(age);
+      rows.push_back(ring.s_row(slot));
+      rows.push_back(ring.y_row(slot));
+      slots.push_back(slot);
+    }
+  }
+};
+
+void lbfgs_update(at::TensorList params, at::TensorList grads, at::IntArrayRef offsets,
+                  at::ArrayRef<double> weight_decay, bool maximize, at::Tensor history,
+                  const std::optional<at::Tensor>& grad_prev, at::Tensor scalars, bool form_pair,
+                  const std::optional<at::Tensor>& history_scale) {
+  const History ring(history, history_scale, scalars);
+  const PreviousGradient previous(ring, grad_prev);
+  const TensorSegments segments(params, grads, offsets, ring.numel(), previous.dtype,
+                                {weight_decay, {}});
+  const LbfgsScalars state = ring.scalars();
+  const std::int64_t open = state.open();
+  RingRows list(ring);
+  const std::int64_t in_ring = static_cast<std::int64_t>(list.rows.size());
+  if (form_pair) list.rows.push_back(ring.s_row(open));
+  const Rows rows{list.rows.data(), static_cast<std::int64_t>(list.rows.size())};
+  std::vector<double> sums(static_cast<std::size_t>(2 * rows.count + 2));
+  with_state_type(previous.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T sign = maximize ? T(-1) : T(1);
+    const Row y_row = ring.y_row(open);
+    run_chunks(0, ring.numel(), 2 * rows.count + 2, 0, sums.data(),
+               [&](std::int64_t begin, std::int64_t end, double* out) {
+      cpu_kernels().of<T>().dots(segments.table(), begin, end, sign,
+                                 static_cast<const T*>(previous.data), form_pair ? &y_row : nullptr,
+                                 rows, out);
+    });
+  });
+  const double *dot_g = sums.data(), *dot_y = dot_g + rows.count;
+  double *grad_s = state.array(kGradS), *grad_y = state.array(kGradY), *y_s = state.array(kYS),
+         *y_y = state.array(kYY);
+  for (std::size_t i = 0; i < list.slots.size(); ++i) {
+    const std::int64_t slot = list.slots[i];
+    grad_s[slot] = dot_g[2 * i];
+    grad_y[slot] = dot_g[2 * i + 1];
+    if (!form_pair) continue;
+    y_s[slot] = dot_y[2 * i];
+    y_y[slot] = dot_y[2 * i + 1];
+  }
+  if (form_pair) {
+    grad_s[open] = dot_g[in_ring];
+    y_s[open] = dot_y[in_ring];
+    grad_y[open] = sums[static_cast<std::size_t>(2 * rows.count)];
+    state[kYDotY] = y_y[open] = sums[static_cast<std::size_t>(2 * rows.count + 1)];
+  }
+  bump_version(history);
+  bump_version(scalars);
+  if (history_scale) bump_version(*history_scale);
+}
+
+// Scalars only: the recursion on the Gram matrix, after closing the open pair if asked to.
+void lbfgs_two_loop(at::Tensor scalars, std::int64_t slots, bool commit, double step_length,
+                    double curvature_tol) {
+  const LbfgsScalars state = lbfgs_scalars(scalars, slots);
+  if (commit) commit_pair(state, step_length, curvature_tol);
+  two_loop(state);
+  bump_version(scalars);
+}
+
+void lbfgs_direction(at::TensorList params, at::TensorList grads, at::IntArrayRef offsets,
+                     at::ArrayRef<double> weight_decay, at::ArrayRef<double> lr_scale,
+                     bool maximize, at::Tensor history, const std::optional<at::Tensor>& grad_prev,
+                     at::Tensor scalars, const std::optional<at::Tensor>& history_scale) {
+  const History ring(history, history_scale, scalars);
+  const PreviousGradient previous(ring, grad_prev);
+  const TensorSegments segments(params, grads, offsets, ring.numel(), previous.dtype,
+                                {weight_decay, lr_scale});
+  const LbfgsScalars state = ring.scalars();
+  const RingRows list(ring);
+  const Rows rows{list.rows.data(), static_cast<std::int64_t>(list.rows.size())};
+  std::vector<double> coefs;
+  for (const std::int64_t slot : list.slots) {
+    coefs.push_back(state.array(kCoefS)[slot]);
+    coefs.push_back(state.array(kCoefY)[slot]);
+  }
+  double sums[kDirectionStats];
+  with_state_type(previous.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T sign = maximize ? T(-1) : T(1);
+    run_chunks(0, ring.numel(), kDirectionStats, 1, sums,
+               [&](std::int64_t begin, std::int64_t end, double* out) {
+      cpu_kernels().of<T>().combine(segments.table(), begin, end, sign, rows, coefs.data(),
+                                    *state.array(kCoefG), ring.open_row(),
+                                    static_cast<T*>(previous.data), out);
+    });
+  });
+  state[kDirectionDotGrad] = sums[kDotGrad];
+  state[kDirectionSq] = sums[kSq];
+  state[kDirectionMax] = sums[kMax];
+  bump_version(history);
+  bump_version(scalars);
+  if (history_scale) bump_version(*history_scale);
+  if (grad_prev) bump_version(*grad_prev);
+}
+
+void lbfgs_move(at::TensorList params, at::IntArrayRef offsets, at::Tensor origin,
+                at::Tensor history, at::Tensor scalars, double step, bool save,
+                const std::optional<at::Tensor>& history_scale) {
+  const History ring(history, history_scale, scalars);
+  const at::ScalarType dtype = state_dtype_of(origin, "origin");
+  check_flat(origin, "origin", ring.numel(), dtype);
+  TensorSegments segments(params, offsets, ring.numel(), dtype);
+  with_state_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    double none;
+    run_chunks(0, ring.numel(), 0, 0, &none, [&](std::int64_t begin, std::int64_t end, double*) {
+      cpu_kernels().of<T>().move(segments.table(), begin, end, origin.data_ptr<T>(),
+                                 ring.open_row(), step, save);
+    });
+  });
+  if (!save || step != 0.0) segments.params_changed();
+  if (save) bump_version(origin);
+}
+
+void fuse_blend(at::TensorList params, at::IntArrayRef offsets, at::Tensor origin,
+                at::Tensor history, at::Tensor scalars, double theta, double step,
+                const std::optional<at::Tensor>& history_scale) {
+  const History ring(history, history_scale, scalars);
+  const at::ScalarType dtype = state_dtype_of(origin, "origin");
+  check_flat(origin, "origin", ring.numel(), dtype);
+  TensorSegments segments(params, offsets, ring.numel(), dtype);
+  double taken_sq = 0;
+  with_state_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    run_chunks(0, ring.numel(), 1, 0, &taken_sq,
+               [&](std::int64_t begin, std::int64_t end, double* out) {
+      cpu_kernels().of<T>().blend(segments.table(), begin, end, origin.data_ptr<T>(),
+                                  ring.open_row(), theta, step, out);
+    });
+  });
+  ring.scalars()[kDirectionSq] = taken_sq;
+  segments.params_changed();
+  bump_version(history);
+  bump_version(scalars);
+  if (history_scale) bump_version(*history_scale);
+}
+
+template <class T>
+void copy_grads(const TensorSegments& segments, const at::Tensor& flat, bool to_flat) {
+  double none;
+  T* values = flat.data_ptr<T>();
+  run_chunks(0, flat.numel(), 0, 0, &none, [&](std::int64_t begin, std::int64_t end, double*) {
+    const StateKernels<T>& kernels = cpu_kernels().of<T>();
+    if (to_flat) {
+      kernels.gather(segments.table(), begin, end, values);
+    } else {
+      kernels.scatter(segments.table(), begin, end, values);
+    }
+  });
+}
+
+void grad_gather(at::TensorList params, at::TensorList grads, at::IntArrayRef offsets,
+                 at::Tensor flat) {
+  const at::ScalarType dtype = state_dtype_of(flat, "flat");
+  check_flat(flat, "flat", flat.numel(), dtype);
+  const TensorSegments segments(params, grads, offsets, flat.numel(), dtype, {});
+  with_state_type(dtype, [&](auto zero) { copy_grads<decltype(zero)>(segments, flat, true); });
+  bump_version(flat);
+}
+
+void grad_scatter(at::TensorList params, at::TensorList grads, at::IntArrayRef offsets,
+                  at::Tensor flat) {
+  const at::ScalarType dtype = state_dtype_of(flat, "flat");
+  check_flat(flat, "flat", flat.numel(), dtype);
+  TensorSegments segments(params, grads, offsets, flat.numel(), dtype,
+                          {.weight_decay = {}, .lr_scale = {}, .writes_grads = true});
+  with_state_type(dtype, [&](auto zero) { copy_grads<decltype(zero)>(segments, flat, false); });
+  segments.grads_changed();
+}
+
+void register_ops(torch::Library& m) {
+  m.impl("grad_stats", &grad_stats);
+  m.impl("lbfgs_update", &lbfgs_update);
+  m.impl("lbfgs_two_loop", &lbfgs_two_loop);
+  m.impl("lbfgs_direction", &lbfgs_direction);
+  m.impl("lbfgs_move", &lbfgs_move);
+  m.impl("fuse_blend", &fuse_blend);
+  m.impl("grad_gather", &grad_gather);
+  m.impl("grad_scatter", &grad_scatter);
+}
+
+}  // namespace
+
+// Also for sparse tensors: the check in adapters.cpp says more than the dispatcher's refusal.
+TORCH_LIBRARY_IMPL(fuse_ext, CPU, m) { register_ops(m); }
+TORCH_LIBRARY_IMPL(fuse_ext, SparseCPU, m) { register_ops(m); }
+TORCH_LIBRARY_IMPL(fuse_ext, SparseCsrCPU, m) { register_ops(m); }
+
+}  // namespace fuse_ext

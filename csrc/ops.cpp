@@ -1,0 +1,131 @@
+// The schema of every op, once, and the extension module with its build facts.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include "cpu/kernels.h"
+#include "two_loop.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+TORCH_LIBRARY(fuse_ext, m) {
+  // params, grads: the user's tensors; offsets: where each begins in the flat
+  // state, whose dtype (float32 or float64) is the arithmetic's.
+  m.def(
+      "adam_step(Tensor(a!)[] params, Tensor[] grads, int[] offsets, "
+      "Tensor(b!) exp_avg, "
+      "Tensor(c!) exp_avg_sq, Tensor(d!)? max_exp_avg_sq, Tensor(e!) stats, "
+      "*, int step, "
+      "float lr, float beta1, float beta2, float eps, float eps_in_root, "
+      "float weight_decay, "
+      "bool decoupled_weight_decay, bool maximize, Tensor? grad_scale=None, "
+      "Tensor? found_inf=None) -> ()");
+  // The L-BFGS ops share: history [2, slots, numel] and, where it is int8,
+  // history_scale [2, slots, numel / 128], grad_prev (absent: the open slot's Y
+  // row), scalars (two_loop.h), weight_decay per tensor.
+  m.def(
+      "grad_stats(Tensor[] params, Tensor[] grads, int[] offsets, float[] "
+      "weight_decay, "
+      "bool maximize, Tensor? history, Tensor? scalars, Tensor(a!) stats, *, "
+      "Tensor? history_scale=None) -> ()");
+  m.def(
+      "lbfgs_update(Tensor[] params, Tensor[] grads, int[] offsets, float[] "
+      "weight_decay, "
+      "bool maximize, Tensor(a!) history, Tensor? grad_prev, Tensor(b!) "
+      "scalars, "
+      "bool form_pair, *, Tensor(c!)? history_scale=None) -> ()");
+  m.def(
+      "lbfgs_two_loop(Tensor(a!) scalars, int slots, bool commit, float "
+      "step_length, "
+      "float curvature_tol) -> ()");
+  m.def(
+      "lbfgs_direction(Tensor[] params, Tensor[] grads, int[] offsets, "
+      "float[] weight_decay, "
+      "float[] lr_scale, bool maximize, Tensor(a!) history, Tensor(b!)? "
+      "grad_prev, "
+      "Tensor(c!) scalars, *, Tensor(d!)? history_scale=None) -> ()");
+  m.def(
+      "lbfgs_move(Tensor(a!)[] params, int[] offsets, Tensor(b!) origin, "
+      "Tensor history, "
+      "Tensor scalars, float step, bool save, *, Tensor? history_scale=None) "
+      "-> ()");
+  m.def(
+      "fuse_blend(Tensor(a!)[] params, int[] offsets, Tensor origin, "
+      "Tensor(b!) history, "
+      "Tensor(c!) scalars, float theta, float step, *, "
+      "Tensor(d!)? history_scale=None) -> ()");
+  m.def(
+      "grad_gather(Tensor[] params, Tensor[] grads, int[] offsets, "
+      "Tensor(a!) flat) -> ()");
+  m.def(
+      "grad_scatter(Tensor[] params, Tensor(a!)[] grads, int[] offsets, "
+      "Tensor flat) -> ()");
+}
+
+namespace fuse_ext {
+namespace {
+
+namespace py = pybind11;
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FUSE_EXT_VERSION;
+  info["torch"] = FUSE_EXT_TORCH_VERSION;
+#if defined(FUSE_EXT_WITH_CUDA)
+  info["cuda"] = FUSE_EXT_CUDA_VERSION;
+  info["cuda_archs"] = FUSE_EXT_CUDA_ARCHS;
+#else
+  info["cuda"] = py::none();
+  info["cuda_archs"] = "";
+#endif
+  info["cpu_level"] = cpu_kernels().level;
+  return info;
+}
+
+// Where the named scalars and arrays of two_loop.h lie, for the Python twin:
+// name -> index, or name -> (offset, length).
+py::dict scalar_layout(std::int64_t slots) {
+  py::dict layout;
+  const char* headers[] = {"count",        "open",          "gamma",    "direction_dot_grad",
+                           "direction_sq", "direction_max", "accepted", "skipped",
+                           "pair_cosine",  "y_dot_y"};
+  static_assert(sizeof headers / sizeof *headers == kYDotY + 1);
+  for (int i = 0; i <= kYDotY; ++i) layout[headers[i]] = i;
+  const char* arrays[] = {"row_scale", "grad_s", "grad_y", "y_s",     "y_y",
+                          "coef_s",    "coef_y", "coef_g", "gram_sy", "gram_yy"};
+  static_assert(sizeof arrays / sizeof *arrays == kScalarArrays);
+  for (int i = 0; i < kScalarArrays; ++i) {
+    const auto array = static_cast<ScalarArray>(i);
+    layout[arrays[i]] =
+        py::make_tuple(scalar_offset(array, slots), scalar_array_size(array, slots));
+  }
+  layout["size"] = scalar_offset(kScalarArrays, slots);
+  return layout;
+}
+
+// Asks the system for large pages under [address, address + bytes): fewer TLB
+// misses when 2 m rows stream at once. Advice only; false where there is none
+// to give.
+bool advise_large_pages(std::uintptr_t address, std::size_t bytes) {
+#if defined(__linux__)
+  constexpr std::uintptr_t kLargePage = std::uintptr_t{1} << 21;
+  const std::uintptr_t begin = (address + kLargePage - 1) / kLargePage * kLargePage;
+  const std::uintptr_t end = (address + bytes) / kLargePage * kLargePage;
+  return begin < end && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0;
+#else
+  static_cast<void>(address), static_cast<void>(bytes);
+  return false;
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "Build facts of fuse_ext; importing it registers torch.ops.fuse_ext.";
+  m.def("build_info", &build_info);
+  m.def("scalar_layout", &scalar_layout, py::arg("slots"));
+  m.def("advise_large_pages", &advise_large_pages, py::arg("address"), py::arg("bytes"));
+}
+
+}  // namespace fuse_ext

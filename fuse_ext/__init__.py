@@ -1,0 +1,70 @@
+"""fuse_ext: Adam first, then L-BFGS, in one optimizer, on fused kernels.
+
+FUSE (arXiv 2503.04204) for PyTorch: :class:`FusePV` (Algorithm 4) and :class:`Fuse`
+(Algorithm 3), and the two engines alone, :class:`Adam` and :class:`LBFGS`, as drop-ins for
+``torch.optim``'s.
+"""
+
+from fuse_ext._require import require as _require
+
+_require()
+
+from fuse_ext import _C  # noqa: E402
+from fuse_ext._version import __version__  # noqa: E402
+from fuse_ext.adam import Adam  # noqa: E402
+from fuse_ext.fuse import CosineTheta, Fuse, LinearTheta  # noqa: E402
+from fuse_ext.fuse_pv import FusePV  # noqa: E402
+from fuse_ext.lbfgs import LBFGS  # noqa: E402
+from fuse_ext.memory import estimate_memory  # noqa: E402
+from fuse_ext.report import Report  # noqa: E402
+from fuse_ext.switchover import (  # noqa: E402
+    AfterEpochs,
+    AfterSteps,
+    AtOnce,
+    GradNorm,
+    LossChange,
+    LossGap,
+    LossPlateau,
+    NearSolution,
+    Never,
+    Observation,
+    Switchover,
+    When,
+)
+
+__all__ = [
+    "LBFGS",
+    "Adam",
+    "AfterEpochs",
+    "AfterSteps",
+    "AtOnce",
+    "CosineTheta",
+    "Fuse",
+    "FusePV",
+    "GradNorm",
+    "LinearTheta",
+    "LossChange",
+    "LossGap",
+    "LossPlateau",
+    "NearSolution",
+    "Never",
+    "Observation",
+    "Report",
+    "Switchover",
+    "When",
+    "__version__",
+    "build_info",
+    "estimate_memory",
+]
+
+
+def build_info() -> dict[str, str | None]:
+    """What this build was made for.
+
+    Returns:
+        version: of fuse_ext. torch: the version it was compiled against. cuda: toolkit version,
+        or None for a CPU build. cuda_archs: GPU architectures compiled for. cpu_level: the
+        instruction set of the CPU kernels in use ("default", "avx2", "avx512"; force one with
+        the environment variable FUSE_EXT_CPU_LEVEL).
+    """
+    return _C.build_info()

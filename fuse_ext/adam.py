@@ -1,0 +1,386 @@
+"""Adam (Eq. 2): the engine that FusePV and Fuse share, and the drop-in optimizer."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuse_ext.checks import check_betas, check_grads, check_number
+from fuse_ext.flat import Closure, FlatOptimizer, FlatParams, ParamGroup
+from fuse_ext.ops import Ops
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def check_adam_group(group: ParamGroup) -> None:
+    """Raises for an Adam option out of range."""
+    check_number("lr", group["lr"], 0.0)
+    group["betas"] = check_betas(group["betas"])
+    check_number("eps", group["eps"], 0.0)
+    check_number("weight_decay", group["weight_decay"], 0.0)
+    if group.get("differentiable"):
+        raise ValueError("differentiable=True is not supported: the step is one fused kernel")
+
+
+def check_adam_state(
+    state: dict[Any, Any], params: list[Tensor], where: list[Any], source: str = "state_dict"
+) -> None:
+    """Raises ValueError unless ``state`` holds Adam's moments in the parameters' shapes."""
+    for i, (param, key) in enumerate(zip(params, where, strict=True)):
+        entry = state.get(key)
+        if not entry:
+            continue
+        for name in ("step", *MOMENTS[:2]):
+            if name not in entry:
+                raise ValueError(
+                    f"{source} is not Adam's: the state of params[{i}] has no {name!r}, "
+                    f"only {sorted(map(str, entry))}"
+                )
+        step = entry["step"]
+        if not _is_count(step):
+            raise ValueError(f"{source} does not fit: step of params[{i}] is {step!r}, no count")
+        for name in MOMENTS:
+            moment = entry.get(name)
+            if moment is None:
+                continue
+            if not isinstance(moment, Tensor) or moment.is_complex() != param.is_complex():
+                what = moment.dtype if isinstance(moment, Tensor) else type(moment).__name__
+                raise ValueError(
+                    f"{source} does not fit: {name} of params[{i}] is {what}, the parameter "
+                    f"{param.dtype}"
+                )
+            if moment.shape != param.shape:
+                raise ValueError(
+                    f"{source} does not fit: {name} of params[{i}] has shape "
+                    f"{tuple(moment.shape)}, the parameter {tuple(param.shape)}"
+                )
+
+
+def _is_count(step: Any) -> bool:
+    if isinstance(step, Tensor) and step.numel() == 1:
+        step = step.item()
+    return isinstance(step, (int, float)) and step >= 0 and math.isfinite(step) and step % 1 == 0
+
+
+class AdamEngine:
+    """Adam's moments for a flat vector of parameters, and the fused step.
+
+    ``state`` is ``Optimizer.state``: each parameter that has had a gradient gets torch's own
+    entries (step, exp_avg, exp_avg_sq and, for amsgrad, max_exp_avg_sq), as views of the flat
+    buffers, so that checkpoints are those of torch.optim.Adam.
+
+    Memory: 8 bytes a parameter (12 with amsgrad) in float32, twice that in float64.
+    """
+
+    def __init__(
+        self, flat: FlatParams, ops: Ops, state: dict[Any, Any], groups: list[ParamGroup]
+    ) -> None:
+        self._flat, self._ops, self._state = flat, ops, state
+        self._amsgrad = [group["amsgrad"] for group in groups for _ in group["params"]]
+        names = MOMENTS if any(self._amsgrad) else MOMENTS[:2]
+        self._moments = {
+            name: torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device) for name in names
+        }
+        # Steps of each parameter, on the host and in the dtype that torch gives them.
+        double = torch.get_default_dtype() == torch.float64
+        self._steps = torch.zeros(
+            len(flat.params), dtype=torch.float64 if double else torch.float32, device="cpu"
+        )
+        self._exposed = [False] * len(flat.params)
+        self._stats = torch.zeros(1, dtype=torch.float64, device=flat.device)
+        self._grad_norm_sq: float | None = 0.0
+        # The step count that all parameters share, or None when they differ; and what it was
+        # read from: users may write to the step counts in ``state``.
+        self._shared_step: int | None = 0
+        self._steps_version = 0
+        self._adopt_moments()
+
+    def _adopt_moments(self) -> None:
+        """Takes over whatever moments ``state`` holds and points it at the flat buffers."""
+        for i, param in enumerate(self._flat.params):
+            entry = self._state.get(param)
+            if not entry or "exp_avg" not in entry:
+                continue
+            self._steps[i] = float(entry["step"])
+            for name, moment in self._moments.items():
+                if name in entry:
+                    self._flat.piece(moment, i).copy_(entry[name])
+            self._expose(i)
+        self._entries = list(self._state.values())
+        self._read_shared_step()
+
+    def _expose(self, i: int) -> None:
+        entry = self._state[self._flat.params[i]]
+        entry["step"] = self._steps[i]
+        for name in MOMENTS if self._amsgrad[i] else MOMENTS[:2]:
+            entry[name] = self._flat.piece(self._moments[name], i)
+        self._exposed[i] = True
+
+    def _read_shared_step(self) -> None:
+        steps = set(self._steps.tolist())
+        self._shared_step = int(steps.pop()) if len(steps) == 1 else None
+        self._steps_version = self._steps._version
+
+    def outdated(self, state: dict[Any, Any]) -> bool:
+        """Whether the user has replaced parameters in the groups, or entries of ``state``."""
+        same = len(state) == len(self._entries)
+        same = same and all(map(operator.is_, state.values(), self._entries))
+        return not same or self._flat.replaced()
+
+    @property
+    def grad_norm_sq(self) -> float:
+        """||g||^2 of the last step (Eq. 3's summand), out of the kernel that made it."""
+        if self._grad_norm_sq is None:
+            self._grad_norm_sq = float(self._stats)
+        return self._grad_norm_sq
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state held."""
+        return sum(moment.nbytes for moment in self._moments.values()) + self._steps.nbytes
+
+    def step(
+        self,
+        groups: list[ParamGroup],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """One step on every parameter that has a gradient.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: A gradient or parameter that the kernels cannot
+                take; nothing has changed then.
+        """
+        flat = self._flat
+        flat.check_unchanged()
+        self._check_amsgrad(groups)
+        grads = [p.grad for p in flat.params]
+        if self._steps._version != self._steps_version:
+            self._read_shared_step()
+        complete = all(g is not None for g in grads)
+        if complete and self._shared_step is not None and len(groups) == 1:
+            calls = [(groups[0], list(range(len(grads))), self._shared_step + 1)]
+        else:
+            calls = self._buckets(groups, grads)
+            check_grads(flat.params, grads)  # no call may fail after another has changed things
+        options = [_kernel_options(group, step) for group, _, step in calls]
+        if found_inf is not None and float(found_inf) != 0.0:
+            return
+        norms = []
+        for (group, members, _), numbers in zip(calls, options, strict=True):
+            self._call(members, grads, group["amsgrad"], numbers, grad_scale)
+            if len(calls) > 1:
+                norms.append(float(self._stats))
+        self._grad_norm_sq = sum(norms) if len(calls) != 1 else None
+        self._advance(calls)
+
+    def _check_amsgrad(self, groups: list[ParamGroup]) -> None:
+        for i, (group, place) in enumerate(zip(groups, self._flat.group_slices, strict=True)):
+            if place.start < place.stop and group["amsgrad"] != self._amsgrad[place.start]:
+                raise ValueError(
+                    f"amsgrad of param_groups[{i}] became {group['amsgrad']!r} after the first "
+                    "step; make a new optimizer"
+                )
+
+    def _call(
+        self,
+        members: list[int],
+        grads: list[Tensor | None],
+        amsgrad: bool,
+        numbers: dict[str, Any],
+        grad_scale: Tensor | None,
+    ) -> None:
+        flat = self._flat
+        everything = len(members) == len(grads)
+        chosen = [g for g in grads if g is not None] if everything else [grads[i] for i in members]
+        self._ops.adam_step(
+            flat.reals(flat.params if everything else [flat.params[i] for i in members]),
+            flat.reals(chosen),  # type: ignore[arg-type]
+            flat.offsets if everything else [flat.offsets[i] for i in members],
+            self._moments["exp_avg"],
+            self._moments["exp_avg_sq"],
+            self._moments["max_exp_avg_sq"] if amsgrad else None,
+            self._stats,
+            grad_scale=grad_scale,
+            **numbers,
+        )
+
+    def _buckets(
+        self, groups: list[ParamGroup], grads: list[Tensor | None]
+    ) -> list[tuple[ParamGroup, list[int], int]]:
+        """(group, parameters, step) for every kernel call: those of one group and step count."""
+        steps = [int(step) for step in self._steps.tolist()]
+        buckets: dict[tuple[int, int], list[int]] = {}
+        for which, place in enumerate(self._flat.group_slices):
+            for i in range(place.start, place.stop):
+                if grads[i] is not None:
+                    buckets.setdefault((which, steps[i] + 1), []).append(i)
+        return [(groups[which], members, step) for (which, step), members in buckets.items()]
+
+    def _advance(self, calls: list[tuple[ParamGroup, list[int], int]]) -> None:
+        """Counts the step for every parameter that took part."""
+        stepped = [i for _, members, _ in calls for i in members]
+        if len(stepped) == len(self._exposed):
+            self._steps += 1
+            if self._shared_step is not None:
+                self._shared_step += 1
+        elif stepped:
+            self._steps[stepped] += 1
+            self._shared_step = None
+        self._steps_version = self._steps._version
+        new = [i for i in stepped if not self._exposed[i]]
+        for i in new:
+            self._expose(i)
+        if new:
+            self._entries = list(self._state.values())
+
+
+def _kernel_options(group: ParamGroup, step: int) -> dict[str, Any]:
+    beta1, beta2 = group["betas"]
+    eps, inside = float(group["eps"]), group["eps_inside_root"]
+    return {
+        "step": step,
+        "lr": float(group["lr"]),
+        "beta1": float(beta1),
+        "beta2": float(beta2),
+        "eps": 0.0 if inside else eps,
+        "eps_in_root": eps if inside else 0.0,
+        "weight_decay": float(group["weight_decay"]),
+        "decoupled_weight_decay": bool(group["decoupled_weight_decay"]),
+        "maximize": bool(group["maximize"]),
+    }
+
+
+class Adam(FlatOptimizer):
+    r"""Adam and AdamW as one fused kernel over all parameters; drop-in for ``torch.optim``'s.
+
+    For step k = 1, 2, ... and gradient g (Eq. 2, with the step count of Kingma and Ba):
+
+    .. math::
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g, \qquad
+        v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \\
+        x &\leftarrow x - \frac{\mathrm{lr}}{1 - \beta_1^k}
+            \frac{m}{\sqrt{v / (1 - \beta_2^k)} + \epsilon}
+
+    A step reads and writes 28 bytes a parameter in float32, whatever the number of tensors.
+    bfloat16 and float16 parameters keep float32 moments (torch keeps them in the parameter's
+    dtype). ``state_dict`` has torch's own form: checkpoints go both ways. The entries of ``state``
+    are views of flat buffers: write into them, or replace a parameter's whole entry; a tensor put
+    into an entry in place of its view is not seen.
+
+    Args:
+        params: Tensors or parameter groups, all on one device; float32, float64, bfloat16,
+            float16 or complex. A tensor without a gradient is skipped, as in torch.
+        lr: Step size, a float or one-element tensor.
+        betas: Decay rates of the moments, each in [0, 1).
+        eps: Added to the denominator.
+        weight_decay: L2 penalty added to the gradient, or decoupled (AdamW).
+        amsgrad: Divide by the largest v so far (Reddi et al. 2018).
+        maximize: Ascend.
+        decoupled_weight_decay: AdamW (Loshchilov and Hutter 2019).
+        eps_inside_root: Eq. 2c as the paper prints it: the constant stands inside the root,
+            :math:`x \leftarrow x - \mathrm{lr} \sqrt{1 - \beta_2^k} / (1 - \beta_1^k)\; m /
+            \sqrt{v + \epsilon}`.
+        foreach, fused, capturable: Accepted for torch's sake; there is one, fused, way here.
+        differentiable: Not supported.
+        backend: "auto" (C++ kernels where there are some), "native" or "reference" (plain
+            PyTorch).
+
+    Memory: 8 bytes a parameter, 12 with amsgrad; double for float64.
+
+    Raises:
+        ValueError, TypeError: An option out of range; parameters that are empty, repeated, on
+            several devices, sparse or not floating point.
+
+    References:
+        Kingma and Ba, Adam: A method for stochastic optimization, ICLR 2015. FUSE, Eq. 2.
+    """
+
+    _required_options = ("lr", "betas")
+    # GradScaler then leaves unscaling to the kernel.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        eps_inside_root: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "eps_inside_root": eps_inside_root,
+        }
+        check_adam_group(defaults)
+        self._engine: AdamEngine | None = None
+        super().__init__(params, defaults, backend)
+
+    @staticmethod
+    def _check_group(group: ParamGroup) -> None:
+        check_adam_group(group)
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        keys = [i for group in state_dict["param_groups"] for i in group["params"]]
+        check_adam_state(state_dict["state"], self.flat.params, keys)
+
+    def _adopt_state(self) -> None:
+        self._engine = self._make_engine() if self.state else None
+
+    def _make_engine(self) -> AdamEngine:
+        return AdamEngine(self.flat, self._ops, self.state, self.param_groups)
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """One step.
+
+        Args:
+            closure: Reevaluates the model and returns the loss; optional.
+
+        Returns:
+            The closure's loss, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._engine is None or self._engine.outdated(self.state):
+            self._renew_layout()
+            check_adam_state(self.state, self.flat.params, self.flat.params, "state")
+            self._engine = self._make_engine()
+        # GradScaler sets these two around the call.
+        self._engine.step(
+            self.param_groups,
+            getattr(self, "grad_scale", None),
+            getattr(self, "found_inf", None),
+        )
+        return loss
+
+    @property
+    def grad_norm_sq(self) -> float:
+        """Sum of the squared gradients of the last step, free of charge (Eq. 3's summand)."""
+        return self._engine.grad_norm_sq if self._engine else 0.0

@@ -1,0 +1,332 @@
+"""The parameters of an optimizer as one logical vector, and the base of our optimizers.
+
+State is flat and ours; parameters and gradients stay the user's tensors (design: no ``p.data`` is
+re-pointed, nothing is gathered). Complex parameters take part as pairs of real numbers.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
+
+from fuse_ext import ops
+from fuse_ext.checks import check_grads, check_params
+
+ParamGroup: TypeAlias = dict[str, Any]
+Closure: TypeAlias = Callable[[], Any]
+
+
+class FlatParams:
+    """Where every parameter lies in the flat vector.
+
+    Args:
+        groups: ``Optimizer.param_groups`` itself; the vector follows their order.
+
+    Attributes:
+        params: All parameters, in flat order.
+        offsets: First flat index of each; even for complex ones, which view pairs of reals.
+        sizes: Elements of each (two per complex number).
+        numel: Length of the flat vector.
+        group_slices: For each group, its slice of ``params``.
+        device: Where all of them live.
+        dtype: Of the flat state: float64 if any parameter has it, else float32.
+    """
+
+    def __init__(self, groups: list[ParamGroup]) -> None:
+        self._groups = groups
+        self.params: list[Tensor] = []
+        self.group_slices: list[slice] = []
+        for group in groups:
+            first = len(self.params)
+            self.params.extend(group["params"])
+            self.group_slices.append(slice(first, len(self.params)))
+        check_params(self.params)
+        self.device = self.params[0].device
+        double = (torch.float64, torch.complex128)
+        self.dtype = torch.float64 if any(p.dtype in double for p in self.params) else torch.float32
+        self._complex = any(p.is_complex() for p in self.params)
+        self.sizes = [p.numel() * (2 if p.is_complex() else 1) for p in self.params]
+        self.offsets: list[int] = []
+        self.numel = 0
+        for param, size in zip(self.params, self.sizes, strict=True):
+            offset = self.numel + (self.numel % 2 if param.is_complex() else 0)
+            self.offsets.append(offset)
+            self.numel = offset + size
+        self._formats = self._formats_now()
+        self._described = [_describe(param) for param in self.params]
+
+    def _formats_now(self) -> tuple[Any, ...]:
+        params = self.params
+        numels, strides = list(map(Tensor.numel, params)), list(map(Tensor.stride, params))
+        return numels, strides, [p.dtype for p in params], params[0].device
+
+    def replaced(self) -> bool:
+        """Whether the groups hold other tensors than when this layout was made."""
+        if len(self._groups) != len(self.group_slices):
+            return True
+        for group, place in zip(self._groups, self.group_slices, strict=True):
+            now, then = group["params"], self.params[place]
+            if len(now) != len(then) or not all(map(operator.is_, now, then)):
+                return True
+        return False
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError where a parameter is not what the flat state was laid out for.
+
+        Another shape, dtype, device or memory format (``model.to(...)`` after the first step), or
+        another tensor in a parameter group.
+        """
+        if self.replaced():
+            raise ValueError(
+                f"param_groups no longer hold the {len(self.params)} tensors that the state was "
+                "made for; use add_param_group, or make a new optimizer"
+            )
+        if self._formats_now() == self._formats:
+            return
+        for i, (param, before) in enumerate(zip(self.params, self._described, strict=True)):
+            if _describe(param) != before:
+                raise ValueError(
+                    f"params[{i}] is now {_describe(param)}, but was {before} when the state was "
+                    "made; convert parameters before the first step, or make a new optimizer"
+                )
+
+    def reals(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors, complex ones as real views of shape [..., 2]."""
+        if not self._complex:
+            return tensors
+        return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
+
+    def grads(self) -> list[Tensor]:
+        """All gradients; zeros where a parameter has none, as in torch.optim.LBFGS.
+
+        Raises:
+            TypeError: One is sparse.
+        """
+        grads = []
+        for param in self.params:
+            grad = param.grad
+            if grad is None:
+                grad = torch.zeros_like(param)
+            elif grad.layout != torch.strided:
+                check_grads(self.params, [p.grad for p in self.params])
+            elif grad.is_conj() or grad.is_neg():
+                # Autograd's lazy view: its memory holds other values, and line searches write
+                # to gradients.
+                grad = param.grad = grad.resolve_conj().resolve_neg()
+            grads.append(grad)
+        return self.reals(grads)
+
+    def piece(self, flat: Tensor, i: int) -> Tensor:
+        """The part of a flat tensor that belongs to ``params[i]``, as a view of its shape."""
+        param, offset = self.params[i], self.offsets[i]
+        like = torch.view_as_real(param) if param.is_complex() else param
+        part = flat[offset : offset + self.sizes[i]]
+        if torch.ops.aten.is_non_overlapping_and_dense(like):
+            part = part.as_strided(like.size(), like.stride(), part.storage_offset())
+        else:
+            part = part.view(like.size())
+        return torch.view_as_complex(part) if param.is_complex() else part
+
+    def per_segment(self, values: list[float], neutral: float) -> list[float]:
+        """One value per group spread over its parameters; empty when all are ``neutral``."""
+        if all(value == neutral for value in values):
+            return []
+        return [
+            value
+            for value, place in zip(values, self.group_slices, strict=True)
+            for _ in range(place.stop - place.start)
+        ]
+
+
+class FlatOptimizer(Optimizer):
+    """What our optimizers share: flat state, its checkpoints, and the choice of kernels.
+
+    Subclasses keep their tensors in ``self.state`` as usual, usually as views of flat buffers,
+    and rebuild the buffers from there in :meth:`_adopt_state`, so that ``state_dict``, ``pickle``
+    and ``copy.deepcopy`` work as for any torch optimizer, and bit for bit.
+    """
+
+    # Options that hold for all groups together; they must agree.
+    _shared_options: ClassVar[tuple[str, ...]] = ()
+    # Options without which a state_dict's group is not of this kind of optimizer.
+    _required_options: ClassVar[tuple[str, ...]] = ("lr",)
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "step" in cls.__dict__:
+            # torch.compile of a training step breaks here: there is nothing to fuse with one op,
+            # and tracing would specialise on the step count.
+            cls.step = _disable_dynamo(cls.step)  # type: ignore[assignment,method-assign]
+
+    def __init__(self, params: Any, defaults: dict[str, Any], backend: str) -> None:
+        self._backend = backend
+        self._incoming: dict[str, Any] | None = None
+        self._flat: FlatParams | None = None
+        if backend not in ops.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
+        with warnings.catch_warnings():
+            # torch only warns about duplicates; here they are an error, which check_params names.
+            warnings.filterwarnings("ignore", message="optimizer contains a parameter group with")
+            super().__init__(params, defaults)
+        self._check_groups(self.param_groups)
+        self._renew_layout()
+
+    def _renew_layout(self) -> None:
+        """Lays the parameters out as they are now; state made for another layout is void then."""
+        self._flat = FlatParams(self.param_groups)
+        self._ops = ops.select(self._backend, self._flat.device)
+
+    @staticmethod
+    def _check_group(group: ParamGroup) -> None:
+        """Raises ValueError or TypeError for an option out of range."""
+        raise NotImplementedError
+
+    def _check_groups(self, groups: list[ParamGroup]) -> None:
+        """Raises ValueError or TypeError unless these could be this optimizer's groups."""
+        for group in groups:
+            self._check_group(group)
+        first = groups[0]
+        for name in self._shared_options:
+            for i, group in enumerate(groups):
+                if group[name] != first[name]:
+                    raise ValueError(
+                        f"{name} must be the same in all parameter groups, got {first[name]!r} in "
+                        f"group 0 and {group[name]!r} in group {i}"
+                    )
+
+    @property
+    def flat(self) -> FlatParams:
+        """The layout of the flat state."""
+        assert self._flat is not None
+        return self._flat
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; the new parameters' state starts empty, the others' stays."""
+        super().add_param_group(param_group)
+        if self.__dict__.get("_flat") is None:
+            return
+        try:
+            self._check_groups(self.param_groups)
+            self._renew_layout()
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self._adopt_state()
+
+    def _adopt_state(self) -> None:
+        """Rebuilds flat buffers from ``self.state``."""
+        raise NotImplementedError
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError, naming the entry, for a state that is not of this optimizer."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but the state keeps its own dtype and nothing changes if it does not fit.
+
+        Raises:
+            ValueError, TypeError: The state is of another optimizer, or of other parameters, or
+                an option in it is out of range.
+        """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+
+        def receive(_: Optimizer, incoming: dict[str, Any]) -> None:
+            self._check_incoming_groups(incoming)
+            self._check_state_dict(incoming)
+            self._incoming = incoming
+
+        # A hook sees the dictionary after the user's own hooks. torch would then cast the state
+        # to the parameters' dtype; __setstate__ takes it from here instead.
+        handle = self.register_load_state_dict_pre_hook(receive)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._incoming = None
+
+    def _check_incoming_groups(self, state_dict: dict[str, Any]) -> None:
+        for key, kind in (("state", dict), ("param_groups", list)):
+            if key not in state_dict:
+                raise ValueError(f"state_dict has no {key!r}, only {sorted(map(str, state_dict))}")
+            if not isinstance(state_dict[key], kind):
+                raise TypeError(
+                    f"state_dict[{key!r}] must be a {kind.__name__}, got "
+                    f"{type(state_dict[key]).__name__}"
+                )
+        groups = state_dict["param_groups"]
+        for i, group in enumerate(groups):
+            for name in ("params", *self._required_options):
+                if name not in group:
+                    raise ValueError(
+                        f"state_dict is not of {type(self).__name__}: param_groups[{i}] has no "
+                        f"{name!r}, only {sorted(map(str, group))}"
+                    )
+        ours = [len(group["params"]) for group in self.param_groups]
+        theirs = [len(group["params"]) for group in groups]
+        if ours != theirs:
+            raise ValueError(
+                f"state_dict has parameter groups of {theirs} tensors, the optimizer of {ours}"
+            )
+        self._check_groups([{**self.defaults, **group} for group in groups])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # pickle stores the whole storage of every tensor: views of a flat buffer would each take
+        # all of it along.
+        state = {key: _map_tensors(entry, _compact) for key, entry in self.state.items()}
+        return {
+            **super().__getstate__(),
+            "state": defaultdict(dict, state),
+            "_backend": self._backend,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        has_option = "differentiable" in state.get("defaults", self.__dict__.get("defaults", {}))
+        super().__setstate__(state)
+        if not has_option:  # torch adds it to every optimizer's defaults here
+            del self.defaults["differentiable"]
+        self.__dict__.setdefault("_incoming", None)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+        if self._incoming is not None:
+            ids = [i for group in self._incoming["param_groups"] for i in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            for i, param in zip(ids, params, strict=True):
+                if i in self._incoming["state"]:
+                    self.state[param] = _map_tensors(self._incoming["state"][i], _copy)
+        self._renew_layout()
+        self._adopt_state()
+
+
+def _describe(param: Tensor) -> str:
+    shape, strides = tuple(param.shape), param.stride()
+    return f"{param.dtype} of shape {shape} and strides {strides} on {param.device}"
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a state entry with every tensor in it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(entry, change) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_tensors(entry, change) for entry in value)
+    return value
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is a small part of its storage."""
+    return tensor if 2 * tensor.nbytes > tensor.untyped_storage().nbytes() else _copy(tensor)

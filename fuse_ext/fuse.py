@@ -1,0 +1,360 @@
+"""Fuse (Algorithm 3): every step blends Adam's and L-BFGS's iterate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuse_ext.adam import MOMENTS, AdamEngine, check_adam_group, check_adam_state
+from fuse_ext.checks import check_integer, check_number
+from fuse_ext.flat import Closure, FlatOptimizer, ParamGroup
+from fuse_ext.fuse_pv import CURVATURE_TOL
+from fuse_ext.history import STATE_NAMES
+from fuse_ext.lbfgs import (
+    check_lbfgs_group,
+    check_lbfgs_state,
+    check_line_search,
+    common_options,
+)
+from fuse_ext.lbfgs_engine import (
+    COUNTERS,
+    MAX_LINE_SEARCH_EVALUATIONS,
+    LbfgsEngine,
+    LbfgsOptions,
+    Point,
+    spread_lr,
+)
+from fuse_ext.report import Report
+from fuse_ext.scalars import Header
+
+PHASE = "fuse"
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """Theta over the number of steps taken (the first step is 0).
+
+    Attributes:
+        steps: How many steps the change takes, at least 1.
+        start, end: Theta before and after, each in [0, 1].
+    """
+
+    steps: int
+    start: float = 1.0
+    end: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_integer("steps", self.steps, 1)
+        check_number("start", self.start, 0.0, 1.0)
+        check_number("end", self.end, 0.0, 1.0)
+
+
+class LinearTheta(_Schedule):
+    """From ``start`` to ``end`` in a straight line over ``steps`` steps, then ``end``."""
+
+    def __call__(self, step: int) -> float:
+        """Theta at a step (the first is 0)."""
+        return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
+
+
+class CosineTheta(_Schedule):
+    """From ``start`` to ``end`` along half a cosine over ``steps`` steps, then ``end``."""
+
+    def __call__(self, step: int) -> float:
+        """Theta at a step (the first is 0)."""
+        share = 0.5 * (1.0 + math.cos(math.pi * min(step / self.steps, 1.0)))
+        return self.end + (self.start - self.end) * share
+
+
+class Fuse(FlatOptimizer):
+    r"""Adam and L-BFGS at once: :math:`x_{k+1} = \theta x^A + (1 - \theta) x^L` (Algorithm 3).
+
+    :math:`x^A` is Adam's iterate (Eq. 2) and :math:`x^L` that of L-BFGS (Algorithm 1), both from
+    :math:`x_k` and its gradient; both states advance at every step, and the curvature pair uses
+    the step really taken. theta near 1 early and near 0 late is the paper's advice. A step costs
+    both methods' work; :class:`~fuse_ext.FusePV` is the practical version.
+
+    Args:
+        params: Tensors or parameter groups, all on one device.
+        lr: Adam's step size. Learning-rate schedulers drive it alone; L-BFGS has ``lbfgs_lr``.
+        theta: Adam's share, in [0, 1]: a number, or a function of the number of steps taken, such
+            as :class:`LinearTheta` or :class:`CosineTheta`. None for ``LinearTheta(1000)``.
+        line_search: How x^L finds its step: None (``lbfgs_lr``), "armijo", "strong_wolfe" or
+            "approximate_wolfe".
+        deterministic: Promise that the closure is the same function at every call: the pair is
+            then completed by the next step's evaluation, unless parameters were moved in between.
+        same_batch_pairs: Otherwise, with a closure, evaluate it once more after the step, so that
+            no pair mixes two batches.
+        betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root, maximize,
+            lbfgs_lr, history_size, history_dtype, curvature_tol, backend: As in FusePV.
+
+    Memory: Adam's 8 bytes a parameter and L-BFGS's 4 (2 m + 2), and one vector of scratch (three
+    with a line search).
+
+    Raises:
+        ValueError, TypeError: An option out of range, or parameters that cannot share one vector.
+
+    References:
+        FUSE, arXiv 2503.04204, Algorithm 3.
+    """
+
+    _shared_options = (
+        "maximize",
+        "history_size",
+        "line_search",
+        "history_dtype",
+        "curvature_tol",
+        "deterministic",
+        "same_batch_pairs",
+    )
+    _required_options = ("lr", "betas", "history_size")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        theta: float | Callable[[int], float] | None = None,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        decoupled_weight_decay: bool = False,
+        eps_inside_root: bool = False,
+        maximize: bool = False,
+        lbfgs_lr: float = 1.0,
+        history_size: int = 10,
+        history_dtype: torch.dtype | None = None,
+        line_search: str | None = None,
+        curvature_tol: float | None = None,
+        deterministic: bool = False,
+        same_batch_pairs: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        if theta is None:
+            theta = LinearTheta(1000)
+        if not callable(theta):
+            check_number("theta", theta, 0.0, 1.0)
+        if curvature_tol is None:
+            curvature_tol = CURVATURE_TOL[bool(deterministic)]
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "eps_inside_root": eps_inside_root,
+            "lbfgs_lr": lbfgs_lr,
+            "history_size": history_size,
+            "history_dtype": history_dtype,
+            "line_search": line_search,
+            "max_iter": 1,
+            "max_eval": MAX_LINE_SEARCH_EVALUATIONS,
+            "tolerance_grad": 0.0,
+            "tolerance_change": 0.0,
+            "curvature_tol": curvature_tol,
+            "deterministic": deterministic,
+            "same_batch_pairs": same_batch_pairs,
+        }
+        self._theta = theta
+        self._check_group(defaults)
+        self._adam: AdamEngine | None = None
+        self._lbfgs: LbfgsEngine | None = None
+        self._grads: Tensor | None = None
+        # Where the last step led, and on which objective, while its pair awaits a gradient.
+        self._arrived: Any = None
+        super().__init__(params, defaults, backend)
+
+    @staticmethod
+    def _check_group(group: ParamGroup) -> None:
+        check_adam_group(group)
+        check_number("lbfgs_lr", group["lbfgs_lr"], 0.0)
+        check_lbfgs_group(group)
+        check_line_search("line_search", group["line_search"])
+
+    @property
+    def _entry(self) -> dict[str, Any]:
+        entry: dict[str, Any] = self.state[self.flat.params[0]]
+        return entry
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_theta": self._theta}
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        keys = [i for group in groups for i in group["params"]]
+        first = state.get(keys[0], {})
+        # Before the first step taken, and where it has no gradient, no moments of Adam.
+        moments = {name: first[name] for name in ("step", *MOMENTS) if name in first}
+        check_adam_state({**state, keys[0]: moments}, self.flat.params, keys)
+        if any(state.values()):
+            check_lbfgs_state(first, groups[0]["history_size"] + 1, self.flat)
+
+    def _adopt_state(self) -> None:
+        self._adam = self._lbfgs = self._grads = self._arrived = None
+        if "history" not in self.state.get(self.flat.params[0], {}):
+            return
+        if self._entry["history"].shape[2] != self.flat.numel:  # a group was added
+            for name in (*STATE_NAMES, "pair_step"):
+                self._entry.pop(name, None)
+        self._make_engines()
+
+    def _make_engines(self) -> None:
+        group = self.param_groups[0]
+        self._adam = AdamEngine(self.flat, self._ops, self.state, self.param_groups)
+        self._lbfgs = LbfgsEngine(
+            self.flat, self._ops, self._entry, group["history_size"], group["history_dtype"]
+        )
+
+    @property
+    def theta(self) -> float:
+        """Adam's share in the next step."""
+        theta = self._theta
+        if callable(theta):
+            theta = theta(self.state.get(self.flat.params[0], {}).get("n_iter", 0))
+        check_number("theta", theta, 0.0, 1.0)
+        return float(theta)
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """One blended step.
+
+        A step with a NaN or infinite loss or gradient is not taken; it is counted in
+        :meth:`report`.
+
+        Args:
+            closure: Zeroes the gradients, computes the loss and its gradients, returns the loss.
+                May be left out without a line search.
+
+        Returns:
+            The loss where the step began, or None.
+
+        Raises:
+            ValueError: A line search without a closure; theta outside [0, 1].
+            TypeError, ValueError: The closure returns no scalar. Whatever the closure raises
+                leaves the parameters as they were; only an error in the evaluation after the step
+                (``same_batch_pairs``) leaves the step taken and its pair dropped.
+        """
+        options, theta = self._options(), self.theta
+        if closure is None and options.line_search is not None:
+            raise ValueError(
+                f"closure=None needs line_search=None, got line_search={options.line_search!r}"
+            )
+        if self._lbfgs is None:
+            self._renew_layout()
+            self._make_engines()
+        assert self._adam is not None and self._lbfgs is not None
+        lbfgs = self._lbfgs
+        self.flat.check_unchanged()
+        if self._arrived is not None and self._arrived != (self._place(), options.objective):
+            lbfgs.drop_pair()  # x or the objective changed by more than the step
+        point = lbfgs.start(closure, options)
+        if not point.finite:
+            lbfgs.refuse(point)
+            return point.loss
+        header = lbfgs.find_direction(point, options)
+        step = self._lbfgs_step_length(closure, options, point, header)
+        origin = lbfgs.origin()
+        lbfgs.history.move(origin, 0.0, save=True)
+        self._adam.step(self.param_groups)
+        lbfgs.history.blend(origin, theta, step)
+        lbfgs.take_step(1.0)
+        lbfgs.progress.step_length = step
+        self._entry["n_iter"] += 1
+        if closure is not None and options.same_batch_pairs and not options.deterministic:
+            self._complete_pair(closure, options)
+        waiting = self._entry["pair_step"] is not None
+        self._arrived = (self._place(), options.objective) if waiting else None
+        return point.loss
+
+    def _place(self) -> list[tuple[int, int]]:
+        """What changes when anyone moves the parameters."""
+        return [(p._version, p.data_ptr()) for p in self.flat.params]
+
+    def _lbfgs_step_length(
+        self, closure: Closure | None, options: LbfgsOptions, point: Point, header: Header | None
+    ) -> float:
+        """t of x^L = x + t p; 0 where L-BFGS has no step to offer."""
+        assert self._lbfgs is not None
+        progress = self._lbfgs.progress
+        if header is None or options.lr == 0.0:
+            progress.reason = "no_descent" if header is None else "lr"
+            return 0.0
+        progress.reason = "max_iter"
+        first = self._lbfgs.first_trial(header, point, options)
+        if options.line_search is None or closure is None:
+            return first
+        flat = self.flat
+        if self._grads is None:
+            self._grads = torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device)
+        places = flat.reals(flat.params), flat.offsets
+        self._ops.grad_gather(places[0], point.grads, places[1], self._grads)
+        result, *_ = self._lbfgs.search(
+            closure, options, point, header, first, MAX_LINE_SEARCH_EVALUATIONS
+        )
+        # Adam steps from the same point with the same gradient.
+        self._lbfgs.history.move(self._lbfgs.origin(), 0.0, save=False)
+        self._ops.grad_scatter(places[0], flat.grads(), places[1], self._grads)
+        if not result.success:
+            # As in LBFGS: without history the next direction is -g.
+            self._entry["line_search_failures"] += 1
+            progress.reason = "line_search"
+            if header.count > 0:
+                self._entry["resets"] += 1
+                self._lbfgs.history.reset()
+        return result.step
+
+    def _complete_pair(self, closure: Closure, options: LbfgsOptions) -> None:
+        assert self._lbfgs is not None
+        try:
+            point = self._lbfgs.evaluate(closure, options, False)
+        except BaseException:
+            self._lbfgs.drop_pair()
+            raise
+        if point.finite:
+            self._lbfgs.absorb_pair(point, options)
+        else:
+            self._lbfgs.refuse(point)
+
+    def _options(self) -> LbfgsOptions:
+        first = self.param_groups[0]
+        lr, lr_scale = spread_lr(self.flat, [float(g["lbfgs_lr"]) for g in self.param_groups])
+        return LbfgsOptions(
+            lr=lr,
+            lr_scale=lr_scale,
+            line_search=check_line_search("line_search", first["line_search"]),
+            same_batch_pairs=first["same_batch_pairs"],
+            **common_options(self.flat, self.param_groups),
+        )
+
+    def report(self) -> Report:
+        """What was done, and why."""
+        if self._lbfgs is None or self._adam is None:
+            return Report(phase=PHASE)
+        header, progress = self._lbfgs.history.header(), self._lbfgs.progress
+        counters = {name: self._entry[name] for name in COUNTERS}
+        return Report(
+            phase=PHASE,
+            adam_steps=counters["n_iter"],
+            lbfgs_iterations=counters["n_iter"],
+            evaluations=counters["func_evals"],
+            pairs_held=int(header.count),
+            pairs_accepted=int(header.accepted),
+            pairs_skipped=int(header.skipped),
+            history_resets=counters["resets"],
+            step_length=progress.step_length,
+            line_search=progress.line_search,
+            line_search_failures=counters["line_search_failures"],
+            stop_reason=progress.reason,
+            non_finite=counters["non_finite"],
+            state_bytes=self._lbfgs.history.nbytes + self._adam.nbytes,
+            workspace_bytes=self._lbfgs.workspace_nbytes
+            + (0 if self._grads is None else self._grads.nbytes),
+        )

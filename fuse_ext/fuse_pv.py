@@ -1,0 +1,500 @@
+"""FusePV (Algorithm 4): Adam until a switchover condition holds, then L-BFGS."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuse_ext.adam import MOMENTS, AdamEngine, check_adam_group, check_adam_state
+from fuse_ext.checks import check_number, loss_value
+from fuse_ext.criterion import Observation, Switchover
+from fuse_ext.flat import Closure, FlatOptimizer, ParamGroup
+from fuse_ext.history import STATE_NAMES, grads_are_finite
+from fuse_ext.lbfgs import (
+    check_lbfgs_group,
+    check_lbfgs_state,
+    check_line_search,
+    common_options,
+)
+from fuse_ext.lbfgs_engine import (
+    COUNTERS,
+    MAX_LINE_SEARCH_EVALUATIONS,
+    LbfgsEngine,
+    LbfgsOptions,
+    spread_lr,
+)
+from fuse_ext.report import LOG, NEW_LOG, Report, check_log
+from fuse_ext.switchover import as_switchover
+
+ADAM, LBFGS_PHASE = "adam", "lbfgs"
+# Curvature test without and with noise in the gradients.
+CURVATURE_TOL = {True: 1e-8, False: 1e-4}
+
+
+class FusePV(FlatOptimizer):
+    r"""Adam first, then L-BFGS, in one optimizer (FUSE-PV, Algorithm 4).
+
+    Each call of ``step`` is an Adam step (Eq. 2) until ``switch`` says that Adam has done its
+    part; from then on it is ``max_iter`` iterations of L-BFGS (Algorithms 1 and 2). Adam's
+    moments are released at the switch.
+
+    ::
+
+        opt = FusePV(model.parameters(), lr=1e-3)
+        for batch in loader:
+            def closure():
+                opt.zero_grad()
+                loss = loss_fn(model(batch.x), batch.y)
+                loss.backward()
+                return loss
+            opt.step(closure)
+
+    Args:
+        params: Tensors or parameter groups, all on one device.
+        lr: Adam's step size. Learning-rate schedulers drive it; after the switch the L-BFGS step
+            follows the same schedule: it is scaled by lr over the lr at the switch (or the first
+            later one, if that was 0).
+        switch: A :class:`~fuse_ext.Switchover`; an int for that many steps; a callable on an
+            :class:`~fuse_ext.Observation`; None for :class:`~fuse_ext.LossPlateau`.
+        betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root: As in
+            :class:`~fuse_ext.Adam`. In the L-BFGS phase weight_decay is an L2 term of the
+            objective, decoupled or not.
+        maximize: Ascend, in both phases.
+        lbfgs_lr: First trial step of L-BFGS, and the step itself without a line search.
+        history_size: m, the curvature pairs kept.
+        history_dtype: Storage of the pairs: torch.bfloat16 halves it, torch.int8 quarters it.
+        line_search: "strong_wolfe", "approximate_wolfe", "armijo" or None (fixed step).
+        max_iter: L-BFGS iterations per ``step``, all on the one closure.
+        max_eval: Evaluations per ``step``; None for 25 an iteration.
+        tolerance_grad, tolerance_change: When an L-BFGS ``step`` stops early, as in
+            :class:`~fuse_ext.LBFGS`; by default it never does while it can go on.
+        curvature_tol: Pairs need s.y > curvature_tol \|s\| \|y\|; None for 1e-8 if
+            ``deterministic``, else 1e-4.
+        deterministic: Promise that the closure is the same function at every call (full batch,
+            no dropout). A step then begins with the last step's final evaluation, unless
+            parameters or gradients were touched in between: about one evaluation an iteration
+            instead of two, and none where the loss can fall no further (see ``stop_reason`` in
+            :meth:`report`: a loop should not wait for more).
+        same_batch_pairs: With a fixed step and a closure, evaluate it once more after the step,
+            so that no pair mixes two batches. (A line search has that evaluation anyway.)
+        check_finite: Before an Adam step, check loss and gradient, and skip the step if either is
+            not finite: one read of the gradients more, 4 bytes a parameter beside 28. L-BFGS
+            always checks.
+        on_switch: Called with the optimizer after each switch to L-BFGS.
+        backend: "auto", "native" (C++) or "reference" (plain PyTorch).
+
+    Attributes:
+        phase: "adam" or "lbfgs"; also in every parameter group, and saved with it.
+
+    Memory: Adam 8 bytes a parameter; L-BFGS 4 (2 m + 2), about half with a bfloat16 history.
+
+    Raises:
+        ValueError, TypeError: An option out of range, or parameters that cannot share one vector.
+
+    References:
+        Jiang et al., FUSE: First-order and second-order unified synthesis in stochastic
+        optimization, arXiv 2503.04204, 2025, Algorithm 4.
+    """
+
+    _shared_options = (
+        "maximize",
+        "max_iter",
+        "max_eval",
+        "tolerance_grad",
+        "tolerance_change",
+        "history_size",
+        "line_search",
+        "history_dtype",
+        "curvature_tol",
+        "deterministic",
+        "same_batch_pairs",
+        "check_finite",
+        "phase",
+    )
+    _required_options = ("lr", "betas")
+    # GradScaler then leaves unscaling and the check for infinities to the Adam kernel.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        switch: Switchover | int | Callable[[Observation], bool] | None = None,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        decoupled_weight_decay: bool = False,
+        eps_inside_root: bool = False,
+        maximize: bool = False,
+        lbfgs_lr: float = 1.0,
+        history_size: int = 10,
+        history_dtype: torch.dtype | None = None,
+        line_search: str | None = "strong_wolfe",
+        max_iter: int = 1,
+        max_eval: int | None = None,
+        tolerance_grad: float = 0.0,
+        tolerance_change: float = 0.0,
+        curvature_tol: float | None = None,
+        deterministic: bool = False,
+        same_batch_pairs: bool = True,
+        check_finite: bool = True,
+        on_switch: Callable[[FusePV], None] | None = None,
+        backend: str = "auto",
+    ) -> None:
+        if on_switch is not None and not callable(on_switch):
+            raise TypeError(f"on_switch must be callable or None, got {on_switch!r}")
+        if curvature_tol is None:
+            curvature_tol = CURVATURE_TOL[bool(deterministic)]
+        if max_eval is None and isinstance(max_iter, int):
+            max_eval = MAX_LINE_SEARCH_EVALUATIONS * max(max_iter, 1)
+        self._switch = as_switchover(switch)
+        self._on_switch = on_switch
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "eps_inside_root": eps_inside_root,
+            "lbfgs_lr": lbfgs_lr,
+            "history_size": history_size,
+            "history_dtype": history_dtype,
+            "line_search": line_search,
+            "max_iter": max_iter,
+            "max_eval": max_eval,
+            "tolerance_grad": tolerance_grad,
+            "tolerance_change": tolerance_change,
+            "curvature_tol": curvature_tol,
+            "deterministic": deterministic,
+            "same_batch_pairs": same_batch_pairs,
+            "check_finite": check_finite,
+            "phase": ADAM,
+            "lr_at_switch": None,
+        }
+        self._check_group(defaults)
+        self._adam: AdamEngine | None = None
+        self._lbfgs: LbfgsEngine | None = None
+        super().__init__(params, defaults, backend)
+        self._switch.check(self.flat.params)
+
+    @staticmethod
+    def _check_group(group: ParamGroup) -> None:
+        check_adam_group(group)
+        check_number("lbfgs_lr", group["lbfgs_lr"], 0.0)
+        check_lbfgs_group(group)
+        check_line_search("line_search", group["line_search"])
+        if group["phase"] not in (ADAM, LBFGS_PHASE):
+            raise ValueError(f"phase must be {ADAM!r} or {LBFGS_PHASE!r}, got {group['phase']!r}")
+
+    # --- state ------------------------------------------------------------------------------
+
+    @property
+    def phase(self) -> str:
+        """Either "adam" or "lbfgs"."""
+        phase: str = self.param_groups[0]["phase"]
+        return phase
+
+    @property
+    def _entry(self) -> dict[str, Any]:
+        """The state that belongs to all parameters lies with the first, as torch's LBFGS does."""
+        entry: dict[str, Any] = self.state[self.flat.params[0]]
+        return entry
+
+    @property
+    def _log(self) -> dict[str, Any]:
+        """Counters and the criterion's state, saved with the rest."""
+        log: dict[str, Any] = self._entry.setdefault(LOG, dict(NEW_LOG))
+        return log
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch: the phase is in the parameter groups, tensors and counters in the state."""
+        self._log["criterion"] = self._switch.state_dict()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        ours = {"_switch": self._switch, "_on_switch": self._on_switch}
+        return {**super().__getstate__(), **ours}
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        keys = [i for group in groups for i in group["params"]]
+        first = state.get(keys[0], {})
+        if groups[0].get("phase", ADAM) == LBFGS_PHASE:
+            size = groups[0].get("history_size", self.defaults["history_size"])
+            check_lbfgs_state(first, size + 1, self.flat)
+        else:  # torch.optim.Adam's checkpoints have no phase and are welcome
+            ours = (LOG, "pair_step", *COUNTERS)
+            moments = {name: value for name, value in first.items() if name not in ours}
+            check_adam_state({**state, keys[0]: moments}, self.flat.params, keys)
+        log = first.get(LOG, NEW_LOG)
+        check_log(log)
+        if "criterion" in log:
+            self._switch._parse(log["criterion"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, for a checkpoint of this class or of Adam, in either phase.
+
+        Nothing changes if it does not fit. The criterion keeps its thresholds and takes over what
+        the saved one had observed.
+
+        Raises:
+            ValueError, TypeError: The state is of another optimizer or criterion, or of other
+                parameters, or an option in it is out of range.
+        """
+        super().load_state_dict(state_dict)
+        criterion = self.state.get(self.flat.params[0], {}).get(LOG, {}).get("criterion")
+        if criterion is None:
+            self._switch.reset()
+        else:
+            self._switch.load_state_dict(criterion)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, in either phase; in the L-BFGS phase the curvature starts afresh."""
+        if self.__dict__.get("_flat") is not None and isinstance(param_group, dict):
+            param_group.setdefault("phase", self.phase)
+        super().add_param_group(param_group)
+
+    def _adopt_state(self) -> None:
+        self._adam = self._lbfgs = None
+        if self.phase == LBFGS_PHASE:
+            if "history" in self._entry and self._entry["history"].shape[2] != self.flat.numel:
+                self._drop_lbfgs_state()  # a group was added: curvature starts afresh
+            self._lbfgs = self._make_lbfgs()
+        elif any("step" in entry for entry in self.state.values()):
+            self._adam = self._make_adam()
+
+    def _make_adam(self) -> AdamEngine:
+        return AdamEngine(self.flat, self._ops, self.state, self.param_groups)
+
+    def _make_lbfgs(self) -> LbfgsEngine:
+        group = self.param_groups[0]
+        return LbfgsEngine(
+            self.flat, self._ops, self._entry, group["history_size"], group["history_dtype"]
+        )
+
+    def _drop_lbfgs_state(self) -> None:
+        for name in (*STATE_NAMES, "pair_step"):
+            self._entry.pop(name, None)
+
+    # --- switching --------------------------------------------------------------------------
+
+    def switch_now(self, reason: str = "switch_now() was called") -> None:
+        """Leaves Adam for L-BFGS, whatever the criterion says; nothing if already there."""
+        if self.phase == LBFGS_PHASE:
+            return
+        engine = self._make_lbfgs()
+        log = self._log
+        log["switches"] += 1
+        log["switch_step"] = log["adam_steps"]
+        log["switch_reason"] = reason
+        self._adam = None
+        for param in self.flat.params:
+            for name in ("step", *MOMENTS):
+                self.state[param].pop(name, None)
+            if not self.state[param]:
+                del self.state[param]
+        self._lbfgs = engine
+        for group in self.param_groups:
+            group["phase"] = LBFGS_PHASE
+            group["lr_at_switch"] = float(group["lr"])
+        if self._on_switch is not None:
+            self._on_switch(self)
+
+    def switch_back(self) -> None:
+        """Returns to Adam with fresh moments; the criterion starts anew."""
+        if self.phase == ADAM:
+            return
+        self._lbfgs = None
+        self._drop_lbfgs_state()
+        for group in self.param_groups:
+            group["phase"] = ADAM
+            group["lr_at_switch"] = None
+        self._log.update(phase_steps=0, phase_epochs=0)
+        self._switch.reset()
+
+    def next_epoch(self) -> None:
+        """Tells the criteria that an epoch has ended."""
+        self._log["phase_epochs"] += 1
+
+    # --- steps ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None, *, loss: Any = None) -> Any:
+        """One Adam step, or ``max_iter`` L-BFGS iterations.
+
+        A step with a NaN or infinite loss or gradient is not taken: it is counted in
+        :meth:`report`, and the first one warns.
+
+        Args:
+            closure: Zeroes the gradients, computes the loss and its gradients, returns the loss.
+                Optional in the Adam phase, and in the L-BFGS phase with a fixed step and
+                ``max_iter=1``.
+            loss: The loss of the gradients at hand, for a criterion that needs it, where there is
+                no closure.
+
+        Returns:
+            The loss where the step began.
+
+        Raises:
+            ValueError: The closure or loss is missing where it is needed.
+            TypeError, ValueError: The closure returns no scalar. After any error raised by the
+                closure, parameters and state are as before the step (with ``max_iter`` > 1: as
+                after its last completed iteration).
+        """
+        if self._adam is None and self._lbfgs is None:
+            self._renew_layout()
+        if self.phase == ADAM and self._switch.at_once and self._log["switches"] == 0:
+            self.switch_now(self._switch.reason)
+        if self.phase == LBFGS_PHASE:
+            return self._lbfgs_step(closure)
+        return self._adam_step(closure, loss)
+
+    def _adam_step(self, closure: Closure | None, loss: Any) -> Any:
+        group, log = self.param_groups[0], self._log
+        if self._switch.needs_loss and closure is None and loss is None:
+            raise ValueError(
+                f"closure=None and loss=None, but switch={self._switch!r} needs the loss: pass a "
+                "closure, or step(loss=...)"
+            )
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        value = None
+        if loss is not None and (self._switch.needs_loss or group["check_finite"]):
+            value = loss_value(loss)
+        elif closure is not None and loss is None:
+            loss_value(loss)
+        log["adam_evaluations"] += closure is not None
+        scale, found_inf = self._from_grad_scaler()
+        if found_inf:  # the scaler's business: it lowers its scale
+            log["adam_non_finite"] += 1
+            return loss
+        if group["check_finite"]:
+            self.flat.check_unchanged()
+            finite = value is None or math.isfinite(value)
+            # The scaler has checked the gradients already.
+            if not (finite and (found_inf is not None or grads_are_finite(self.flat, self._ops))):
+                log["adam_non_finite"] += 1
+                self._warn_non_finite()
+                return loss
+        if self._adam is None:
+            self._adam = self._make_adam()
+        self._adam.step(self.param_groups, scale)
+        log["adam_steps"] += 1
+        log["phase_steps"] += 1
+        if value is not None and group["maximize"]:
+            value = -value
+        observation = Observation(
+            step=log["phase_steps"],
+            epoch=log["phase_epochs"],
+            loss=value,
+            grad_norm_sq=self._adam.grad_norm_sq if self._switch.needs_grad_norm else None,
+            params=self.flat.params,
+        )
+        if self._switch.observe(observation):
+            self.switch_now(self._switch.reason)
+        return loss
+
+    def _from_grad_scaler(self) -> tuple[Tensor | None, bool | None]:
+        """GradScaler's factor on the gradients and whether it found infinities; it sets both."""
+        found_inf = getattr(self, "found_inf", None)
+        found = None if found_inf is None else float(found_inf) != 0.0
+        return getattr(self, "grad_scale", None), found
+
+    def _lbfgs_step(self, closure: Closure | None) -> Any:
+        options = self._options()
+        if closure is None and (options.line_search is not None or options.max_iter > 1):
+            raise ValueError(
+                f"closure=None in the L-BFGS phase needs line_search=None and max_iter=1, got "
+                f"line_search={options.line_search!r} and max_iter={options.max_iter}"
+            )
+        scale, found_inf = self._from_grad_scaler()
+        if scale is not None and closure is not None:
+            raise RuntimeError(
+                "GradScaler does not go with a closure in the L-BFGS phase: losses and gradients "
+                "there must not be scaled; call step(closure) without it"
+            )
+        assert self._lbfgs is not None
+        if found_inf:
+            self._lbfgs.count_non_finite()
+            return None
+        if scale is not None:
+            for param in self.flat.params:
+                if param.grad is not None:
+                    param.grad.div_(scale)
+        seen = self._entry["non_finite"]
+        loss = self._lbfgs.step(closure, options)
+        if self._entry["non_finite"] > seen and self._lbfgs.progress.reason == "non_finite":
+            self._warn_non_finite()
+        return loss
+
+    def _options(self) -> LbfgsOptions:
+        first = self.param_groups[0]
+        lr, lr_scale = spread_lr(self.flat, [_lbfgs_lr(group) for group in self.param_groups])
+        return LbfgsOptions(
+            lr=lr,
+            lr_scale=lr_scale,
+            line_search=check_line_search("line_search", first["line_search"]),
+            same_batch_pairs=first["same_batch_pairs"],
+            **common_options(self.flat, self.param_groups),
+        )
+
+    def _warn_non_finite(self) -> None:
+        if not self.__dict__.get("_warned_non_finite"):
+            self._warned_non_finite = True
+            warnings.warn(
+                "FusePV met a loss or gradient that is not finite and did not take the step; "
+                "further ones are only counted in report()",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    # --- report -----------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """What was done, and why."""
+        log, entry, engine = self._log, self._entry, self._lbfgs
+        counters = {name: entry.get(name, 0) for name in COUNTERS}
+        common = {
+            "adam_steps": log["adam_steps"],
+            "switch_step": log["switch_step"],
+            "switch_reason": log["switch_reason"],
+            "evaluations": log["adam_evaluations"] + counters["func_evals"],
+            "lbfgs_iterations": counters["n_iter"],
+            "history_resets": counters["resets"],
+            "line_search_failures": counters["line_search_failures"],
+            "non_finite": log["adam_non_finite"] + counters["non_finite"],
+        }
+        if engine is None:
+            nbytes = 0 if self._adam is None else self._adam.nbytes
+            return Report(phase=self.phase, state_bytes=nbytes, **common)
+        header = engine.history.header()
+        return Report(
+            phase=self.phase,
+            pairs_held=int(header.count),
+            pairs_accepted=int(header.accepted),
+            pairs_skipped=int(header.skipped),
+            step_length=engine.progress.step_length,
+            line_search=engine.progress.line_search,
+            stop_reason=engine.progress.reason,
+            state_bytes=engine.history.nbytes,
+            workspace_bytes=engine.workspace_nbytes,
+            **common,
+        )
+
+
+def _lbfgs_lr(group: ParamGroup) -> float:
+    """The group's L-BFGS step: lbfgs_lr, times what a schedule has done to lr since the switch."""
+    lr = float(group["lr"])
+    if not group["lr_at_switch"]:  # was 0, or the group is new: its schedule begins when lr does
+        group["lr_at_switch"] = lr
+    return float(group["lbfgs_lr"]) * (lr / group["lr_at_switch"] if lr else 0.0)

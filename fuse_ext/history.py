@@ -1,0 +1,255 @@
+"""The ring of curvature pairs: its memory, and the passes over it.
+
+Memory, for m = history_size and d parameters: (2 m + 2) d elements. The slot being filled holds
+the direction in its S row and, where history and state share a dtype, the previous gradient in
+its Y row; a lower-precision history keeps the previous gradient apart, in the state's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fuse_ext import ops as kernels
+from fuse_ext import scalars as ring
+from fuse_ext.flat import FlatParams
+from fuse_ext.ops import Ops
+from fuse_ext.reference import SCALE_BLOCK
+from fuse_ext.scalars import Header
+
+# Rows are padded to an odd number of these, so that rows start on cache lines and no two rows
+# that stream together fall on the same cache sets.
+ROW_ALIGNMENT = 128
+
+
+# What a state entry of L-BFGS holds of its history; only some of it for some dtypes and layouts.
+STATE_NAMES = ("history", "history_scale", "grad_prev", "scalars", "strides")
+
+
+class GradStats(NamedTuple):
+    """What one pass over the effective gradient g yields (order of csrc/cpu/kernels.h).
+
+    Attributes:
+        slope: g.p along the current direction.
+        square: g.g
+        abs_sum: sum |g|
+        penalty: sum weight_decay/2 x^2, the loss that weight decay stands for.
+        abs_max: max |g|
+    """
+
+    slope: float
+    square: float
+    abs_sum: float
+    penalty: float
+    abs_max: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether every element of g is finite."""
+        return math.isfinite(self.square)
+
+
+def grads_are_finite(flat: FlatParams, ops: Ops) -> bool:
+    """Whether all gradients at hand are; one read of them."""
+    members = [i for i, p in enumerate(flat.params) if p.grad is not None]
+    if not members:
+        return True
+    grads: list[Any] = [flat.params[i].grad for i in members]
+    stats = torch.zeros(len(GradStats._fields), dtype=torch.float64, device=flat.device)
+    ops.grad_stats(
+        flat.reals([flat.params[i] for i in members]),
+        flat.reals(grads),
+        [flat.offsets[i] for i in members],
+        [],
+        False,
+        None,
+        None,
+        stats,
+    )
+    return GradStats(*stats.tolist()).finite
+
+
+def memory_order(flat: FlatParams) -> list[list[int]]:
+    """Strides of the parameters, whose memory order rows follow; empty if all are row-major."""
+    if all(p.is_contiguous() for p in flat.params):
+        return []
+    return [list(p.stride()) for p in flat.params]
+
+
+class History:
+    """Curvature pairs of one flat vector.
+
+    Args:
+        flat: The parameters.
+        ops: Kernels to use.
+        entry: The state entry that holds ``history`` [2, m + 1, d], ``scalars`` and, if needed,
+            ``grad_prev`` [d] and ``history_scale``; filled here, taken over where it already holds
+            them.
+        history_size: m, the number of pairs.
+        dtype: Of the rows; None for the state's. int8 rows have one float32 scale per 128
+            elements.
+    """
+
+    def __init__(
+        self,
+        flat: FlatParams,
+        ops: Ops,
+        entry: dict[str, Any],
+        history_size: int,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self._flat, self._ops = flat, ops
+        self.slots = history_size + 1
+        self.dtype = flat.dtype if dtype is None else dtype
+        padded = (flat.numel + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
+        if padded // ROW_ALIGNMENT % 2 == 0:
+            padded += ROW_ALIGNMENT
+        # zeros, not empty: a checkpoint must not carry stray memory. The system hands out zeroed
+        # pages lazily, so rows that are never used cost nothing on the CPU.
+        rows = torch.zeros(2, self.slots, padded, dtype=self.dtype, device=flat.device)
+        kernels.advise_large_pages(rows)
+        self.rows = rows[:, :, : flat.numel]
+        self.scalars = ring.new_scalars(self.slots, kernels.scalars_device(ops, flat.device))
+        self.grad_prev = (
+            None
+            if self.dtype == flat.dtype
+            else torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device)
+        )
+        blocks = (flat.numel + SCALE_BLOCK - 1) // SCALE_BLOCK
+        self.scales = (
+            torch.zeros(2, self.slots, blocks, device=flat.device)
+            if self.dtype == torch.int8
+            else None
+        )
+        self._stats = torch.zeros(
+            len(GradStats._fields), dtype=torch.float64, device=self.scalars.device
+        )
+        tensors = {"history": self.rows, "scalars": self.scalars}
+        if self.grad_prev is not None:
+            tensors["grad_prev"] = self.grad_prev
+        if self.scales is not None:
+            tensors["history_scale"] = self.scales
+        for name, tensor in tensors.items():
+            if name in entry:
+                tensor.copy_(entry[name])
+            entry[name] = tensor
+        strides = memory_order(flat)
+        if strides:
+            entry["strides"] = strides
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, padding included."""
+        apart = sum(t.nbytes for t in (self.grad_prev, self.scales) if t is not None)
+        return self.rows.untyped_storage().nbytes() + self.scalars.nbytes + apart
+
+    def header(self) -> Header:
+        """The scalars the host decides by."""
+        return ring.read_header(self.scalars)
+
+    def reset(self) -> None:
+        """Forgets all pairs; the counters stay."""
+        for name in ("count", "gamma"):
+            self.scalars[ring.index(name, self.slots)] = 0.0
+
+    def stats(
+        self, grads: list[Tensor], decay: list[float], maximize: bool, along_direction: bool
+    ) -> GradStats:
+        """Norms of the gradient, and its slope along the current direction."""
+        flat = self._flat
+        self._ops.grad_stats(
+            flat.reals(flat.params),
+            grads,
+            flat.offsets,
+            decay,
+            maximize,
+            self.rows if along_direction else None,
+            self.scalars if along_direction else None,
+            self._stats,
+            history_scale=self.scales if along_direction else None,
+        )
+        return GradStats(*self._stats.tolist())
+
+    def update(
+        self,
+        grads: list[Tensor],
+        decay: list[float],
+        maximize: bool,
+        pair_step: float | None,
+        curvature_tol: float,
+    ) -> None:
+        """Dots of the gradient with all rows and the two-loop recursion on them.
+
+        With ``pair_step`` = t, first forms the pair s = t p, y = g - g_prev, and keeps it when
+        s.y > curvature_tol |s| |y|.
+        """
+        flat = self._flat
+        self._ops.lbfgs_update(
+            flat.reals(flat.params),
+            grads,
+            flat.offsets,
+            decay,
+            maximize,
+            self.rows,
+            self.grad_prev,
+            self.scalars,
+            pair_step is not None,
+            history_scale=self.scales,
+        )
+        self._ops.lbfgs_two_loop(
+            self.scalars,
+            self.slots,
+            pair_step is not None,
+            0.0 if pair_step is None else pair_step,
+            curvature_tol,
+        )
+
+    def direction(
+        self, grads: list[Tensor], decay: list[float], lr_scale: list[float], maximize: bool
+    ) -> Header:
+        """p = -H g into the open slot, g into g_prev; to be called after :meth:`update`."""
+        flat = self._flat
+        self._ops.lbfgs_direction(
+            flat.reals(flat.params),
+            grads,
+            flat.offsets,
+            decay,
+            lr_scale,
+            maximize,
+            self.rows,
+            self.grad_prev,
+            self.scalars,
+            history_scale=self.scales,
+        )
+        return self.header()
+
+    def move(self, origin: Tensor, step: float, save: bool) -> None:
+        """Parameters = origin + step * p; with ``save`` origin = parameters first."""
+        flat = self._flat
+        self._ops.lbfgs_move(
+            flat.reals(flat.params),
+            flat.offsets,
+            origin,
+            self.rows,
+            self.scalars,
+            step,
+            save,
+            history_scale=self.scales,
+        )
+
+    def blend(self, origin: Tensor, theta: float, step: float) -> None:
+        """Algorithm 3's mixture of the current parameters (Adam's) and origin + step * p."""
+        flat = self._flat
+        self._ops.fuse_blend(
+            flat.reals(flat.params),
+            flat.offsets,
+            origin,
+            self.rows,
+            self.scalars,
+            theta,
+            step,
+            history_scale=self.scales,
+        )

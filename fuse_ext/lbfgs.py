@@ -1,0 +1,278 @@
+"""LBFGS, drop-in for ``torch.optim.LBFGS``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuse_ext.checks import FLOATING, check_integer, check_number
+from fuse_ext.flat import Closure, FlatOptimizer, FlatParams, ParamGroup
+from fuse_ext.history import memory_order
+from fuse_ext.lbfgs_engine import LbfgsEngine, LbfgsOptions, spread_lr
+from fuse_ext.line_search import make_line_search
+from fuse_ext.reference import SCALE_BLOCK
+from fuse_ext.scalars import layout
+
+HISTORY_DTYPES = (*FLOATING, torch.int8)
+
+
+def check_lbfgs_group(group: ParamGroup) -> None:
+    """Raises for an option of L-BFGS out of range."""
+    check_number("weight_decay", group["weight_decay"], 0.0)
+    check_integer("max_iter", group["max_iter"], 1)
+    if group["max_eval"] is not None:
+        check_integer("max_eval", group["max_eval"], 1)
+    check_number("tolerance_grad", group["tolerance_grad"], 0.0)
+    check_number("tolerance_change", group["tolerance_change"], 0.0)
+    check_integer("history_size", group["history_size"], 1)
+    check_number("curvature_tol", group["curvature_tol"], 0.0, 1.0)
+    dtype = group["history_dtype"]
+    if dtype is not None and dtype not in HISTORY_DTYPES:
+        raise ValueError(f"history_dtype must be None or one of {HISTORY_DTYPES}, got {dtype!r}")
+
+
+def check_line_search(name: str, value: Any) -> str | None:
+    """The line search's name as the engine wants it; ValueError naming the argument."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} must be a string or None, got {value!r}")
+    try:
+        search = make_line_search(value)
+    except ValueError as error:
+        raise ValueError(str(error).replace("line_search", name, 1)) from None
+    return None if search is None else search.name
+
+
+def check_lbfgs_state(entry: dict[str, Any], slots: int, flat: FlatParams) -> None:
+    """Raises ValueError unless a state entry holds a history of these parameters."""
+    numel = flat.numel
+    shapes: dict[str, Any] = {"history": (2, slots, numel), "scalars": (layout(slots)["size"],)}
+    history = entry.get("history")
+    if isinstance(history, Tensor) and history.element_size() < 4:
+        shapes["grad_prev"] = (numel,)
+    if isinstance(history, Tensor) and history.dtype == torch.int8:
+        shapes["history_scale"] = (2, slots, -(-numel // SCALE_BLOCK))
+    for name, expected in shapes.items():
+        if not isinstance(entry.get(name), Tensor):
+            raise ValueError(
+                f"state_dict is not of fuse_ext's L-BFGS: it has no tensor {name!r}, "
+                f"only {sorted(map(str, entry))}"
+            )
+        shape = tuple(entry[name].shape)
+        if shape != expected:
+            raise ValueError(
+                f"state_dict does not fit: {name} has shape {shape}, expected {expected} "
+                f"(history_size={slots - 1}, {numel} parameters)"
+            )
+    ours, theirs = memory_order(flat), entry.get("strides", [])
+    if ours != theirs:
+        raise ValueError(
+            f"state_dict does not fit: its parameters had strides {theirs or 'in row-major order'},"
+            f" these have {ours or 'in row-major order'}; load it before a change of memory format"
+        )
+    pair_step = entry.get("pair_step")
+    if not (pair_step is None or isinstance(pair_step, float)):
+        raise ValueError(f"state_dict does not fit: pair_step is {pair_step!r}, not a float")
+
+
+def common_options(flat: FlatParams, groups: list[ParamGroup]) -> dict[str, Any]:
+    """The engine's options that every optimizer with L-BFGS reads from its groups alike."""
+    first = groups[0]
+    max_eval = first["max_eval"]
+    if max_eval is None:
+        max_eval = max(first["max_iter"] * 5 // 4, 1)
+    return {
+        "weight_decay": flat.per_segment([float(g["weight_decay"]) for g in groups], 0.0),
+        "maximize": first["maximize"],
+        "max_iter": first["max_iter"],
+        "max_eval": max_eval,
+        "tolerance_grad": first["tolerance_grad"],
+        "tolerance_change": first["tolerance_change"],
+        "curvature_tol": first["curvature_tol"],
+        "deterministic": first["deterministic"],
+    }
+
+
+class LBFGS(FlatOptimizer):
+    r"""L-BFGS in two passes over the history an iteration; drop-in for ``torch.optim.LBFGS``.
+
+    An iteration is Algorithm 1 of the paper: the direction :math:`p = -H g` by the two-loop
+    recursion (Algorithm 2, its second loop from the oldest pair to the newest), a step t, and the
+    pair s = t p, y = g(x + t p) - g(x). The recursion runs on dot products in float64, so that
+    the history is read twice an iteration instead of about five times.
+
+    Differences to torch: parameter groups; a pair is kept when
+    :math:`s^T y > r \lVert s \rVert \lVert y \rVert` (torch: s.y > 1e-10, which depends on the
+    scale of the loss); a trial with a NaN or infinite loss or gradient counts as too far and is
+    never accepted (a fixed step is undone, where its end is evaluated); the line search is that
+    of Moré and Thuente; at the end of a step the pair is closed with the gradient of the step's
+    own last evaluation, so that pairs do not mix batches.
+
+    Args:
+        params: Tensors or parameter groups, all on one device.
+        lr: First trial step, and the step itself without a line search. Groups may differ: the
+            direction is scaled by each group's share (0 freezes a group).
+        max_iter: Iterations a step.
+        max_eval: Evaluations a step; None for ``max_iter * 5 // 4``. The first line search of a
+            step is finished in any case, with at most 25 trials.
+        tolerance_grad: Stop when max|g| is at most this.
+        tolerance_change: Stop when -g.p, max|t p| or the loss's change is at most this.
+        history_size: m, the pairs kept. torch's default of 100 holds 808 bytes a parameter; 10
+            is usually as good.
+        line_search_fn: None (fixed step), "strong_wolfe", "approximate_wolfe" (for the floor of
+            float32) or "armijo".
+        maximize: Ascend.
+        weight_decay: L2 penalty weight_decay/2 \|x\|^2, part of the objective.
+        history_dtype: Storage of the pairs: torch.bfloat16 for half the memory and traffic,
+            torch.int8 (with one float32 scale per 128 elements) for a quarter; None for float32
+            (float64 for float64 parameters).
+        curvature_tol: r above; 1e-8 for full batches, about 1e-4 for minibatches.
+        deterministic: Promise that the closure is the same function at every call (no minibatch,
+            no dropout): a step then starts from the last evaluation instead of repeating it,
+            unless parameters or gradients were touched in between (``p.data.add_(1)`` goes
+            unseen), and evaluates nothing where the loss can fall no further.
+        backend: "auto", "native" (C++) or "reference" (plain PyTorch).
+
+    Memory: 2 m + 2 vectors of the history's dtype (and one of float32 if it is narrower), and one
+    or two vectors of scratch for the line search.
+
+    Raises:
+        ValueError, TypeError: An option out of range, or parameters that cannot share one vector.
+
+    References:
+        Nocedal and Wright, Numerical Optimization, 2006, Algorithms 7.4 and 7.5. FUSE,
+        Algorithms 1 and 2.
+    """
+
+    _shared_options = (
+        "max_iter",
+        "max_eval",
+        "tolerance_grad",
+        "tolerance_change",
+        "history_size",
+        "line_search_fn",
+        "maximize",
+        "history_dtype",
+        "curvature_tol",
+        "deterministic",
+    )
+    _required_options = ("lr", "history_size")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1.0,
+        max_iter: int = 20,
+        max_eval: int | None = None,
+        tolerance_grad: float = 1e-7,
+        tolerance_change: float = 1e-9,
+        history_size: int = 100,
+        line_search_fn: str | None = None,
+        *,
+        maximize: bool = False,
+        weight_decay: float = 0.0,
+        history_dtype: torch.dtype | None = None,
+        curvature_tol: float = 1e-8,
+        deterministic: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        if max_eval is None and isinstance(max_iter, int):
+            max_eval = max(max_iter * 5 // 4, 1)
+        defaults = {
+            "lr": lr,
+            "max_iter": max_iter,
+            "max_eval": max_eval,
+            "tolerance_grad": tolerance_grad,
+            "tolerance_change": tolerance_change,
+            "history_size": history_size,
+            "line_search_fn": line_search_fn,
+            "maximize": maximize,
+            "weight_decay": weight_decay,
+            "history_dtype": history_dtype,
+            "curvature_tol": curvature_tol,
+            "deterministic": deterministic,
+        }
+        self._check_group(defaults)
+        self._engine: LbfgsEngine | None = None
+        super().__init__(params, defaults, backend)
+
+    @staticmethod
+    def _check_group(group: ParamGroup) -> None:
+        check_number("lr", group["lr"], 0.0)
+        check_lbfgs_group(group)
+        check_line_search("line_search_fn", group["line_search_fn"])
+
+    @property
+    def _entry(self) -> dict[str, Any]:
+        """As in torch, the one state of the optimizer lies with its first parameter."""
+        entry: dict[str, Any] = self.state[self.flat.params[0]]
+        return entry
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        groups = state_dict["param_groups"]
+        first = next(key for group in groups for key in group["params"])
+        for key, entry in state_dict["state"].items():
+            if key == first:
+                check_lbfgs_state(entry, groups[0]["history_size"] + 1, self.flat)
+            elif entry:
+                raise ValueError(
+                    f"state_dict is not of fuse_ext's L-BFGS: it holds {sorted(map(str, entry))} "
+                    f"for parameter {key}"
+                )
+
+    def _adopt_state(self) -> None:
+        self._engine = None
+        first = self.flat.params[0]
+        entry = self.state.get(first)
+        if not entry:
+            return
+        if entry["history"].shape[2] != self.flat.numel:  # a group was added: start afresh
+            del self.state[first]
+            return
+        self._engine = self._make_engine()
+
+    def _make_engine(self) -> LbfgsEngine:
+        group = self.param_groups[0]
+        return LbfgsEngine(
+            self.flat, self._ops, self._entry, group["history_size"], group["history_dtype"]
+        )
+
+    def _options(self) -> LbfgsOptions:
+        lr, lr_scale = spread_lr(self.flat, [float(g["lr"]) for g in self.param_groups])
+        search = check_line_search("line_search_fn", self.param_groups[0]["line_search_fn"])
+        return LbfgsOptions(
+            lr=lr,
+            lr_scale=lr_scale,
+            line_search=search,
+            same_batch_pairs=False,
+            **common_options(self.flat, self.param_groups),
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """Up to ``max_iter`` iterations.
+
+        Args:
+            closure: Zeroes the gradients, computes the loss and its gradients, returns the loss.
+                May be left out for one iteration of a fixed step on the gradients at hand.
+
+        Returns:
+            The closure's loss where the step began, or None.
+
+        Raises:
+            ValueError: A line search or max_iter > 1 without a closure.
+            TypeError, ValueError: The closure returns no scalar; the parameters are then where
+                the last completed iteration left them, as for any error in the closure.
+        """
+        if self._engine is None:
+            self._renew_layout()
+        options = self._options()
+        if closure is None and (options.line_search is not None or options.max_iter > 1):
+            raise ValueError(
+                f"closure=None needs line_search_fn=None and max_iter=1, got "
+                f"line_search_fn={options.line_search!r} and max_iter={options.max_iter}"
+            )
+        if self._engine is None:
+            self._engine = self._make_engine()
+        return self._engine.step(closure, options)

@@ -1,0 +1,485 @@
+"""The L-BFGS iteration (Algorithms 1 and 2) that LBFGS, FusePV and Fuse share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fuse_ext.checks import loss_value
+from fuse_ext.flat import Closure, FlatParams
+from fuse_ext.history import GradStats, History
+from fuse_ext.lbfgs_options import LbfgsOptions, spread_lr
+from fuse_ext.line_search import LineSearch, LineSearchResult, make_line_search
+from fuse_ext.ops import Ops
+from fuse_ext.report import Progress
+from fuse_ext.scalars import Header
+
+__all__ = [
+    "COUNTERS",
+    "MAX_LINE_SEARCH_EVALUATIONS",
+    "LbfgsEngine",
+    "LbfgsOptions",
+    "Point",
+    "spread_lr",
+]
+
+# Trials of one line search at most, as in torch.optim.LBFGS.
+MAX_LINE_SEARCH_EVALUATIONS = 25
+# Roundings of the loss that approximate Wolfe takes for noise: Hager and Zhang's 1e-6 in float32.
+APPROXIMATE_WOLFE_ROUNDINGS = 8
+# Line searches that ended so have done what was asked, though the loss may show no decrease. One
+# that fell back on a step without decrease would do so for ever.
+PASSED = ("wolfe", "approximate_wolfe")
+
+
+class Point(NamedTuple):
+    """The objective where the parameters stand.
+
+    Attributes:
+        loss: What the closure returned (None without one).
+        value: The loss to minimise: sign and weight decay included.
+        grads: The gradients, one tensor a parameter.
+        stats: Their norms.
+    """
+
+    loss: Any
+    value: float
+    grads: list[Tensor]
+    stats: GradStats
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient are finite."""
+        return self.stats.finite and (self.loss is None or math.isfinite(self.value))
+
+
+class Memory(NamedTuple):
+    """Where a deterministic closure was evaluated last, for the next step to begin with.
+
+    Attributes:
+        point: What it gave.
+        params: Version and address of each parameter.
+        grads: Each ``.grad`` with its version.
+        options: Of the step that evaluated it.
+        settled: Nothing can be done from here with these options.
+    """
+
+    point: Point
+    params: list[tuple[int, int]]
+    grads: list[tuple[Tensor | None, int]]
+    options: LbfgsOptions
+    settled: bool
+
+
+class LbfgsEngine:
+    """The L-BFGS iteration on a flat vector of parameters.
+
+    ``entry`` is the optimizer's state entry (on its first parameter, as in torch.optim.LBFGS): it
+    holds the history's tensors and the counters ``n_iter``, ``func_evals`` and so on.
+    """
+
+    def __init__(
+        self,
+        flat: FlatParams,
+        ops: Ops,
+        entry: dict[str, Any],
+        history_size: int,
+        history_dtype: torch.dtype | None,
+    ) -> None:
+        self._flat, self._ops = flat, ops
+        self._entry = entry
+        self.history = History(flat, ops, entry, history_size, history_dtype)
+        for name in COUNTERS:
+            entry.setdefault(name, 0)
+        # Step length t of a pair that awaits its second gradient: s = t p is taken, y not known.
+        entry.setdefault("pair_step", None)
+        self.progress = Progress()
+        self._direction_max = 0.0
+        self._origin: Tensor | None = None
+        self._best_grads: Tensor | None = None
+        self._searches: dict[tuple[str, int], LineSearch] = {}
+        self._memory: Memory | None = None
+
+    @property
+    def workspace_nbytes(self) -> int:
+        """Bytes of scratch vectors held between steps (not part of the state)."""
+        return sum(t.nbytes for t in (self._origin, self._best_grads) if t is not None)
+
+    def origin(self) -> Tensor:
+        """Scratch for the point that a step starts from."""
+        if self._origin is None:
+            self._origin = self._new_vector()
+        return self._origin
+
+    def _new_vector(self) -> Tensor:
+        return torch.zeros(self._flat.numel, dtype=self._flat.dtype, device=self._flat.device)
+
+    # --- one optimizer step -----------------------------------------------------------------
+
+    def step(self, closure: Closure | None, options: LbfgsOptions) -> Any:
+        """At most ``max_iter`` iterations of Algorithm 1.
+
+        If the closure raises, the parameters return to the last iterate completed (with one
+        iteration per step: to where the step began), and calling again goes on from there.
+
+        Returns:
+            The closure's loss where the step began.
+        """
+        self._flat.check_unchanged()
+        evaluations_before = self._entry["func_evals"]
+        point = self.start(closure, options)
+        first_loss = point.loss
+        if self._memory is not None and self._memory.settled:
+            return first_loss
+        if not point.finite:
+            self.count_non_finite()
+            return first_loss
+        if point.stats.abs_max <= options.tolerance_grad or options.lr == 0.0:
+            self.progress.reason = "lr" if options.lr == 0.0 else "gradient"
+            self._remember(point, options)
+            return first_loss
+        here: Point | None = point
+        for iteration in range(options.max_iter):
+            budget = options.max_eval - (self._entry["func_evals"] - evaluations_before)
+            if iteration == 0:  # cut short, it might fail at every step in the same way
+                budget = max(budget, MAX_LINE_SEARCH_EVALUATIONS)
+            elif budget <= 0:
+                self.progress.reason = "max_eval"
+                break
+            self.progress.reason = "max_iter"
+            before = here
+            assert before is not None
+            here = self._iterate(closure, options, before, budget, iteration)
+            if here is None:
+                break
+            moved = self._entry["pair_step"] is not None
+            if moved and self._converged(options, before, here, iteration):
+                break
+        if here is not None:
+            if not options.deterministic:
+                self.absorb_pair(here, options)
+            self._remember(here, options)
+        return first_loss
+
+    def _converged(self, options: LbfgsOptions, before: Point, here: Point, iteration: int) -> bool:
+        """torch.optim.LBFGS's tests after an iteration; notes the reason."""
+        reason = None
+        if here.stats.abs_max <= options.tolerance_grad:
+            reason = "gradient"
+        elif self.progress.step_length * self._direction_max <= options.tolerance_change:
+            reason = "step"
+        elif here.loss is not None and abs(here.value - before.value) < options.tolerance_change:
+            reason = "loss"
+        last = iteration + 1 == options.max_iter
+        if reason is not None and not (last and reason != "gradient"):
+            self.progress.reason = reason
+        return reason is not None
+
+    def _iterate(
+        self,
+        closure: Closure | None,
+        options: LbfgsOptions,
+        point: Point,
+        budget: int,
+        iteration: int,
+    ) -> Point | None:
+        """Direction and step; the new point, or None where its gradient is not known."""
+        self._entry["n_iter"] += 1
+        header = self.find_direction(point, options)
+        if header is None:
+            self.progress.reason = "no_descent"
+            self._remember(point, options, settled=True)
+            return None
+        if -header.direction_dot_grad <= options.tolerance_change:
+            self.progress.reason = "slope"
+            self._remember(point, options, settled=True)
+            return None
+        self._memory = None  # nor does anyone else hold gradients that the closure may drop now
+        point.grads.clear()
+        self._direction_max = header.direction_max
+        step = self.first_trial(header, point, options)
+        if options.line_search is None:
+            return self._fixed_step(closure, options, header, step, iteration)
+        assert closure is not None
+        return self._searched_step(closure, options, point, header, step, budget, iteration)
+
+    def first_trial(self, header: Header, point: Point, options: LbfgsOptions) -> float:
+        """lr, cut to a step of 1-norm at most lr while nothing is known of the curvature."""
+        if header.count > 0 or point.stats.abs_sum == 0.0:
+            return options.lr
+        return min(1.0, 1.0 / point.stats.abs_sum) * options.lr
+
+    # --- evaluations ------------------------------------------------------------------------
+
+    def evaluate(self, closure: Closure, options: LbfgsOptions, along_direction: bool) -> Point:
+        """Calls the closure where the parameters stand."""
+        with torch.enable_grad():
+            loss = closure()
+        self._entry["func_evals"] += 1
+        value = loss_value(loss)
+        return self._point(loss, -value if options.maximize else value, options, along_direction)
+
+    def _point(
+        self, loss: Any, value: float, options: LbfgsOptions, along_direction: bool
+    ) -> Point:
+        grads = self._flat.grads()
+        stats = self.history.stats(
+            options.moving(grads), options.weight_decay, options.maximize, along_direction
+        )
+        if isinstance(loss, Tensor):
+            loss = loss.detach()
+        return Point(loss, value + stats.penalty, grads, stats)
+
+    def start(self, closure: Closure | None, options: LbfgsOptions) -> Point:
+        """The point where the step begins: evaluated, remembered, or gradients at hand."""
+        if closure is not None and options.deterministic and self._memory_holds(options):
+            assert self._memory is not None
+            return self._memory.point
+        self._memory = None
+        if closure is None:
+            return self._point(None, math.nan, options, False)
+        return self.evaluate(closure, options, False)
+
+    def _memory_holds(self, options: LbfgsOptions) -> bool:
+        """Whether evaluating would give what it gave last; drops a pair in waiting if x changed."""
+        memory = self._memory
+        if memory is None:
+            return False
+        moved = memory.params != self._param_versions()
+        if moved or memory.options.objective != options.objective:
+            self.drop_pair()  # x or g changed by more than the step
+            return False
+        if memory.settled and memory.options != options:
+            return False
+        return all(
+            p.grad is grad and _version(grad) == version
+            for p, (grad, version) in zip(self._flat.params, memory.grads, strict=True)
+        )
+
+    def _remember(self, point: Point, options: LbfgsOptions, settled: bool = False) -> None:
+        """A deterministic closure need not be called again where it was called last."""
+        if options.deterministic and point.loss is not None:
+            grads = [(g, _version(g)) for g in (p.grad for p in self._flat.params)]
+            self._memory = Memory(point, self._param_versions(), grads, options, settled)
+
+    def _param_versions(self) -> list[tuple[int, int]]:
+        return [(p._version, p.data_ptr()) for p in self._flat.params]
+
+    # --- curvature --------------------------------------------------------------------------
+
+    def find_direction(self, point: Point, options: LbfgsOptions) -> Header | None:
+        """-H g at the point; -g, with the history forgotten, where that does not descend."""
+        self._update(point, options)
+        while True:
+            header = self.history.direction(
+                options.moving(point.grads),
+                options.weight_decay,
+                options.lr_scale,
+                options.maximize,
+            )
+            if header.direction_dot_grad < 0.0 and math.isfinite(header.direction_sq):
+                return header
+            if header.count == 0:
+                return None
+            self._reset()
+            self._update(point, options)
+
+    def _update(self, point: Point, options: LbfgsOptions) -> None:
+        self.history.update(
+            options.moving(point.grads),
+            options.weight_decay,
+            options.maximize,
+            self._entry["pair_step"],
+            options.curvature_tol,
+        )
+        self.drop_pair()
+
+    def absorb_pair(self, point: Point, options: LbfgsOptions) -> None:
+        """Completes the pair in waiting with the gradient at ``point``, of the same batch."""
+        if self._entry["pair_step"] is not None:
+            self._update(point, options)
+
+    def take_step(self, step: float) -> None:
+        """Notes that the parameters have moved by step * p."""
+        self._entry["pair_step"] = self.progress.step_length = step
+
+    def drop_pair(self) -> None:
+        """Gives up the pair in waiting."""
+        self._entry["pair_step"] = None
+
+    def refuse(self, point: Point) -> None:
+        """Counts a point that is not finite; nothing of it enters the history."""
+        assert not point.finite
+        self.count_non_finite()
+        self.drop_pair()
+
+    def count_non_finite(self) -> None:
+        """Notes that a step was not taken for a NaN or infinite value."""
+        self._entry["non_finite"] += 1
+        self.progress.reason = "non_finite"
+
+    def _reset(self) -> None:
+        self._entry["resets"] += 1
+        self.history.reset()
+
+    # --- steps ------------------------------------------------------------------------------
+
+    def _fixed_step(
+        self,
+        closure: Closure | None,
+        options: LbfgsOptions,
+        header: Header,
+        step: float,
+        iteration: int,
+    ) -> Point | None:
+        origin = self.origin()
+        self.history.move(origin, step, save=True)
+        self.take_step(step)
+        self.progress.line_search = "fixed"
+        last = iteration + 1 == options.max_iter
+        # The evaluation of a deterministic closure is the next step's first one.
+        wanted = not last or options.same_batch_pairs or options.deterministic
+        if closure is None or not wanted:
+            return None
+        try:
+            point = self.evaluate(closure, options, False)
+        except BaseException:
+            self._go_back(origin)
+            raise
+        if point.finite:
+            return point
+        self._go_back(origin)
+        self.count_non_finite()
+        if header.count > 0:
+            self._reset()  # the same direction would only lead there again
+        return None
+
+    def _searched_step(
+        self,
+        closure: Closure,
+        options: LbfgsOptions,
+        point: Point,
+        header: Header,
+        step: float,
+        budget: int,
+        iteration: int,
+    ) -> Point | None:
+        origin = self.origin()
+        result, at, best = self.search(closure, options, point, header, step, budget)
+        if result.reason not in PASSED and not result.loss < point.value:
+            self._go_back(origin)
+            if result.success:
+                self.progress.line_search = "no_progress"
+            if budget < MAX_LINE_SEARCH_EVALUATIONS and result.reason == "max_evaluations":
+                self.progress.reason = "max_eval"
+                return None
+            return self._search_failed(closure, options, point, header, iteration)
+        if not result.is_last:
+            self.history.move(origin, result.step, save=False)
+            at = self._return_to(best)
+        self.take_step(result.step)
+        return at
+
+    def search(
+        self,
+        closure: Closure,
+        options: LbfgsOptions,
+        point: Point,
+        header: Header,
+        step: float,
+        budget: int,
+    ) -> tuple[LineSearchResult, Point, Point]:
+        """Line search along the direction at ``point``, starting with ``step``.
+
+        Leaves the parameters at the last trial and the point of departure in :meth:`origin`.
+
+        Returns:
+            The result, the last trial and the best one.
+        """
+        origin = self.origin()
+        search = self._search(str(options.line_search), budget)
+        trial: float | None = search.start(point.value, header.direction_dot_grad, step)
+        save, at, best = True, point, point
+        try:
+            while trial is not None:
+                self.history.move(origin, trial, save)
+                save = False
+                at = self.evaluate(closure, options, True)
+                self._entry["non_finite"] += not at.finite
+                trial = search.tell(at.value if at.finite else math.inf, at.stats.slope)
+                if search.best_changed:
+                    best = at
+                    self._save_grads(at.grads)
+                if trial is not None:
+                    at.grads.clear()
+        except BaseException:
+            self._go_back(origin)
+            raise
+        self.progress.line_search = search.result.reason
+        return search.result, at, best
+
+    def _search_failed(
+        self,
+        closure: Closure,
+        options: LbfgsOptions,
+        point: Point,
+        header: Header,
+        iteration: int,
+    ) -> Point | None:
+        """Goes on without history, so that the next direction is -g; if it was that, it ends."""
+        self._entry["line_search_failures"] += 1
+        self.progress.reason = "line_search"
+        if header.count == 0:
+            self._remember(point, options, settled=True)
+            return None
+        self._reset()
+        if iteration + 1 == options.max_iter:
+            return None
+        again = self.evaluate(closure, options, False)
+        if again.finite:
+            return again
+        self.count_non_finite()
+        return None
+
+    def _save_grads(self, grads: list[Tensor]) -> None:
+        if self._best_grads is None:
+            self._best_grads = self._new_vector()
+        flat = self._flat
+        self._ops.grad_gather(flat.reals(flat.params), grads, flat.offsets, self._best_grads)
+
+    def _return_to(self, best: Point) -> Point:
+        """Gradients and losses of an earlier trial, where the parameters are again."""
+        assert self._best_grads is not None
+        flat = self._flat
+        grads = flat.grads()
+        self._ops.grad_scatter(flat.reals(flat.params), grads, flat.offsets, self._best_grads)
+        return best._replace(grads=grads)
+
+    def _go_back(self, origin: Tensor) -> None:
+        """Undoes the step under way."""
+        self.history.move(origin, 0.0, save=False)
+        self.drop_pair()
+        self._memory = None
+
+    def _search(self, name: str, budget: int) -> LineSearch:
+        key = (name, min(MAX_LINE_SEARCH_EVALUATIONS, budget))
+        if key not in self._searches:
+            # What rounding hides of a loss, in units of the loss: below it there is no descent to
+            # find, only evaluations to waste.
+            noise = torch.finfo(self._flat.dtype).eps
+            if name == "approximate_wolfe":
+                noise *= APPROXIMATE_WOLFE_ROUNDINGS
+            search = make_line_search(key[0], max_evaluations=key[1], loss_eps=noise)
+            assert search is not None
+            self._searches[key] = search
+        return self._searches[key]
+
+
+COUNTERS = ("n_iter", "func_evals", "resets", "line_search_failures", "non_finite")
+
+
+def _version(grad: Tensor | None) -> int:
+    return -1 if grad is None else grad._version

@@ -1,0 +1,74 @@
+"""What one step of the L-BFGS engine is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuse_ext.flat import FlatParams
+
+
+@dataclass(frozen=True)
+class LbfgsOptions:
+    """What one step needs to know; see :class:`fuse_ext.LBFGS` for the meanings.
+
+    Attributes:
+        lr: First trial step (the step itself without a line search).
+        lr_scale: Share of each parameter in a step; empty for 1. A parameter with share 0 is
+            frozen: its gradient counts as 0.
+        weight_decay: L2 coefficient of each parameter; empty for 0.
+        maximize: Ascend.
+        max_iter, max_eval: Budget of one call of ``step``.
+        tolerance_grad, tolerance_change: When to stop; 0 for never.
+        line_search: Name, or None for a fixed step.
+        curvature_tol: Pairs need s.y > curvature_tol |s| |y|.
+        deterministic: The closure is the same function at every call.
+        same_batch_pairs: Without a line search, evaluate the closure once more after the last
+            step, so that no pair mixes two batches.
+    """
+
+    lr: float = 1.0
+    lr_scale: list[float] = field(default_factory=list)
+    weight_decay: list[float] = field(default_factory=list)
+    maximize: bool = False
+    max_iter: int = 1
+    max_eval: int = 25
+    tolerance_grad: float = 0.0
+    tolerance_change: float = 0.0
+    line_search: str | None = "strong_wolfe"
+    curvature_tol: float = 1e-8
+    deterministic: bool = False
+    same_batch_pairs: bool = True
+
+    def __post_init__(self) -> None:
+        if self.weight_decay and 0.0 in self.lr_scale:  # what is frozen does not decay
+            decay = [
+                d if share else 0.0
+                for d, share in zip(self.weight_decay, self.lr_scale, strict=True)
+            ]
+            object.__setattr__(self, "weight_decay", decay)
+
+    @property
+    def objective(self) -> tuple[Any, ...]:
+        """The options that the objective depends on."""
+        frozen = [share == 0.0 for share in self.lr_scale]
+        return self.maximize, self.weight_decay, frozen if any(frozen) else []
+
+    def moving(self, grads: list[Tensor]) -> list[Tensor]:
+        """The gradients, zero where a parameter is frozen: L-BFGS in the space that moves."""
+        if 0.0 not in self.lr_scale:
+            return grads
+        return [
+            g if share else torch.zeros_like(g)
+            for g, share in zip(grads, self.lr_scale, strict=True)
+        ]
+
+
+def spread_lr(flat: FlatParams, lrs: list[float]) -> tuple[float, list[float]]:
+    """One step length for all groups, and each parameter's share of it."""
+    largest = max(lrs)
+    shares = [lr / largest if largest > 0.0 else 0.0 for lr in lrs]
+    return largest, flat.per_segment(shares, 1.0)

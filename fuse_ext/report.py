@@ -1,0 +1,92 @@
+"""What an optimizer did, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+# FusePV keeps its own counts in this entry of the first parameter's state;
+# at the start they are these.
+LOG = "fuse_pv"
+NEW_LOG = {
+    "adam_steps": 0,
+    "adam_evaluations": 0,
+    "adam_non_finite": 0,
+    "phase_steps": 0,  # Adam steps and epochs since Adam began or was returned to
+    "phase_epochs": 0,
+    "switches": 0,
+    "switch_step": None,
+    "switch_reason": "",
+}
+
+
+def check_log(log: Any) -> None:
+    """Raises ValueError unless a saved entry holds these counts."""
+    if not isinstance(log, dict) or not NEW_LOG.keys() <= log.keys():
+        raise ValueError(f"state_dict does not fit: {LOG!r} must hold {list(NEW_LOG)}")
+
+
+@dataclass
+class Progress:
+    """What the last call of an L-BFGS ``step`` did.
+
+    Attributes:
+        reason: Why it ended: "max_iter", "max_eval", "gradient" (below tolerance_grad),
+            "slope", "step", "loss" (changes below tolerance_change), "non_finite",
+            "line_search" (no step that lowers the loss, rounding aside), "no_descent" or "lr"
+            (which is 0).
+        step_length: Of the last step taken.
+        line_search: Why the last search ended.
+    """
+
+    reason: str = "not started"
+    step_length: float = 0.0
+    line_search: str = "none"
+
+
+@dataclass(frozen=True)
+class Report:
+    """A snapshot by ``opt.report()``; ``print`` it for a table.
+
+    Attributes:
+        phase: "adam" or "lbfgs" ("fuse" for the blend).
+        adam_steps: Adam steps taken.
+        lbfgs_iterations: L-BFGS iterations begun.
+        switch_step: Adam steps before the switch, or None.
+        switch_reason: Why it switched; empty before.
+        evaluations: Calls of the closure.
+        pairs_held: Curvature pairs in the history.
+        pairs_accepted: Pairs accepted so far.
+        pairs_skipped: Pairs refused by the curvature test.
+        history_resets: Times the history was dropped: the direction did not descend, or no
+            acceptable step was found along it.
+        step_length: t of the last L-BFGS step.
+        line_search: Why the last line search ended.
+        line_search_failures: Searches that found no acceptable step.
+        stop_reason: Why the last L-BFGS step ended; see :class:`Progress`.
+        non_finite: Points with a NaN or infinite loss or gradient; none was stepped on or used.
+        state_bytes: Bytes of optimizer state held.
+        workspace_bytes: Bytes of scratch held between steps.
+    """
+
+    phase: str
+    adam_steps: int = 0
+    lbfgs_iterations: int = 0
+    switch_step: int | None = None
+    switch_reason: str = ""
+    evaluations: int = 0
+    pairs_held: int = 0
+    pairs_accepted: int = 0
+    pairs_skipped: int = 0
+    history_resets: int = 0
+    step_length: float = 0.0
+    line_search: str = "none"
+    line_search_failures: int = 0
+    stop_reason: str = "not started"
+    non_finite: int = 0
+    state_bytes: int = 0
+    workspace_bytes: int = 0
+
+    def __str__(self) -> str:
+        width = max(len(f.name) for f in fields(self))
+        return "\n".join(f"{f.name:<{width}}  {getattr(self, f.name)}" for f in fields(self))

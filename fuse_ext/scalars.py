@@ -1,0 +1,82 @@
+"""Named access to the float64 vector of L-BFGS scalars (layout: csrc/two_loop.h)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fuse_ext import _C
+
+HEADER = (
+    "count",
+    "open",
+    "gamma",
+    "direction_dot_grad",
+    "direction_sq",
+    "direction_max",
+    "accepted",
+    "skipped",
+    "pair_cosine",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The scalars that the host decides by.
+
+    Attributes:
+        count: Pairs held.
+        open: Slot being filled.
+        gamma: s.y / y.y of the newest pair.
+        direction_dot_grad: g.p, the slope along the direction.
+        direction_sq: p.p.
+        direction_max: max |p|.
+        accepted: Pairs accepted since the start.
+        skipped: Pairs refused by the curvature test.
+        pair_cosine: s.y / (|s| |y|) of the last pair offered.
+    """
+
+    count: float
+    open: float
+    gamma: float
+    direction_dot_grad: float
+    direction_sq: float
+    direction_max: float
+    accepted: float
+    skipped: float
+    pair_cosine: float
+
+
+@cache
+def layout(slots: int) -> dict[str, int | tuple[int, int]]:
+    """Name -> index of a scalar, or (offset, length) of an array, for ``slots`` slots."""
+    return dict(_C.scalar_layout(slots))
+
+
+def new_scalars(slots: int, device: torch.device) -> Tensor:
+    """Zeroed scalars: an empty ring with slot 0 open."""
+    return torch.zeros(int(_C.scalar_layout(slots)["size"]), dtype=torch.float64, device=device)
+
+
+def index(name: str, slots: int) -> int:
+    """Where the scalar ``name`` lies."""
+    place = layout(slots)[name]
+    assert isinstance(place, int)
+    return place
+
+
+def array(scalars: Tensor, name: str, slots: int) -> Tensor:
+    """A view of the array ``name``; Gram matrices come as [slots, slots]."""
+    place = layout(slots)[name]
+    assert isinstance(place, tuple)
+    offset, length = place
+    view = scalars[offset : offset + length]
+    return view.view(slots, slots) if name.startswith("gram") else view
+
+
+def read_header(scalars: Tensor) -> Header:
+    """Copies the header to the host (one synchronisation on a GPU)."""
+    return Header(*scalars[: len(HEADER)].tolist())

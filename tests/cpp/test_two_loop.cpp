@@ -1,0 +1,213 @@
+// The recursion on scalars against the inverse Hessian as a dense matrix (BFGS from gamma I), at
+// every ring index and count.
+#include "two_loop.h"
+
+#include <deque>
+#include <limits>
+#include <vector>
+
+#include "check.h"
+
+using namespace fuse_ext;
+
+namespace {
+
+constexpr int kDim = 12;
+using Vector = std::vector<double>;
+using Matrix = std::vector<Vector>;
+
+struct Pair {
+  Vector s, y;
+};
+
+double dot(const Vector& a, const Vector& b) {
+  double sum = 0;
+  for (int i = 0; i < kDim; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+Matrix product(const Matrix& a, const Matrix& b) {
+  Matrix out(kDim, Vector(kDim, 0.0));
+  for (int i = 0; i < kDim; ++i) {
+    for (int j = 0; j < kDim; ++j) {
+      for (int k = 0; k < kDim; ++k) out[i][j] += a[i][k] * b[k][j];
+    }
+  }
+  return out;
+}
+
+// -H g, with H <- V' H V + rho s s', V = I - rho y s', over the pairs, oldest first.
+Vector dense_direction(const std::deque<Pair>& pairs, const Vector& g) {
+  Matrix h(kDim, Vector(kDim, 0.0));
+  const double gamma =
+      pairs.empty() ? 1.0
+                    : dot(pairs.back().s, pairs.back().y) / dot(pairs.back().y, pairs.back().y);
+  for (int i = 0; i < kDim; ++i) h[i][i] = gamma;
+  for (const Pair& pair : pairs) {
+    const double rho = 1 / dot(pair.s, pair.y);
+    Matrix v(kDim, Vector(kDim)), v_transposed(kDim, Vector(kDim));
+    for (int i = 0; i < kDim; ++i) {
+      for (int j = 0; j < kDim; ++j) {
+        v[i][j] = v_transposed[j][i] = (i == j) - rho * pair.y[i] * pair.s[j];
+      }
+    }
+    h = product(v_transposed, product(h, v));
+    for (int i = 0; i < kDim; ++i) {
+      for (int j = 0; j < kDim; ++j) h[i][j] += rho * pair.s[i] * pair.s[j];
+    }
+  }
+  Vector p(kDim, 0.0);
+  for (int i = 0; i < kDim; ++i) {
+    for (int j = 0; j < kDim; ++j) p[i] -= h[i][j] * g[j];
+  }
+  return p;
+}
+
+Vector random_vector(check::Random& random) {
+  Vector v(kDim);
+  for (double& x : v) x = random.normal();
+  return v;
+}
+
+// y = A s with A = diagonal + two rank-one terms: positive definite and not diagonal.
+Vector curvature_of(const Vector& s) {
+  Vector y(kDim);
+  double sum = 0, weighted = 0;
+  for (int i = 0; i < kDim; ++i) sum += s[i], weighted += s[i] * (i - 4.0);
+  for (int i = 0; i < kDim; ++i) y[i] = (1.0 + i) * s[i] + 0.5 * sum + 0.1 * weighted * (i - 4.0);
+  return y;
+}
+
+// The vectors that belong to a ring of scalars.
+class Ring {
+ public:
+  Ring(std::int64_t history_size, std::int64_t open)
+      : slots_(history_size + 1),
+        data_(static_cast<std::size_t>(scalar_offset(kScalarArrays, slots_)), 0.0),
+        rows_(static_cast<std::size_t>(slots_), Pair{Vector(kDim, 0.0), Vector(kDim, 0.0)}) {
+    data_[kOpen] = static_cast<double>(open);
+  }
+
+  LbfgsScalars scalars() { return {data_.data(), slots_}; }
+
+  bool offer(const Vector& row, const Vector& y, double step_length) {
+    const LbfgsScalars state = scalars();
+    rows_[state.open()] = {row, y};
+    for (std::int64_t i = 0; i < slots_; ++i) {
+      state.array(kYS)[i] = dot(y, rows_[i].s);
+      state.array(kYY)[i] = dot(y, rows_[i].y);
+    }
+    data_[kYDotY] = dot(y, y);
+    data_[kDirectionSq] = dot(row, row);
+    return commit_pair(state, step_length, 1e-8);
+  }
+
+  Vector direction(const Vector& g) {
+    const LbfgsScalars state = scalars();
+    // Slots outside of the ring must not be read.
+    for (std::int64_t i = 0; i < slots_; ++i) {
+      state.array(kGradS)[i] = state.array(kGradY)[i] = std::nan("");
+    }
+    for (std::int64_t age = 0; age < state.count(); ++age) {
+      const std::int64_t i = state.slot(age);
+      state.array(kGradS)[i] = dot(g, rows_[i].s);
+      state.array(kGradY)[i] = dot(g, rows_[i].y);
+    }
+    two_loop(state);
+    Vector p(kDim);
+    for (int k = 0; k < kDim; ++k) p[k] = *state.array(kCoefG) * g[k];
+    for (std::int64_t age = 0; age < state.count(); ++age) {
+      const std::int64_t i = state.slot(age);
+      for (int k = 0; k < kDim; ++k) {
+        p[k] += state.array(kCoefS)[i] * rows_[i].s[k] + state.array(kCoefY)[i] * rows_[i].y[k];
+      }
+    }
+    return p;
+  }
+
+ private:
+  std::int64_t slots_;
+  Vector data_;
+  std::vector<Pair> rows_;
+};
+
+void check_ring(std::int64_t history_size, std::int64_t open) {
+  check::Random random(100 * history_size + open);
+  Ring ring(history_size, open);
+  std::deque<Pair> kept;
+  for (std::int64_t round = 0; round < 2 * history_size + 3; ++round) {
+    const Vector g = random_vector(random);
+    const Vector p = ring.direction(g), expected = dense_direction(kept, g);
+    for (int k = 0; k < kDim; ++k) CHECK_NEAR(p[k], expected[k], 1e-9);
+    CHECK(dot(p, g) < 0);
+    CHECK_EQUAL(ring.scalars().count(), kept.size());
+    CHECK_EQUAL(ring.scalars().open(), (open + round) % (history_size + 1));
+
+    const double step_length = 0.1 + 2 * random.uniform();
+    const Vector row = random_vector(random);
+    Vector s = row;
+    for (double& x : s) x *= step_length;
+    const Vector y = curvature_of(s);
+    CHECK(ring.offer(row, y, step_length));
+    kept.push_back({s, y});
+    if (static_cast<std::int64_t>(kept.size()) > history_size) kept.pop_front();
+    CHECK_NEAR(ring.scalars()[kGamma], dot(s, y) / dot(y, y), 1e-14);
+  }
+}
+
+void check_refusals() {
+  const double nan = std::nan(""), inf = std::numeric_limits<double>::infinity();
+  check::Random random(7);
+  const Vector s = random_vector(random);
+  Vector opposite = s, zero(kDim, 0.0), huge = s, bad = s;
+  for (double& x : opposite) x = -x;
+  for (double& x : huge) x *= 1e200;
+  bad[3] = nan;
+  struct Offer {
+    Vector y;
+    double step_length;
+  };
+  for (const Offer& offer : {Offer{opposite, 1.0}, Offer{s, -1.0}, Offer{s, 0.0}, Offer{zero, 1.0},
+                             Offer{bad, 1.0}, Offer{huge, 1.0}, Offer{s, nan}, Offer{s, inf}}) {
+    Ring ring(2, 1);
+    CHECK(ring.offer(s, curvature_of(s), 1.0));
+    const Vector g = random_vector(random);
+    const Vector before = ring.direction(g);
+    CHECK(!ring.offer(s, offer.y, offer.step_length));
+    CHECK_EQUAL(ring.scalars().count(), 1);
+    CHECK_EQUAL(ring.scalars().open(), 2);
+    CHECK_EQUAL(ring.scalars()[kAccepted], 1);
+    CHECK_EQUAL(ring.scalars()[kSkipped], 1);
+    const Vector after = ring.direction(g);
+    for (int k = 0; k < kDim; ++k) CHECK_EQUAL(after[k], before[k]);
+  }
+}
+
+// The arrays lie behind the header, one after another, without overlap.
+void check_layout() {
+  for (std::int64_t slots = 2; slots < 20; ++slots) {
+    std::int64_t end = kHeaderSize;
+    for (int i = 0; i < kScalarArrays; ++i) {
+      const auto array = static_cast<ScalarArray>(i);
+      CHECK_EQUAL(scalar_offset(array, slots), end);
+      end += scalar_array_size(array, slots);
+    }
+    CHECK_EQUAL(scalar_offset(kScalarArrays, slots), end);
+    CHECK_EQUAL(end, 16 + 7 * slots + 1 + 2 * slots * slots);
+  }
+}
+
+}  // namespace
+
+int main() {
+  check_layout();
+  check_refusals();
+  for (const std::int64_t history_size : {1, 2, 3, 7, 10}) {
+    for (std::int64_t open = 0; open <= history_size; ++open) {
+      check::context =
+          "history_size " + std::to_string(history_size) + ", first slot " + std::to_string(open);
+      check_ring(history_size, open);
+    }
+  }
+  return check::result();
+}

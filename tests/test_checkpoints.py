@@ -1,0 +1,317 @@
+"""Checkpoints: torch's and ours load into each other; every way of resuming is bit for bit."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from adam_cases import (
+    BACKENDS,
+    TOLERANCE,
+    assert_lockstep,
+    frozen,
+    give_grads,
+    make_params,
+    snapshot,
+    steps,
+    torch_adam,
+    twin,
+)
+
+from fuse_ext import Adam, Fuse
+
+TORCH_KINDS = {
+    "plain": lambda params, **options: torch_adam(params, **options),
+    "foreach": lambda params, **options: torch_adam(params, **{**options, "foreach": True}),
+    "fused": lambda params, **options: torch_adam(
+        params, **{**options, "foreach": None, "fused": True}
+    ),
+    "AdamW": lambda params, **options: torch_adam(params, True, weight_decay=0.1, **options),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("amsgrad", (False, True), ids=("v", "amsgrad"))
+@pytest.mark.parametrize("kind", TORCH_KINDS)
+def test_torch_checkpoints_go_both_ways(kind, amsgrad, dtype):
+    if kind == "fused" and dtype.is_complex:
+        dtype = torch.float64  # torch's fused Adam takes no complex parameters
+    make = TORCH_KINDS[kind]
+    twins = make_params(dtype)
+    theirs = make(twins, lr=0.02, amsgrad=amsgrad)
+    steps(7, theirs)
+    params = twin(twins)
+    ours = Adam(params)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    assert_lockstep(ours, theirs, params, twins, rtol=0, atol=0)
+    steps(10, ours, theirs)
+    assert_lockstep(ours, theirs, params, twins, **TOLERANCE[dtype])
+    again = twin(params)
+    back = make(again)
+    back.load_state_dict(copy.deepcopy(ours.state_dict()))
+    assert_lockstep(back, ours, again, params, rtol=0, atol=0)
+    steps(10, ours, back)
+    assert_lockstep(back, ours, again, params, **TOLERANCE[dtype])
+
+
+def make_adam(params, backend):
+    groups = [{"params": params[:2], "lr": 0.05}, {"params": params[2:], "weight_decay": 0.1}]
+    return Adam(groups, amsgrad=True, backend=backend)
+
+
+def make_fuse(params, backend):
+    groups = [{"params": params[:2], "lr": 0.05}, {"params": params[2:], "lbfgs_lr": 0.5}]
+    return Fuse(groups, theta=0.5, history_size=3, backend=backend)
+
+
+def harmonic_theta(step: int) -> float:
+    return 1 / (1 + step)
+
+
+def make_waiting_fuse(params, backend):
+    """Between its steps a pair waits for its second gradient, in a history of few bits."""
+    return Fuse(
+        params,
+        theta=harmonic_theta,
+        deterministic=True,
+        history_size=3,
+        history_dtype=torch.bfloat16,
+        line_search="strong_wolfe",
+        backend=backend,
+    )
+
+
+def run(optimizer: torch.optim.Optimizer, count: int) -> None:
+    """Steps on a smooth function that couples all parameters, of any dtype."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def closure():
+        optimizer.zero_grad()
+        parts = [
+            (i + 1) * (torch.view_as_real(p) if p.is_complex() else p).float().square().sum()
+            for i, p in enumerate(params)
+        ]
+        loss = torch.stack(parts).sum().add(1.0).log()
+        loss.backward()
+        return loss
+
+    for _ in range(count):
+        optimizer.step(closure)
+
+
+def through_torch_save(make, params, optimizer, backend):
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    copies = twin(params)
+    resumed = make(copies, backend)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    return copies, resumed
+
+
+def through_pickle(make, params, optimizer, backend):
+    return pickle.loads(pickle.dumps((params, optimizer)))
+
+
+def through_deepcopy(make, params, optimizer, backend):
+    return copy.deepcopy((params, optimizer))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("through", (through_torch_save, through_pickle, through_deepcopy))
+@pytest.mark.parametrize("make", (make_adam, make_fuse, make_waiting_fuse))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.complex64), ids=str)
+def test_resuming_is_bit_for_bit(dtype, make, through, backend):
+    params = make_params(dtype)
+    optimizer = make(params, backend)
+    run(optimizer, 6)
+    copies, resumed = through(make, params, optimizer, backend)
+    before = snapshot(resumed)
+    run(optimizer, 5)
+    assert snapshot(resumed) == before  # nothing is shared
+    run(resumed, 5)
+    assert frozen(copies) == frozen(params)
+    assert frozen(resumed.state_dict()) == frozen(optimizer.state_dict())
+
+
+def test_low_precision_moments_stay_float32_through_a_checkpoint():
+    """torch's own load_state_dict would cast them to the parameter's dtype."""
+    params = make_params(torch.bfloat16)
+    optimizer = Adam(params, lr=0.1)
+    steps(3, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    assert optimizer.state[params[0]]["exp_avg"].dtype == torch.float32
+    assert frozen(optimizer.state_dict()) == frozen(saved)
+
+
+def test_low_precision_checkpoints_of_torch_go_both_ways():
+    twins = make_params(torch.bfloat16)
+    theirs = torch_adam(twins, lr=0.1)
+    steps(3, theirs)
+    params = twin(twins)
+    ours = Adam(params)
+    ours.load_state_dict(theirs.state_dict())
+    assert_lockstep(ours, theirs, params, twins, check_dtype=False, rtol=0, atol=0)
+    assert ours.state[params[0]]["exp_avg"].dtype == torch.float32
+    steps(1, ours)
+    back = torch_adam(twins)
+    back.load_state_dict(ours.state_dict())
+    assert back.state[twins[0]]["exp_avg"].dtype == torch.bfloat16
+    steps(1, back)
+
+
+def test_a_loaded_dictionary_is_not_shared():
+    params = make_params()
+    first = Adam(params)
+    steps(2, first)
+    saved = first.state_dict()
+    second = Adam(twin(params))
+    second.load_state_dict(saved)
+    before = frozen(saved)
+    steps(1, second)
+    assert frozen(saved) == before
+    after = snapshot(second)
+    saved["state"][0]["exp_avg"].zero_()
+    saved["state"][0]["step"].zero_()
+    saved["param_groups"][0]["lr"] = 7.0
+    assert snapshot(second) == after
+
+
+def test_a_checkpoint_fits_a_model_in_another_memory_format():
+    """The saved moments have the parameter's shape; how it lies in memory is no part of them."""
+    twins = [torch.randn(4, 3, 2, 2).requires_grad_(), torch.randn(3, 5).requires_grad_()]
+    theirs, first = torch_adam(twins, lr=0.1), Adam(twin(twins), lr=0.1)
+    steps(3, theirs, first)
+    params = [
+        twins[0].detach().to(memory_format=torch.channels_last).requires_grad_(),
+        twins[1].detach().t().contiguous().t().requires_grad_(),
+    ]
+    ours = Adam(params)
+    ours.load_state_dict(first.state_dict())
+    steps(3, theirs, ours)
+    assert_lockstep(ours, theirs, params, twins, check_stride=False, **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("make", (make_adam, make_fuse))
+def test_before_the_first_step(make):
+    params = make_params()
+    optimizer = make(params, "auto")
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["state"] == {}
+    copies, resumed = through_torch_save(make, params, optimizer, "auto")
+    run(resumed, 3)
+    run(optimizer, 3)
+    assert frozen(copies) == frozen(params)
+    # Loading an empty state starts the moments anew, as in torch.
+    optimizer.load_state_dict(saved)
+    assert optimizer.state_dict()["state"] == {}
+    fresh = make(copies, "auto")
+    run(optimizer, 3)
+    run(fresh, 3)
+    assert frozen(copies) == frozen(params)
+
+
+def test_options_missing_in_older_checkpoints_get_the_defaults():
+    twins = make_params()
+    theirs = torch_adam(twins, lr=0.1)
+    steps(4, theirs)
+    old = copy.deepcopy(theirs.state_dict())
+    for name in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"):
+        del old["param_groups"][0][name]
+    old["param_groups"][0].pop("decoupled_weight_decay", None)
+    for entry in old["state"].values():
+        entry["step"] = int(entry["step"])  # a plain number before torch 1.12
+    params = twin(twins)
+    ours = Adam(params, weight_decay=0.3, decoupled_weight_decay=True)
+    ours.load_state_dict(old)
+    assert ours.param_groups[0]["decoupled_weight_decay"]
+    assert ours.param_groups[0]["weight_decay"] == 0.0
+    steps(4, ours, theirs)
+    assert_lockstep(ours, theirs, params, twins, **TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_group_added_on_the_way(backend):
+    params = make_params(torch.float64, [(3,), (2, 2), (4,)])
+    twins = twin(params)
+    ours, theirs = Adam(params[:1], lr=0.1, backend=backend), torch_adam(twins[:1], lr=0.1)
+    steps(3, ours, theirs)
+    for optimizer, tensors in ((ours, params), (theirs, twins)):
+        optimizer.add_param_group({"params": tensors[1:], "lr": 0.01, "amsgrad": True})
+    steps(3, ours, theirs)
+    assert_lockstep(ours, theirs, params, twins, **TOLERANCE[torch.float64])
+
+
+def test_a_refused_group_leaves_everything():
+    params = make_params()
+    optimizer = Adam(params)
+    steps(2, optimizer)
+    before = snapshot(optimizer)
+    for group, error, message in (
+        ({"params": make_params(), "lr": -1.0}, ValueError, r"lr must be at least 0.*-1\.0"),
+        ({"params": [torch.zeros(2, dtype=torch.int64)]}, TypeError, r"params\[6\].*int64"),
+        ({"params": [torch.zeros(2, device="meta")]}, ValueError, r"params\[6\] is on meta"),
+        ({"params": params[:1]}, ValueError, "appear in more than one parameter group"),
+    ):
+        with pytest.raises(error, match=message):
+            optimizer.add_param_group(group)
+        assert snapshot(optimizer) == before
+    steps(1, optimizer)
+
+
+def test_pickle_does_not_store_the_flat_buffers_once_per_parameter():
+    params = make_params(shapes=[(100,)] * 40)
+    optimizer = Adam(params)
+    steps(1, optimizer)
+    theirs = torch_adam(params)
+    steps(1, theirs)
+    assert len(pickle.dumps(optimizer)) < 2 * len(pickle.dumps(theirs))
+
+
+def test_hooks_run_as_in_torch():
+    events = {}
+    for make in (Adam, torch.optim.Adam):
+        log = events.setdefault(make, [])
+        params = make_params(shapes=[(3,)])
+        optimizer = make(params)
+        optimizer.register_step_pre_hook(lambda o, args, kwargs, log=log: log.append("before"))
+        optimizer.register_step_post_hook(lambda o, args, kwargs, log=log: log.append("after"))
+        optimizer.register_state_dict_pre_hook(lambda o, log=log: log.append("saving"))
+        optimizer.register_state_dict_post_hook(
+            lambda o, d, log=log: log.append(("saved", sorted(d)))
+        )
+
+        def rename(o, d, log=log):
+            log.append(("loading", sorted(d)))
+            return {"state": d["moments"], "param_groups": d["param_groups"]}
+
+        optimizer.register_load_state_dict_pre_hook(rename)
+        optimizer.register_load_state_dict_post_hook(
+            lambda o, log=log: log.append(("loaded", o.param_groups[0]["lr"]))
+        )
+        steps(1, optimizer)
+        saved = optimizer.state_dict()
+        saved["moments"] = saved.pop("state")
+        saved["param_groups"][0]["lr"] = 0.5
+        optimizer.load_state_dict(saved)
+        assert "moments" in saved and "state" not in saved
+        assert optimizer.state[params[0]]["step"] == 1
+    assert events[Adam] == events[torch.optim.Adam]
+    assert len(events[Adam]) == 6
+
+
+def test_parameter_names_are_kept():
+    network = torch.nn.Linear(2, 3)
+    optimizer = Adam(network.named_parameters())
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+    give_grads(list(network.parameters()))
+    optimizer.step()
+    saved = optimizer.state_dict()
+    assert saved["param_groups"][0]["param_names"] == ["weight", "bias"]
+    other = torch.optim.Adam(network.named_parameters())
+    other.load_state_dict(saved)
+    unnamed = Adam(network.parameters())
+    unnamed.load_state_dict(saved)
+    assert unnamed.param_groups[0]["param_names"] == ["weight", "bias"]

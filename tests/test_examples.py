@@ -1,0 +1,84 @@
+"""The examples run, print their tables, draw their pictures; a restart changes nothing."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib", reason="the examples need the extra 'demo'")
+pytest.importorskip("tqdm", reason="the examples need the extra 'demo'")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PNG = b"\x89PNG\r\n"
+
+
+def run_script(name: str, *args: str) -> str:
+    """Standard output of the script as a user runs it."""
+    command = [sys.executable, str(EXAMPLES / name), *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows(output: str) -> list[list[str]]:
+    """The cells of the table in the output, header and rule left out."""
+    lines = [line for line in output.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_digits(tmp_path: Path) -> None:
+    output = run_script("digits.py", "--quick", "--out", str(tmp_path))
+    table = rows(output)
+    assert [row[0] for row in table] == [
+        "SGD",
+        "Adam",
+        "Adam, cosine decay",
+        "Adam then SGD",
+        "L-BFGS alone",
+        "FusePV",
+    ]
+    for row in table:
+        loss, passes = float(row[2].split()[0]), float(row[4])
+        assert 0.0 < loss < 1.0, row
+        assert 10 <= passes <= 12, row
+    assert "loss plateau" in output
+    assert (tmp_path / "digits.png").read_bytes().startswith(PNG)
+
+
+def test_functions(tmp_path: Path) -> None:
+    output = run_script("functions.py", "--quick", "--out", str(tmp_path))
+    results = {(row[0], row[1]): float(row[3]) for row in rows(output)}
+    assert len(results) == 8
+    assert results["Rosenbrock", "FusePV"] < 1e-20 < results["Rosenbrock", "Adam"]
+    # Nobody leaves Rastrigin's local minimum.
+    assert results["Rastrigin", "FusePV"] == pytest.approx(8.0, abs=0.1)
+    assert (tmp_path / "functions.png").read_bytes().startswith(PNG)
+
+
+def train_minibatch(monkeypatch: pytest.MonkeyPatch, out: Path, *args: str) -> dict[str, object]:
+    """The checkpoint that the script leaves."""
+    monkeypatch.setattr(sys, "argv", ["minibatch.py", "--out", str(out), *args])
+    runpy.run_path(str(EXAMPLES / "minibatch.py"), run_name="__main__")
+    checkpoint: dict[str, object] = torch.load(out / "minibatch.pt")
+    return checkpoint
+
+
+def test_a_restart_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    # The switch comes after epoch 15: one restart before it, one after.
+    whole = train_minibatch(monkeypatch, tmp_path / "whole", "--epochs", "18")
+    train_minibatch(monkeypatch, tmp_path / "parts", "--epochs", "14")
+    train_minibatch(monkeypatch, tmp_path / "parts", "--epochs", "16", "--resume")
+    parts = train_minibatch(monkeypatch, tmp_path / "parts", "--epochs", "18", "--resume")
+    assert parts["epoch"] == whole["epoch"] == 18
+    for name, weight in whole["model"].items():
+        assert torch.equal(weight, parts["model"][name]), name
+    assert "switch_step           435" in capsys.readouterr().out
