@@ -1,0 +1,203 @@
+"""The benchmarks run, in small, and say what they must. No time is judged."""
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from benchmarks.cost_kmd import Fit
+from benchmarks.harness import Spread, count, interleaved, number, rewrite, table
+from benchmarks.per_iteration import Condition, Target
+from benchmarks.workloads import Iterations, Quadratic, differences, split
+
+ROOT = Path(__file__).parent.parent
+SMALL = {
+    "per_iteration": ["--rounds", "2", "--largest", "1e4"],
+    "cost_kmd": ["--rounds", "2", "--largest", "4e3"],
+    "memory": ["--largest", "1e5"],
+    "time_to_loss": ["--rounds", "2", "--budget", "30"],
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Every module's results, in small; they run side by side."""
+    out = tmp_path_factory.mktemp("results")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(out / "mpl")}
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    running = {
+        name: subprocess.Popen(
+            [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--out", str(out), *options],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name, options in SMALL.items()
+    }
+    found = {}
+    for name, process in running.items():
+        printed, complaints = process.communicate()
+        assert process.returncode == 0, complaints
+        found[name] = json.loads((out / f"{name}.json").read_text())
+        found[name]["printed"] = printed
+        assert printed.strip() in (out / f"{name}.md").read_text()
+        assert (out / f"{name}.png").stat().st_size > 10_000
+    # Results that go elsewhere leave the committed tables alone.
+    assert (ROOT / "benchmarks" / "README.md").read_text() == readme
+    return found
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_results_stand_beside_their_conditions(results, name):
+    machine = results[name]["machine"]
+    for fact in ("cpu", "cores", "threads", "caches", "torch", "build_info", "mode", "rounds"):
+        assert fact in machine
+    assert machine["torch"] in results[name]["printed"]
+    assert machine["mode"] == "quick" and machine["threads"] == 1
+
+
+def test_every_target_has_a_line(results):
+    targets = results["per_iteration"]["targets"]
+    works = " ".join(target["target"] for target in targets)
+    for part in ("fp32 history", "bf16 history", "8-bit history", "two passes", "1e4 in 8"):
+        assert part in works
+    for part in ("2e7 in 1", "1e6 in 300", "strong Wolfe, outside closures", "memory of"):
+        assert part in works
+    assert len(targets) == 11
+    for target in targets:
+        measured = target["verdict"] in ("met", "**missed**")
+        assert measured or target["verdict"].startswith("not measured: ")
+        assert bool(target["measured"]) == measured
+
+
+def test_all_optimizers_did_the_same_work(results):
+    rows = results["per_iteration"]["lbfgs"]
+    assert rows and all(row["unequal"] == "" for row in rows)
+    assert {"torch", "fp32", "bf16"} <= rows[0]["seconds"].keys()
+
+
+def test_costs_are_fitted_on_every_axis(results):
+    axes = {axis["axis"]: axis for axis in results["cost_kmd"]["axes"]}
+    assert axes.keys() == {"K", "m", "d"}
+    for axis in axes.values():
+        assert {"torch", "fp32"} <= axis["fits"].keys()
+        assert all(math.isfinite(fit["slope"]) for fit in axis["fits"].values())
+    assert results["cost_kmd"]["crossings"][0]["break_even_batch"]["torch"]
+
+
+def test_memory_is_measured_beside_the_estimate(results):
+    cases = {case["label"]: case for case in results["memory"]["cases"]}
+    theirs = cases["torch LBFGS, m = 10, fixed step"]
+    assert theirs["state_bytes"] == pytest.approx(88 * 1e5, rel=1e-3)
+    for label, case in cases.items():
+        if label.startswith("torch"):
+            assert case["estimate"] is None
+        else:
+            assert case["estimate"]["state"] == pytest.approx(case["state_bytes"], rel=0.02), label
+
+
+def test_all_methods_get_the_same_budget(results):
+    for methods in results["time_to_loss"]["problems"].values():
+        assert {"by hand (torch)", "FusePV", "Adam (torch)", "L-BFGS (torch)"} <= methods.keys()
+        for runs in methods.values():
+            assert [run["seed"] for run in runs] == [0, 1]
+            assert all(run["evaluations"] <= 30 for run in runs)
+        # FusePV begins as Adam by hand does, from the same start.
+        losses = [methods[name][0]["least_loss"] for name in ("by hand (torch)", "FusePV")]
+        assert all(math.isfinite(loss) for loss in losses)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_help(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert f"python -m benchmarks.{name}" in text and "--quick" in text and "--out" in text
+
+
+def test_spread():
+    spread = Spread.of([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (spread.low, spread.median, spread.high) == (2.0, 3.0, 4.0)
+    # Pairs of one round, not quotients of medians.
+    assert Spread.of([2.0, 8.0, 30.0]).over(Spread.of([1.0, 2.0, 10.0])).values == (2, 4, 3)
+    assert spread.per(10.0).values == (2.0, 10.0, 5.0, 2.5, 10.0 / 3.0)
+
+
+def test_rounds_are_interleaved_and_repeatable():
+    calls = []
+
+    def case(name):
+        return lambda: calls.append(name) or float(len(calls))
+
+    found = interleaved({name: case(name) for name in "abc"}, rounds=4, title="t")
+    assert len(calls) == 15  # and one round of warm-up
+    for i in range(0, 15, 3):
+        assert sorted(calls[i : i + 3]) == ["a", "b", "c"]
+    assert len(set(zip(*[iter(calls)] * 3, strict=True))) > 1  # not always the same neighbours
+    assert all(len(spread.values) == 4 for spread in found.values())
+
+
+def test_targets_can_be_missed():
+    fast, slow = Condition("times", 5.2, 5.0), Condition("times", 4.9, 5.0)
+    small, large = (Condition("bytes", value, 30.0, at_most=True) for value in (28.0, 31.0))
+    assert Target("work", "peer", (fast, small)).verdict == "met"
+    assert Target("work", "peer", (fast, large)).verdict == "**missed**"
+    assert Target("work", "peer", (slow,)).verdict == "**missed**"
+    assert Target("work", "peer", (), "no such thing").verdict == "not measured: no such thing"
+
+
+def test_fit_finds_a_power():
+    fit = Fit.of([1, 10, 100], [3.0, 30.0, 300.0])
+    assert fit.slope == pytest.approx(1) and fit.r2 == pytest.approx(1)
+    assert fit.scale == pytest.approx(3)
+
+
+def test_numbers_and_tables():
+    shown = [number(x) for x in (0.0, 1.0, 12345.6, 0.001234)]
+    assert shown == ["0", "1.00", "12300", "0.00123"]
+    assert [count(x) for x in (8, 1e4, 2e7, 535818)] == ["8", "1e4", "2e7", "5.36e5"]
+    assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n| :-- | --: |\n| 1 | 2 |"
+
+
+def test_readme_is_rewritten_between_its_markers(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("before <!-- x: begin -->\nold\n<!-- x: end --> after")
+    rewrite(readme, "x", "new")
+    assert readme.read_text() == "before <!-- x: begin -->\nnew\n<!-- x: end --> after"
+    with pytest.raises(SystemExit, match="<!-- y: begin -->"):
+        rewrite(readme, "y", "new")
+
+
+def test_quadratic_is_what_its_gradients_say():
+    problem = Quadratic(split(101, 3))
+    loss = problem.closure()
+    first = [p.grad for p in problem.params]
+    expected = sum(0.5 * (p.detach() * p.grad).sum() for p in problem.params)
+    assert float(loss) == pytest.approx(float(expected))
+    problem.closure()
+    assert all(p.grad is not g for p, g in zip(problem.params, first, strict=True))
+    assert problem.seconds > 0 and problem.calls == 2
+
+
+def test_unequal_work_is_said():
+    class Fake(Iterations):
+        def __init__(self, evaluations):
+            self.evaluations = evaluations
+
+        def work(self):
+            return {"evaluations": self.evaluations}
+
+    assert differences({"a": Fake(1.0), "b": Fake(1.02)}) == ""
+    assert "unequal work" in differences({"a": Fake(1.0), "b": Fake(2.0)})
