@@ -45,7 +45,10 @@ COLORS = {
 
 
 def arguments(
-    name: str, description: str, rounds: tuple[int, int] | None = None
+    name: str,
+    description: str,
+    rounds: tuple[int, int] | None = None,
+    threads: int | None = None,
 ) -> argparse.Namespace:
     """The command line that all benchmarks share.
 
@@ -54,6 +57,7 @@ def arguments(
         description: For --help.
         rounds: How often each case is repeated: in full and in quick mode; None where nothing
             is timed.
+        threads: Where nothing else is asked for; None for torch's default.
 
     Returns:
         quick, rounds, threads, largest, out, and readme: the file to rewrite the tables in, or
@@ -64,7 +68,10 @@ def arguments(
     if rounds is not None:
         usual = f"repeats ({rounds[0]}; --quick {rounds[1]})"
         parser.add_argument("--rounds", type=int, help=usual)
-    parser.add_argument("--threads", type=int, help="for torch and for us (torch's default)")
+    usual = "torch's default" if threads is None else str(threads)
+    parser.add_argument(
+        "--threads", type=int, default=threads, help=f"for torch and for us ({usual})"
+    )
     if name == "time_to_loss":
         parser.add_argument("--budget", type=int, help="gradient evaluations a run")
     parser.add_argument(

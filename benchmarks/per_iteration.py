@@ -259,7 +259,7 @@ def _draw_adam(axes: Axes, rows: list[AdamRow]) -> None:
             spreads = [by_size[numel, many].seconds[name] for numel in sizes]
             line = "--" if many else "-"
             _line(axes, sizes, spreads, "" if many else label, color, marker, line, not many)
-    _finish(axes, "Adam step (dashed: in 300 tensors)")
+    _finish(axes, "Adam step (hollow: many tensors)")
 
 
 def _line(

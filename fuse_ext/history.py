@@ -107,10 +107,11 @@ class History:
         padded = (flat.numel + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
         if padded // ROW_ALIGNMENT % 2 == 0:
             padded += ROW_ALIGNMENT
-        # zeros, not empty: a checkpoint must not carry stray memory. The system hands out zeroed
-        # pages lazily, so rows that are never used cost nothing on the CPU.
-        rows = torch.zeros(2, self.slots, padded, dtype=self.dtype, device=flat.device)
+        # Zeroed, since a checkpoint must not carry stray memory, but only after the advice: pages
+        # that were touched before stay small.
+        rows = torch.empty(2, self.slots, padded, dtype=self.dtype, device=flat.device)
         kernels.advise_large_pages(rows)
+        rows.zero_()
         self.rows = rows[:, :, : flat.numel]
         self.scalars = ring.new_scalars(self.slots, kernels.scalars_device(ops, flat.device))
         self.grad_prev = (

