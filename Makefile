@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-CPP_FILES = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
+CPP_FILES = $(shell find csrc tests/cpp tests/cuda_sim benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
 # The extension lies in the source tree (an editable install), so it belongs to one environment at
 # a time: installing into another removes this one's stamp.
@@ -23,7 +23,7 @@ export FUSE_EXT_WERROR := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help build demo bench test lint format cpp-test sanitize clean
+.PHONY: help build demo bench test lint format cpp-test sanitize gpu-check clean
 
 help:
 	@echo 'make build     set up $(VENV) and build the extension into it; quick when nothing changed'
@@ -33,6 +33,7 @@ help:
 	@echo 'make lint      ruff, mypy and clang-format, changing nothing'
 	@echo 'make format    let ruff and clang-format rewrite the sources'
 	@echo 'make cpp-test  the C++ tests alone; make sanitize runs them under ASan and UBSan'
+	@echo 'make gpu-check on a machine with a GPU: CUDA tests, sanitizers, times; writes build/gpu-check.md'
 	@echo 'make clean     remove what was built; the environment stays'
 	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) PYTEST_ARGS=$(PYTEST_ARGS)'
 
@@ -109,6 +110,11 @@ cpp-test: build
 
 sanitize: build
 	$(call ctest,build/cmake-sanitize,-DFUSE_EXT_SANITIZE=ON)
+
+# Everything that needs a GPU; the report is build/gpu-check.md.
+gpu-check: export FUSE_EXT_CUDA := 1
+gpu-check: build
+	$(BIN)/python -m benchmarks.cuda_check
 
 clean:
 	rm -rf build dist fuse_ext.egg-info fuse_ext/_C.*.so

@@ -134,7 +134,10 @@ def make_extension() -> Extension:
     # multiply-adds is left off so that every instruction set gives the same Adam step.
     maths = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
     warnings = ["-Wall", "-Wextra"]
-    nvcc_flags = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden"]
+    nvcc_flags = ["-O3", "-std=c++20", "-Xcompiler=-fvisibility=hidden", "-fmad=false"]
+    # A kernel that spills registers or keeps arrays in local memory is no longer bound by the
+    # memory traffic that its header states.
+    nvcc_flags.append("-Xptxas=-warn-spills,-warn-lmem-usage")
     if os.environ.get("FUSE_EXT_WERROR") == "1":
         warnings.append("-Werror")
         nvcc_flags.append("-Werror=all-warnings")

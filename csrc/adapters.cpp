@@ -130,10 +130,11 @@ at::ScalarType state_dtype_of(const at::Tensor& tensor, const char* name) {
   return dtype;
 }
 
-LbfgsScalars lbfgs_scalars(const at::Tensor& scalars, std::int64_t slots) {
+LbfgsScalars lbfgs_scalars(const at::Tensor& scalars, std::int64_t slots, Reader reader) {
   TORCH_CHECK_VALUE(slots >= 2, "slots=", slots, " must be at least 2");
   check_flat(scalars, "scalars", scalar_offset(kScalarArrays, slots), at::kDouble);
   double* data = scalars.data_ptr<double>();
+  if (reader == Reader::kernels) return {data, slots};
   // Compared as doubles: a NaN from a damaged checkpoint must not become an index.
   const double limit = static_cast<double>(slots);
   TORCH_CHECK_VALUE(
@@ -144,7 +145,7 @@ LbfgsScalars lbfgs_scalars(const at::Tensor& scalars, std::int64_t slots) {
 }
 
 History::History(const at::Tensor& history, const std::optional<at::Tensor>& scales,
-                 const at::Tensor& scalars)
+                 const at::Tensor& scalars, Reader reader)
     : data_(nullptr),
       scales_(nullptr),
       numel_(0),
@@ -152,6 +153,7 @@ History::History(const at::Tensor& history, const std::optional<at::Tensor>& sca
       side_bytes_(0),
       slot_scales_(0),
       side_scales_(0),
+      reader_(reader),
       row_dtype_(DType::i8),
       scalars_{nullptr, 0} {
   if (history.scalar_type() != at::kChar) {
@@ -184,7 +186,7 @@ History::History(const at::Tensor& history, const std::optional<at::Tensor>& sca
     slot_scales_ = blocks;
     side_scales_ = history.size(1) * blocks;
   }
-  scalars_ = lbfgs_scalars(scalars, history.size(1));
+  scalars_ = lbfgs_scalars(scalars, history.size(1), reader);
 }
 
 PreviousGradient::PreviousGradient(const History& ring,
@@ -198,7 +200,7 @@ PreviousGradient::PreviousGradient(const History& ring,
   TORCH_CHECK_TYPE(ring.row_dtype() == DType::f32 || ring.row_dtype() == DType::f64,
                    "grad_prev is missing: only a float32 or float64 history can hold it");
   dtype = ring.row_dtype() == DType::f64 ? at::kDouble : at::kFloat;
-  data = ring.y_row(ring.scalars().open()).data;
+  data = ring.reader() == Reader::host ? ring.y_row(ring.scalars().open()).data : nullptr;
 }
 
 }  // namespace fuse_ext

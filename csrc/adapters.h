@@ -70,8 +70,14 @@ void check_flat(const at::Tensor& tensor, const char* name, std::int64_t numel,
 // The dtype of a state tensor, which must be float32 or float64.
 at::ScalarType state_dtype_of(const at::Tensor& tensor, const char* name);
 
-// The scalars of an L-BFGS ring, checked: whatever they hold, no slot lies outside of the ring.
-LbfgsScalars lbfgs_scalars(const at::Tensor& scalars, std::int64_t slots);
+// Who reads the scalars of an L-BFGS ring: the host, or only kernels on the device where they lie,
+// so that no op waits for it.
+enum class Reader { host, kernels };
+
+// The scalars of an L-BFGS ring. For the host they are checked: whatever they hold, no slot lies
+// outside of the ring. Kernels see to that themselves.
+LbfgsScalars lbfgs_scalars(const at::Tensor& scalars, std::int64_t slots,
+                           Reader reader = Reader::host);
 
 // The ring of curvature pairs: history [2, slots, numel] (S rows, then Y rows) with contiguous
 // rows, and scalars as in two_loop.h. An int8 history has scales, float32 [2, slots, blocks] with
@@ -79,11 +85,16 @@ LbfgsScalars lbfgs_scalars(const at::Tensor& scalars, std::int64_t slots);
 class History {
  public:
   History(const at::Tensor& history, const std::optional<at::Tensor>& scales,
-          const at::Tensor& scalars);
+          const at::Tensor& scalars, Reader reader = Reader::host);
 
   std::int64_t numel() const { return numel_; }
   DType row_dtype() const { return row_dtype_; }
   LbfgsScalars scalars() const { return scalars_; }
+  Reader reader() const { return reader_; }
+  std::int64_t slot_bytes() const { return slot_bytes_; }
+  std::int64_t side_bytes() const { return side_bytes_; }  // from the S rows to the Y rows
+  std::int64_t slot_scales() const { return slot_scales_; }
+  std::int64_t side_scales() const { return side_scales_; }
   Row s_row(std::int64_t slot) const { return row(0, slot); }
   Row y_row(std::int64_t slot) const { return row(1, slot); }
   Row open_row() const { return s_row(scalars_.open()); }
@@ -98,12 +109,14 @@ class History {
   char* data_;
   float* scales_;
   std::int64_t numel_, slot_bytes_, side_bytes_, slot_scales_, side_scales_;
+  Reader reader_;
   DType row_dtype_;
   LbfgsScalars scalars_;
 };
 
 // Where the previous gradient lives: in `grad_prev`, or without one in the open
 // slot's Y row (then history and state have one dtype).
+// `data` is null where only kernels read which slot is open.
 struct PreviousGradient {
   PreviousGradient(const History& ring, const std::optional<at::Tensor>& grad_prev);
 

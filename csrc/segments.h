@@ -15,6 +15,8 @@ struct Segment {
   double lr_scale;      // this segment's share of a step along the direction
   DType param_dtype;
   DType grad_dtype;
+
+  bool operator==(const Segment&) const = default;
 };
 
 // Segments sorted by offset, without overlap. Flat indices that no segment covers belong to

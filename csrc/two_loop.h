@@ -63,76 +63,114 @@ struct LbfgsScalars {
   FUSE_MEMBER std::int64_t open() const { return static_cast<std::int64_t>(data[kOpen]); }
   // Slot of the age-th newest pair (0 = newest).
   FUSE_MEMBER std::int64_t slot(std::int64_t age) const {
-    return (open() + slots - 1 - age) % slots;
+    const std::int64_t slot = open() - 1 - age;
+    return slot < 0 ? slot + slots : slot;
   }
+};
+
+// Who runs the functions below: `size` threads that share the work and wait for each other. This
+// is one thread alone, for CPUs.
+struct Alone {
+  FUSE_MEMBER std::int64_t rank() const { return 0; }
+  FUSE_MEMBER std::int64_t size() const { return 1; }
+  FUSE_MEMBER void sync() const {}
 };
 
 // Closes the open slot into a pair of the ring when s.y > curvature_tol |s| |y| (a test that no
 // rescaling of the loss or of the variables changes); else the slot stays open.
-FUSE_INLINE bool commit_pair(LbfgsScalars state, double step_length, double curvature_tol) {
-  const std::int64_t open = state.open(), slots = state.slots;
+template <class Team = Alone>
+FUSE_INLINE bool commit_pair(LbfgsScalars state, double step_length, double curvature_tol,
+                             const Team& team = {}) {
+  const std::int64_t open = state.open(), count = state.count(), slots = state.slots;
   double *row_scale = state.array(kRowScale), *gram_sy = state.array(kGramSY),
          *gram_yy = state.array(kGramYY);
   const double *y_s = state.array(kYS), *y_y = state.array(kYY);
   const double sy = step_length * y_s[open], yy = state[kYDotY];
   const double norms = sqrt(step_length * step_length * state[kDirectionSq]) * sqrt(yy);
-  state[kPairCosine] = sy / norms;
-  if (!(sy > curvature_tol * norms) || !(yy > 0.0) || !is_finite(norms) || !is_finite(sy)) {
-    state[kSkipped] += 1.0;
-    return false;
+  const bool accepted = sy > curvature_tol * norms && yy > 0.0 && is_finite(norms) && is_finite(sy);
+  if (accepted) {
+    for (std::int64_t age = team.rank(); age < count; age += team.size()) {
+      const std::int64_t i = state.slot(age);
+      gram_sy[i * slots + open] = row_scale[i] * y_s[i];
+      gram_yy[i * slots + open] = gram_yy[open * slots + i] = y_y[i];
+    }
   }
-  row_scale[open] = step_length;
-  for (std::int64_t age = 0; age < state.count(); ++age) {
-    const std::int64_t i = state.slot(age);
-    gram_sy[i * slots + open] = row_scale[i] * y_s[i];
-    gram_yy[i * slots + open] = gram_yy[open * slots + i] = y_y[i];
+  team.sync();  // everyone has read the header that changes now
+  if (team.rank() == 0) {
+    state[kPairCosine] = sy / norms;
+    state[accepted ? kAccepted : kSkipped] += 1.0;
+    if (accepted) {
+      row_scale[open] = step_length;
+      gram_sy[open * slots + open] = sy;
+      gram_yy[open * slots + open] = yy;
+      state[kGamma] = sy / yy;
+      state[kCount] = static_cast<double>(count + 1 < slots ? count + 1 : slots - 1);
+      state[kOpen] = static_cast<double>((open + 1) % slots);
+    }
   }
-  gram_sy[open * slots + open] = sy;
-  gram_yy[open * slots + open] = yy;
-  state[kGamma] = sy / yy;
-  state[kAccepted] += 1.0;
-  state[kCount] = static_cast<double>(state.count() + 1 < slots ? state.count() + 1 : slots - 1);
-  state[kOpen] = static_cast<double>((open + 1) % slots);
-  return true;
+  team.sync();
+  return accepted;
 }
 
 // Algorithm 2 with the second loop running from the oldest pair to the newest (Nocedal and
 // Wright, Algorithm 7.4), on dot products instead of vectors: p = -H g as coefficients of
-// g and of the rows.
-FUSE_INLINE void two_loop(LbfgsScalars state) {
+// g and of the rows. Each step of a loop updates the dot products of all pairs to come, which
+// are independent of each other.
+template <class Team = Alone>
+FUSE_INLINE void two_loop(LbfgsScalars state, const Team& team = {}) {
   const std::int64_t slots = state.slots, count = state.count();
+  const std::int64_t rank = team.rank(), size = team.size();
   const double *row_scale = state.array(kRowScale), *grad_s = state.array(kGradS),
                *grad_y = state.array(kGradY), *gram_sy = state.array(kGramSY),
                *gram_yy = state.array(kGramYY);
   double *coef_s = state.array(kCoefS), *coef_y = state.array(kCoefY);
   const double gamma = count > 0 ? state[kGamma] : 1.0;
-  // First loop; coef_y[i] holds alpha_i.
-  for (std::int64_t age = 0; age < count; ++age) {
+  // First loop, newest pair first; coef_y[i] holds s_i . p until alpha_i follows from it.
+  for (std::int64_t age = rank; age < count; age += size) {
     const std::int64_t i = state.slot(age);
-    double s_dot_p = -row_scale[i] * grad_s[i];
-    for (std::int64_t newer = 0; newer < age; ++newer) {
-      const std::int64_t j = state.slot(newer);
-      s_dot_p -= coef_y[j] * gram_sy[i * slots + j];
-    }
-    coef_y[i] = s_dot_p / gram_sy[i * slots + i];
+    coef_y[i] = -row_scale[i] * grad_s[i];
   }
-  // Second loop; coef_s[i] holds alpha_i - beta_i.
-  for (std::int64_t age = count; age-- > 0;) {
+  for (std::int64_t newer = 0; newer < count; ++newer) {
+    team.sync();
+    const std::int64_t j = state.slot(newer);
+    const double alpha = coef_y[j] / gram_sy[j * slots + j];
+    for (std::int64_t age = newer + 1 + rank; age < count; age += size) {
+      const std::int64_t i = state.slot(age);
+      coef_y[i] -= alpha * gram_sy[i * slots + j];
+    }
+  }
+  team.sync();
+  for (std::int64_t age = rank; age < count; age += size) {
+    const std::int64_t i = state.slot(age);
+    coef_y[i] /= gram_sy[i * slots + i];
+  }
+  team.sync();
+  // Second loop, oldest pair first; coef_s[i] holds y_i . p until alpha_i - beta_i follows.
+  for (std::int64_t age = rank; age < count; age += size) {
     const std::int64_t i = state.slot(age);
     double y_dot_p = -gamma * grad_y[i];
     for (std::int64_t other = 0; other < count; ++other) {
       const std::int64_t j = state.slot(other);
       y_dot_p -= gamma * coef_y[j] * gram_yy[i * slots + j];
-      if (other > age) y_dot_p += coef_s[j] * gram_sy[j * slots + i];
     }
-    coef_s[i] = coef_y[i] - y_dot_p / gram_sy[i * slots + i];
+    coef_s[i] = y_dot_p;
   }
-  for (std::int64_t age = 0; age < count; ++age) {
+  for (std::int64_t older = count - 1; older > 0; --older) {
+    team.sync();
+    const std::int64_t j = state.slot(older);
+    const double change = coef_y[j] - coef_s[j] / gram_sy[j * slots + j];
+    for (std::int64_t age = rank; age < older; age += size) {
+      const std::int64_t i = state.slot(age);
+      coef_s[i] += change * gram_sy[j * slots + i];
+    }
+  }
+  team.sync();
+  for (std::int64_t age = rank; age < count; age += size) {
     const std::int64_t i = state.slot(age);
+    coef_s[i] = row_scale[i] * (coef_y[i] - coef_s[i] / gram_sy[i * slots + i]);
     coef_y[i] *= -gamma;
-    coef_s[i] *= row_scale[i];
   }
-  *state.array(kCoefG) = -gamma;
+  if (rank == 0) *state.array(kCoefG) = -gamma;
 }
 
 }  // namespace fuse_ext

@@ -12,6 +12,7 @@
 #include "../adam.h"
 #include "../row.h"
 #include "../segments.h"
+#include "../stats.h"
 
 namespace fuse_ext {
 
@@ -20,16 +21,6 @@ constexpr std::int64_t kRun = 1024;
 // Elements per block: a block of the gradient, of y and of the output stays in
 // L1/L2 while the history's rows stream past. Chunks are multiples of it.
 constexpr std::int64_t kBlock = 4096;
-
-// Places in grad_stats' output.
-enum GradStat : int {
-  kGradDotDirection,
-  kGradSq,
-  kGradAbsSum,
-  kPenalty,     // sum of weight_decay/2 x^2: what weight decay adds to the loss
-  kGradAbsMax,  // a maximum; the others are sums
-  kGradStats,
-};
 
 // Places in combine's output.
 enum DirectionStat : int { kDotGrad, kSq, kMax, kDirectionStats };

@@ -1,0 +1,200 @@
+"""Everything that needs a GPU, in one go, with one report to send back: `make gpu-check`.
+
+    python -m benchmarks.cuda_check [--output build/gpu-check.md] [--quick]
+
+Runs the tests marked cuda, the same under NVIDIA's compute-sanitizer where it is found, and times
+our steps against torch.optim's and against the copy bandwidth, with CUDA events. The report begins
+with what the machine is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fuse_ext
+from benchmarks import cuda_model
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda"]
+SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+# Small cases; the sanitizers slow kernels down by two orders of magnitude.
+SANITIZED_TESTS = "awkward_tensors or waits_for"
+DEVICE = torch.device("cuda")
+# Parameters, and the tensors they are spread over.
+CASES = ((10_000_000, 1), (10_000_000, 300), (100_000_000, 1), (10_000, 8))
+COPIED = 1 << 28  # float32 elements
+
+
+def milliseconds(run: Callable[[], object], repeats: int) -> float:
+    """Median time of a call on the device, by events, after warm-up."""
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def copy_bandwidth(repeats: int) -> float:
+    """Bytes a second that a plain copy reads and writes."""
+    source = torch.empty(COPIED, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (1e-3 * milliseconds(lambda: target.copy_(source), repeats))
+
+
+def parameters(numel: int, tensors: int) -> list[Tensor]:
+    made = [torch.randn(numel // tensors, device=DEVICE) for _ in range(tensors)]
+    for x in made:
+        x.requires_grad_()
+        x.grad = torch.randn_like(x)
+    return made
+
+
+def adam_times(numel: int, tensors: int, repeats: int) -> dict[str, float]:
+    ours = fuse_ext.Adam(parameters(numel, tensors), lr=1e-3)
+    theirs = torch.optim.Adam(parameters(numel, tensors), lr=1e-3, fused=True)
+    return {"ours": milliseconds(ours.step, repeats), "torch": milliseconds(theirs.step, repeats)}
+
+
+def lbfgs_times(numel: int, tensors: int, pairs: int, repeats: int) -> dict[str, float]:
+    """One fixed-step iteration with a full history; the closure costs nothing."""
+
+    def one(make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> float:
+        params = parameters(numel, tensors)
+        optimizer = make(params)
+        curvatures = [torch.linspace(1, 2, p.numel(), device=DEVICE) for p in params]
+        loss = torch.zeros((), device=DEVICE)
+
+        def closure() -> Tensor:
+            for p, h in zip(params, curvatures, strict=True):
+                assert p.grad is not None
+                torch.mul(h, p.detach(), out=p.grad)
+            return loss
+
+        for _ in range(pairs + 2):
+            optimizer.step(closure)
+        return milliseconds(lambda: optimizer.step(closure), repeats)
+
+    def ours(dtype: torch.dtype | None) -> float:
+        return one(
+            lambda params: fuse_ext.LBFGS(
+                params,
+                lr=0.5,
+                history_size=pairs,
+                max_iter=1,
+                tolerance_change=0,
+                tolerance_grad=0,
+                history_dtype=dtype,
+            )
+        )
+
+    def torchs(params: list[Tensor]) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(
+            params, lr=0.5, history_size=pairs, max_iter=1, tolerance_change=0, tolerance_grad=0
+        )
+
+    return {
+        "ours": ours(None),
+        "ours, bf16 history": ours(torch.bfloat16),
+        "ours, int8 history": ours(torch.int8),
+        "torch": one(torchs),
+    }
+
+
+def benchmark(quick: bool) -> str:
+    repeats = 5 if quick else 30
+    bandwidth = copy_bandwidth(repeats)
+    lines = [f"Copy bandwidth: {bandwidth / 1e12:.2f} TB/s", ""]
+    lines += ["| d | tensors | step | ms | of the copy bandwidth |", "|---|---|---|---|---|"]
+    for numel, tensors in CASES:
+        moved = {
+            "Adam": cuda_model.adam().bytes,
+            "L-BFGS": cuda_model.lbfgs(10).bytes,
+            "L-BFGS, bf16 history": cuda_model.lbfgs(10, "bfloat16").bytes,
+            "L-BFGS, int8 history": cuda_model.lbfgs(10, "int8").bytes,
+        }
+        times = {
+            **{("Adam", who): t for who, t in adam_times(numel, tensors, repeats).items()},
+            **{("L-BFGS", who): t for who, t in lbfgs_times(numel, tensors, 10, repeats).items()},
+        }
+        for (step, who), ms in times.items():
+            share = moved.get(who.replace("ours", step), 0) * numel / (1e-3 * ms) / bandwidth
+            cell = f"{share:.0%}" if share else ""
+            lines.append(f"| {numel:,} | {tensors} | {step}, {who} | {ms:.3f} | {cell} |")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    facts = {
+        "GPU": f"{torch.cuda.get_device_name()}, compute capability {capability}",
+        "torch": f"{torch.__version__}, CUDA {torch.version.cuda}",
+        "fuse_ext": fuse_ext.build_info(),
+        "host": f"{platform.platform()}, Python {platform.python_version()}",
+    }
+    smi = shutil.which("nvidia-smi")
+    if smi:
+        query = "--query-gpu=name,driver_version,clocks.sm,clocks.mem,power.limit,ecc.mode.current"
+        done = subprocess.run([smi, query, "--format=csv"], capture_output=True, text=True)
+        facts["nvidia-smi"] = done.stdout.strip().replace("\n", "; ")
+    return "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
+
+
+def run(command: list[str]) -> tuple[bool, str]:
+    """Whether the command succeeded, and the end of what it said."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.returncode == 0, (done.stdout + done.stderr).strip()[-3000:]
+
+
+def sanitizer_sections() -> dict[str, tuple[bool, str]]:
+    found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(found).is_file():
+        return {"compute-sanitizer": (True, "not found on this machine: not run")}
+    tests = [*PYTEST, "-k", SANITIZED_TESTS]
+    return {
+        f"compute-sanitizer {name}": run(
+            [found, "--tool", name, "--error-exitcode", "9", "--target-processes", "all", *tests]
+        )
+        for name in SANITIZER_TOOLS
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu-check.md")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    options = parser.parse_args()
+    if not torch.cuda.is_available() or not fuse_ext.build_info()["cuda"]:
+        print("needs a GPU and an extension with CUDA kernels", file=sys.stderr)
+        return 2
+    sections = {"Tests marked cuda": run(PYTEST), **sanitizer_sections()}
+    text = [f"# fuse_ext on a GPU\n\n{machine()}"]
+    text += [
+        f"## {name}: {'passed' if good else 'FAILED'}\n\n```\n{output}\n```"
+        for name, (good, output) in sections.items()
+    ]
+    text.append(f"## Times\n\n{benchmark(options.quick)}")
+    text.append(f"## What the model predicted\n\n{cuda_model.table(100_000_000, 10)}")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text("\n\n".join(text) + "\n")
+    print(f"Report: {options.output}")
+    return 0 if all(good for good, _ in sections.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+// The CUDA launchers as plain C++: raw device pointers, sizes, the stream as void*.
+//
+// Neither torch's headers nor CUDA's are needed to include this, so that the kernels compile
+// without the former and their callers without the latter. Every launcher puts exactly one kernel
+// on the stream and returns at once; the caller checks for launch errors.
+#pragma once
+
+#include "../adam.h"
+#include "../row.h"
+#include "../segments.h"
+#include "../stats.h"
+#include "../two_loop.h"
+
+namespace fuse_ext::cuda {
+
+// Where blocks leave their partial sums for the last one of them to add up. A launch on one stream
+// may use it again as soon as the one before has ended: the counter is zero then.
+struct Workspace {
+  double* partials;   // workspace_size() doubles
+  unsigned* counter;  // zero
+};
+
+// Doubles that a kernel with `width` sums needs, whatever the length of the vectors.
+std::int64_t workspace_size(std::int64_t width);
+
+// Sums of lbfgs_update; the passes below have one, three or kGradStats.
+inline std::int64_t update_width(std::int64_t slots) { return 4 * slots; }
+
+// Most slots for which the sums of one warp fit into its block's shared memory.
+std::int64_t most_slots();
+
+// A table in device memory, and the part of the flat vector that it covers.
+struct Segments {
+  SegmentTable table;
+  std::int64_t begin, end;
+};
+
+// The ring of curvature pairs in device memory. Only the kernels read its scalars.
+struct Ring {
+  char* data;     // S rows, then Y rows
+  float* scales;  // of 8-bit rows, one per kScaleBlock elements; else null
+  std::int64_t side_bytes, slot_bytes, side_scales, slot_scales, numel;
+  DType row_dtype;
+  LbfgsScalars scalars;
+};
+
+// A number in device memory.
+struct Number {
+  const void* data;  // null: not given
+  DType dtype;
+};
+
+struct AdamState {
+  DType dtype;
+  void *exp_avg, *exp_avg_sq, *max_exp_avg_sq;  // max_exp_avg_sq may be null: no amsgrad
+  double* sum_sq;                               // sum of squared gradients
+  Number grad_scale, found_inf;                 // GradScaler's
+};
+
+// Eq. 2. Does nothing at all where found_inf is not zero.
+void launch_adam(const Segments& segments, const AdamState& state, const AdamOptions& options,
+                 Workspace workspace, void* stream);
+
+// kGradStats doubles; without a direction `ring` is null.
+void launch_grad_stats(const Segments& segments, DType dtype, bool maximize, const Ring* ring,
+                       double* stats, Workspace workspace, void* stream);
+
+// Pass 1 of L-BFGS. grad_prev may be null: the open slot's Y row.
+void launch_lbfgs_update(const Segments& segments, DType dtype, bool maximize, const Ring& ring,
+                         const void* grad_prev, bool form_pair, Workspace workspace, void* stream);
+
+void launch_lbfgs_two_loop(LbfgsScalars scalars, bool commit, double step_length,
+                           double curvature_tol, void* stream);
+
+// Pass 2 of L-BFGS. `scaled`: whether any segment's lr_scale differs from 1.
+void launch_lbfgs_direction(const Segments& segments, DType dtype, bool maximize, bool scaled,
+                            const Ring& ring, void* grad_prev, Workspace workspace, void* stream);
+
+void launch_lbfgs_move(const Segments& segments, DType dtype, void* origin, const Ring& ring,
+                       double step, bool save, void* stream);
+
+void launch_fuse_blend(const Segments& segments, DType dtype, const void* origin, const Ring& ring,
+                       double theta, double step, Workspace workspace, void* stream);
+
+void launch_grad_gather(const Segments& segments, DType dtype, void* flat, void* stream);
+void launch_grad_scatter(const Segments& segments, DType dtype, const void* flat, void* stream);
+
+}  // namespace fuse_ext::cuda

@@ -1,0 +1,66 @@
+// CUDA's vocabulary for a C++ compiler: what csrc/cuda/*.cu need of it, on top of scheduler.h.
+// csrc/cuda/launch.cuh includes this where nvcc's headers are not to be had.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "scheduler.h"
+
+#define __host__
+#define __device__
+#define __global__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+#define FUSE_LAUNCH(kernel, blocks, shared_bytes, stream, ...) \
+  (static_cast<void>(stream),                                  \
+   cuda_sim::launch(blocks, kThreads, shared_bytes, [=] { kernel(__VA_ARGS__); }))
+#define FUSE_SHARED(type, name) type* const name = static_cast<type*>(cuda_sim::shared_memory())
+#define FUSE_ASSUME_GLOBAL(pointer) static_cast<void>(pointer)
+#define FUSE_STORE_GLOBAL(pointer, value) static_cast<void>(*(pointer) = value)
+
+inline const auto& threadIdx = cuda_sim::thread_index;
+inline const auto& blockIdx = cuda_sim::block_index;
+inline const auto& blockDim = cuda_sim::block_size;
+inline const auto& gridDim = cuda_sim::grid_size;
+
+struct alignas(8) uint2 {
+  std::uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  std::uint32_t x, y, z, w;
+};
+inline uint2 make_uint2(std::uint32_t x, std::uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(std::uint32_t x, std::uint32_t y, std::uint32_t z, std::uint32_t w) {
+  return {x, y, z, w};
+}
+
+inline void __syncthreads(cuda_sim::Where where = cuda_sim::Where::current()) {
+  cuda_sim::sync_threads(where);
+}
+inline void __syncwarp(unsigned mask = 0xffffffffu,
+                       cuda_sim::Where where = cuda_sim::Where::current()) {
+  cuda_sim::exchange(mask, 0, cuda_sim::lane(), true, where);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int distance,
+                  cuda_sim::Where where = cuda_sim::Where::current()) {
+  static_assert(sizeof(T) <= sizeof(std::uint64_t));
+  std::uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  bits = cuda_sim::exchange(mask, bits, cuda_sim::lane() ^ distance, false, where);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline void __threadfence() { cuda_sim::fence(); }
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  return cuda_sim::atomic_add(address, value);
+}
+inline unsigned atomicExch(unsigned* address, unsigned value) {
+  return cuda_sim::atomic_exchange(address, value);
+}

@@ -1,0 +1,95 @@
+"""The compiled CUDA kernels: all there, registered, and made of the instructions they should be."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import cuda_static
+import pytest
+import torch
+
+from fuse_ext import _C, ops
+
+CUDA_BUILD = bool(_C.build_info()["cuda"])
+needs_cuda_build = pytest.mark.skipif(
+    not CUDA_BUILD,
+    reason="this extension has no CUDA kernels; build it with FUSE_EXT_CUDA=1 and a CUDA torch",
+)
+needs_cuobjdump = pytest.mark.skipif(
+    bool(cuda_static.why_not()), reason=cuda_static.why_not() or "can be checked"
+)
+
+
+@cache
+def kernels(architecture: str) -> dict[str, cuda_static.Kernel]:
+    return cuda_static.kernels(architecture)
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("name", ops.NAMES)
+def test_every_op_has_a_cuda_kernel(name: str) -> None:
+    lines = torch._C._dispatch_dump(f"fuse_ext::{name}").splitlines()
+    registered = {line.partition(":")[0] for line in lines if "registered at" in line}
+    assert {"CPU", "CUDA", "SparseCUDA", "SparseCsrCUDA"} <= registered
+
+
+@needs_cuda_build
+def test_has_kernels_says_so() -> None:
+    assert ops.has_kernels("cuda")
+
+
+@needs_cuobjdump
+def test_every_architecture_asked_for_is_in_the_extension() -> None:
+    asked = re.findall(r"(\d+)\.(\d+[af]?)", _C.build_info()["cuda_archs"])
+    assert {f"sm_{major}{minor}" for major, minor in asked} <= set(cuda_static.architectures())
+
+
+@needs_cuobjdump
+def test_no_kernel_spills_or_keeps_arrays_in_memory() -> None:
+    for architecture in cuda_static.architectures():
+        for kernel in kernels(architecture).values():
+            where = f"{kernel.name} on {architecture}"
+            assert kernel.registers > 0, where
+            assert (kernel.stack, kernel.local, kernel.local_accesses) == (0, 0, 0), where
+
+
+@needs_cuobjdump
+def test_streaming_kernels_know_that_memory_is_global() -> None:
+    for architecture in cuda_static.architectures():
+        for kernel in kernels(architecture).values():
+            assert kernel.generic == 0, f"{kernel.name} on {architecture}: {kernel.instructions}"
+
+
+# 128-bit accesses that the main loop of a kernel on float32 (or narrower rows) must have.
+WIDE = {
+    "adam<float, no>": (4, 3),  # grad, param, two moments; all but grad
+    "adam<float, yes>": (5, 4),
+    # Per 16 elements: 4 loads each of grad, previous gradient, p, S and Y; y.
+    "update<float, f32>": (20, 4),
+    "update<float, bf16>": (14, 2),
+    "direction<float, f32>": (12, 8),  # grad, S and Y; p and previous gradient
+    "direction<float, bf16>": (8, 6),
+    "stats<float>": (2, 0),
+    "move<float>": (3, 2),
+    "blend<float>": (3, 2),
+    "copy<float, yes>": (1, 1),
+    "copy<float, no>": (1, 1),
+}
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("name", WIDE)
+def test_whole_packs_move_as_128_bits(name: str) -> None:
+    loads, stores = WIDE[name]
+    for architecture in cuda_static.architectures():
+        kernel = kernels(architecture)[name]
+        assert kernel.wide_loads >= loads, f"{architecture}: {kernel.instructions}"
+        assert kernel.wide_stores >= stores, f"{architecture}: {kernel.instructions}"
+
+
+@needs_cuobjdump
+def test_8_bit_rows_move_as_64_bits() -> None:
+    for architecture in cuda_static.architectures():
+        for name in ("update<float, i8>", "direction<float, i8>"):
+            assert kernels(architecture)[name].count(r"LDG\.E\.64(\..*)?") >= 4, architecture

@@ -1,0 +1,416 @@
+"""The CUDA kernels, their launchers and their torch glue, executed on the CPU.
+
+The very sources of csrc/cuda run in the host execution model of tests/cuda_sim, in three schedules,
+under the checks that the CPU kernels pass too. test_cuda_sanitizers.py runs this file again under
+AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import test_int8_history as int8
+import test_ops_adam as adam
+import test_ops_errors as errors
+import test_ops_layouts as layouts
+import test_ops_lbfgs as lbfgs
+import torch
+from cuda_sim import library
+from ops_cases import (
+    BACKENDS,
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    NATIVE,
+    Ring,
+    adam_arguments,
+    clone_arguments,
+    direction_arguments,
+    every_op,
+    make_ring,
+    make_tensors,
+    point_arguments,
+    same_bits,
+    split,
+    tensors_of,
+    update_arguments,
+)
+from torch import Tensor
+
+from fuse_ext import ops
+from fuse_ext import scalars as ring
+
+pytestmark = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
+
+VARIANT = os.environ.get("FUSE_EXT_CUDA_SIM", "plain")
+PLAIN, TSAN = VARIANT == "plain", VARIANT == "tsan"
+# Around where the kernels change gear: packs of 4; tiles of 128 and 512 elements a warp; one warp,
+# one block, the whole grid of the simulated size at work, and more than one round of it.
+SIZES = (0, 1, 3, 4, 5, 127, 128, 129, 256, 257, 511, 512, 513, 1023, 1025, 1281, 5120, 5121, 11003)
+if not PLAIN:
+    SIZES = (1281,) if TSAN else (0, 3, 130, 1281, 5123)
+# One tensor whose packs are aligned, and several whose packs are not.
+PIECES = (3,) if TSAN else (1, 3)
+# ThreadSanitizer finds a race whatever the order was, but takes a second for a few launches.
+ORDERS = ("shuffled",) if TSAN else library.ORDERS
+plain_only = pytest.mark.skipif(not PLAIN, reason="nothing here for a sanitizer to see")
+not_tsan = pytest.mark.skipif(TSAN, reason="the same memory accesses as in other tests")
+
+
+@pytest.fixture(scope="module")
+def simulated() -> library.SimulatedOps:
+    return library.SimulatedOps(VARIANT)
+
+
+@pytest.fixture
+def cuda(simulated: library.SimulatedOps, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The simulated kernels, as backend "cuda" of the checks in other files."""
+    monkeypatch.setitem(BACKENDS, "cuda", simulated)
+    simulated.schedule("shuffled", seed=1)
+    return simulated
+
+
+@pytest.fixture(params=ORDERS)
+def in_every_order(cuda: library.SimulatedOps, request: pytest.FixtureRequest) -> None:
+    cuda.schedule(request.param, seed=2)
+
+
+def results(name: str, op: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """All tensors after the op, which gets its own copies."""
+    mine = clone_arguments(arguments)
+    getattr(op, name)(**mine)
+    return tensors_of(mine)
+
+
+# --- Adam -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("in_every_order")
+@pytest.mark.parametrize("numel", SIZES)
+def test_adam_at_every_size(numel: int) -> None:
+    for pieces in PIECES:
+        tensors = make_tensors(split(numel, pieces))
+        adam.check_adam_step("cuda", tensors, adam_arguments(tensors))
+
+
+@not_tsan
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize(("param", "grad", "state"), adam.MIXED)
+def test_adam_of_every_combination_of_dtypes(
+    param: torch.dtype, grad: torch.dtype, state: torch.dtype
+) -> None:
+    tensors = make_tensors([150, 1, 0, 30, 64], (param,), (grad,))
+    adam.check_adam_step("cuda", tensors, adam_arguments(tensors, state, amsgrad=True))
+
+
+@not_tsan
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("state", [F32, F64])
+@pytest.mark.parametrize("options", adam.OPTIONS.values(), ids=adam.OPTIONS)
+def test_adam_with_every_option(state: torch.dtype, options: dict[str, Any]) -> None:
+    adam.test_every_option("cuda", state, options)
+
+
+@not_tsan
+@pytest.mark.usefixtures("in_every_order")
+@pytest.mark.parametrize("pieces", [1, 7, 200])
+def test_adam_on_segments_of_all_dtypes_with_gaps(pieces: int) -> None:
+    tensors = make_tensors(
+        split(3000, pieces), (F32, BF16, F16), (F32, F32, BF16), gaps=(0, 3, 0, 130)
+    )
+    adam.check_adam_step("cuda", tensors, adam_arguments(tensors, amsgrad=True, weight_decay=0.1))
+
+
+@not_tsan
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adam_has_the_bits_of_the_cpu(cuda: Any, dtype: torch.dtype, amsgrad: bool) -> None:
+    tensors = make_tensors([1000, 37, 640], (dtype,), gaps=(1, 0, 2))
+    state = F64 if dtype == F64 else F32
+    arguments = adam_arguments(
+        tensors, state, amsgrad=amsgrad, weight_decay=0.1, grad_scale=torch.tensor(8.0)
+    )
+    ours, cpus = results("adam_step", cuda, arguments), results("adam_step", NATIVE, arguments)
+    for name, value in ours.items():
+        if name != "stats":
+            assert same_bits(value, cpus[name]), name
+
+
+@not_tsan
+@not_tsan
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", [0, 1023, 2000])
+def test_non_finite_gradients_show_in_the_sum(value: float, where: int) -> None:
+    adam.test_non_finite_gradients_show_in_the_sum("cuda", value, where)
+
+
+@not_tsan
+def test_nothing_changes_where_inf_was_found(cuda: Any) -> None:
+    arguments = adam_arguments(make_tensors([300]), amsgrad=True, found_inf=torch.tensor(1.0))
+    after = results("adam_step", cuda, arguments)
+    for name, value in tensors_of(arguments).items():
+        assert same_bits(value, after[name]), name
+
+
+def test_addresses_that_no_vector_may_have(cuda: Any) -> None:
+    """State, rows and tensors one element off."""
+    for shift in (1, 2, 3):
+        tensors = make_tensors([700, 61])
+        arguments = adam_arguments(tensors)
+        for name in ("exp_avg", "exp_avg_sq"):
+            whole = torch.cat([torch.zeros(shift), arguments[name]])
+            arguments[name] = whole[shift:]
+        for i, param in enumerate(tensors.params):
+            tensors.params[i] = torch.cat([torch.zeros(shift), param])[shift:]
+        adam.check_adam_step("cuda", tensors, arguments)
+        case = lbfgs.make_case([700, 61], exact=True)
+        memory = torch.full((case.ring.history.numel() + 8 * 7 + shift,), math.nan)
+        moved = memory[shift:].as_strided(case.ring.history.shape, case.ring.history.stride())
+        case.ring.history = moved.copy_(case.ring.history)
+        case.check_all("cuda")
+
+
+# --- L-BFGS ---------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("in_every_order")
+@pytest.mark.parametrize("exact", [True, False], ids=["integers", "normal"])
+@pytest.mark.parametrize("numel", SIZES)
+def test_passes_at_every_size(numel: int, exact: bool) -> None:
+    for pieces in PIECES:
+        lbfgs.make_case(split(numel, pieces), exact=exact).check_all("cuda")
+
+
+@not_tsan
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("numel", [130, 1281, 5121] if PLAIN else [1281])
+@lbfgs.each_row_and_state
+def test_passes_with_every_history(numel: int, row: torch.dtype, state: torch.dtype) -> None:
+    # Rows that start at multiples of 16 bytes move as vectors, others do not.
+    for padded in (numel, (numel + 7) // 8 * 8 + 1):
+        lbfgs.make_case([padded], row, state, exact=padded == numel).check_all("cuda")
+
+
+@not_tsan
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("history_size", [1, 2, 3, 7] if PLAIN else [2])
+def test_every_ring_position_and_count(history_size: int) -> None:
+    lbfgs.test_every_ring_position_and_count("cuda", history_size)
+
+
+@not_tsan
+@pytest.mark.usefixtures("in_every_order")
+@pytest.mark.parametrize("exact", [True, False], ids=["integers", "normal"])
+@pytest.mark.parametrize("pieces", [1, 7, 200])
+def test_segments_with_all_options(pieces: int, exact: bool) -> None:
+    lbfgs.make_case(
+        split(3000, pieces),
+        BF16,
+        exact=exact,
+        param_dtypes=(F32, BF16, F16),
+        grad_dtypes=(F32, F32, BF16, F16),
+        decay=[(0.0, 2.0, 1.0)[i % 3] for i in range(pieces)],
+        lr_scale=[(1.0, 2.0, 0.0, 1.0)[i % 4] for i in range(pieces)],
+        maximize=True,
+    ).check_all("cuda")
+
+
+@plain_only
+@pytest.mark.usefixtures("cuda")
+def test_gaps_long_sums_and_no_tensors() -> None:
+    lbfgs.test_gaps_between_the_parameters("cuda")
+    lbfgs.test_no_tensors("cuda")
+    for row in DTYPES:
+        lbfgs.test_long_sums_lose_nothing("cuda", row)
+
+
+@not_tsan
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize(
+    ("param", "grad", "state"),
+    [c for c in product(DTYPES, DTYPES, (F32, F64)) if lbfgs.fits(c[0], c[2])],
+)
+def test_passes_of_every_combination_of_dtypes(
+    param: torch.dtype, grad: torch.dtype, state: torch.dtype
+) -> None:
+    sizes, decay = [150, 1, 0, 30], [0.5, 0.25, 2.0, 0.0]
+    dtypes = {"param_dtypes": [param], "grad_dtypes": [grad]}
+    lbfgs.make_case(sizes, state=state, exact=False, **dtypes).check_all("cuda")
+    case = lbfgs.make_case(sizes, F16, state, exact=True, decay=decay, **dtypes)
+    case.check_update("cuda", True)
+
+
+@not_tsan
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_gradients_show(value: float) -> None:
+    lbfgs.test_non_finite_gradients_show("cuda", value, 1023)
+
+
+@plain_only
+@pytest.mark.parametrize("slots", [191, 193, 800])
+def test_long_histories_leave_shared_memory_for_fewer_warps(cuda: Any, slots: int) -> None:
+    tensors, made = make_tensors([1300]), make_ring(1300, slots - 1, 5, 6)
+    arguments = update_arguments(tensors, made)
+    ours = results("lbfgs_update", cuda, arguments)["scalars"]
+    cpus = results("lbfgs_update", NATIVE, arguments)["scalars"]
+    torch.testing.assert_close(ours, cpus, rtol=1e-4, atol=1e-3)
+
+
+@plain_only
+def test_a_history_too_long_for_shared_memory_is_refused(cuda: Any) -> None:
+    arguments = update_arguments(make_tensors([3]), make_ring(3, 1600, 0, 0))
+    with pytest.raises(ValueError, match="history has 1601 slots; the CUDA kernels take at most"):
+        cuda.lbfgs_update(**arguments)
+
+
+def gram_scalars(slots: int, opened: int, count: int) -> Tensor:
+    """Scalars with the Gram matrices of random, well-conditioned pairs."""
+    scalars = torch.randn(ring.new_scalars(slots, torch.device("cpu")).numel(), dtype=F64)
+    s = torch.randn(slots, 3 * slots, dtype=F64)
+    y = s + 0.3 * torch.randn(slots, 3 * slots, dtype=F64)
+    ring.array(scalars, "gram_sy", slots).copy_(s @ y.T)
+    ring.array(scalars, "gram_yy", slots).copy_(y @ y.T)
+    ring.array(scalars, "row_scale", slots).uniform_(0.5, 2.0)
+    ring.array(scalars, "y_y", slots).copy_(y @ y[opened])
+    ring.array(scalars, "y_s", slots).copy_(s @ y[opened])
+    named = {"open": opened, "count": count, "gamma": 0.7, "direction_sq": float(s[0] @ s[0])}
+    named["y_dot_y"] = float(y[opened] @ y[opened])
+    for name, value in named.items():
+        scalars[ring.index(name, slots)] = value
+    return scalars
+
+
+# Up to 53 slots the scalars are worked on in shared memory.
+@pytest.mark.usefixtures("in_every_order")
+@pytest.mark.parametrize("slots", [2, 3, 11, 53, 54, 130] if PLAIN else [11, 54])
+@pytest.mark.parametrize("step_length", [0.5, -0.5], ids=["accepted", "refused"])
+@pytest.mark.parametrize("commit", [True, False])
+def test_two_loop(cuda: Any, slots: int, commit: bool, step_length: float) -> None:
+    for opened, count in {(0, 0), (slots // 2, slots // 2), (slots - 1, slots - 1), (0, slots - 1)}:
+        arguments = {
+            "scalars": gram_scalars(slots, opened, count),
+            "slots": slots,
+            "commit": commit,
+            "step_length": step_length,
+            "curvature_tol": 1e-8,
+        }
+        ours = results("lbfgs_two_loop", cuda, arguments)["scalars"]
+        for other in ("native", "reference"):
+            expected = results("lbfgs_two_loop", BACKENDS[other], arguments)["scalars"]
+            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+@not_tsan
+@pytest.mark.parametrize("entry", ["open", "count"])
+@pytest.mark.parametrize("value", [-1.0, 4.0, 1e30, math.nan, math.inf])
+def test_damaged_scalars_never_index(cuda: Any, entry: str, value: float) -> None:
+    """The host does not read them; the kernels stay inside of the ring, and no direction comes."""
+    scalars = None
+    for name in (*errors.RING_OPS, "lbfgs_two_loop"):
+        arguments = errors.good(name)
+        arguments["scalars"][ring.index(entry, 4)] = value
+        getattr(cuda, name)(**arguments)
+        scalars = arguments["scalars"]
+    assert scalars is not None
+    assert bool(ring.array(scalars, "coef_g", 4).isnan())
+
+
+# --- rows in 8 bits -------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("in_every_order")
+@pytest.mark.parametrize("state", [F32, F64])
+@pytest.mark.parametrize("numel", [n for n in SIZES if n > 0])
+def test_8_bit_rows_are_those_of_the_cpu(cuda: Any, numel: int, state: torch.dtype) -> None:
+    tensors = make_tensors(split(numel, 3), (state,))
+    history = int8.make_history(torch.zeros(numel, dtype=state), "native")
+    rows, scales = history.rows, history.scales
+    assert scales is not None
+    rows.copy_(torch.randint(-127, 128, rows.shape))
+    scales.uniform_(0.5, 2.0)
+    made = Ring(rows, history.scalars, torch.randn(numel, dtype=state))
+    history.scalars.copy_(gram_scalars(4, 1, 3))
+    scale = {"history_scale": scales}
+    update = update_arguments(tensors, made) | scale
+    point = point_arguments(tensors, made, torch.randn(numel, dtype=state)) | scale
+    # What is rounded to 8 bits has the same bits; sums may differ in their last.
+    for name, arguments in (
+        ("lbfgs_update", update),
+        ("lbfgs_move", point | {"step": 0.5, "save": True}),
+        ("fuse_blend", point | {"theta": 0.3, "step": 0.5}),
+    ):
+        ours, cpus = results(name, cuda, arguments), results(name, NATIVE, arguments)
+        for key, value in ours.items():
+            if key == "scalars":
+                torch.testing.assert_close(value, cpus[key], rtol=1e-4, atol=1e-4 * numel)
+            else:
+                assert same_bits(value, cpus[key]), f"{name}: {key}"
+    # Sums of rows rounded otherwise may move an element to the next whole number.
+    arguments = direction_arguments(tensors, made) | scale
+    ours = results("lbfgs_direction", cuda, arguments)
+    cpus = results("lbfgs_direction", NATIVE, arguments)
+    torch.testing.assert_close(ours["history_scale"], cpus["history_scale"], rtol=1e-5, atol=0.0)
+    assert (ours["history"].int() - cpus["history"].int()).abs().max() <= 1
+    assert same_bits(ours["grad_prev"], cpus["grad_prev"])
+    torch.testing.assert_close(ours["scalars"], cpus["scalars"], rtol=1e-2, atol=1e-2)
+
+
+# --- the ops as torch sees them ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("awkward", [False, True])
+@pytest.mark.parametrize("name", ops.NAMES)
+def test_one_launch_and_the_same_bits_in_every_schedule(
+    cuda: Any, name: str, awkward: bool
+) -> None:
+    arguments = every_op(awkward)[name]
+    before = cuda.launches()
+    first = results(name, cuda, arguments)
+    assert cuda.launches() == before + 1
+    schedules = [("forward", 0), ("reverse", 0), ("shuffled", 5), ("shuffled", 6)]
+    for order, seed in schedules[:1] if TSAN else schedules:
+        cuda.schedule(order, seed)
+        for key, value in results(name, cuda, arguments).items():
+            assert same_bits(value, first[key]), f"{key} in {order} order"
+
+
+@plain_only
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize(
+    "kind", ["channels_last", "channels_last_3d", "transposed", "sliced rows", "scalar", "flipped"]
+)
+def test_common_layouts(kind: str) -> None:
+    layouts.test_common_layouts("cuda", kind)
+
+
+@plain_only
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize(("name", "bad"), errors.BAD_TENSORS)
+def test_bad_tensors_are_refused(name: str, bad: str) -> None:
+    errors.test_bad_tensors("cuda", name, bad)
+
+
+@plain_only
+@pytest.mark.parametrize(("name", "change", "kind", "message"), errors.BAD_STATE)
+def test_bad_state_is_refused(cuda: Any, name: str, change: Any, kind: Any, message: str) -> None:
+    arguments = errors.good(name)
+    change(arguments)
+    errors.check_refused("cuda", name, arguments, kind, message)
+
+
+@plain_only
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+def test_scaler_values_are_single_numbers(cuda: Any, name: str) -> None:
+    arguments = adam_arguments(make_tensors([4]), **{name: torch.zeros(2)})
+    with pytest.raises(ValueError, match=f"{name} has 2 elements, not one"):
+        cuda.adam_step(**arguments)
