@@ -13,10 +13,12 @@ struct Row {
   DType dtype;
 };
 
-// Rows of one dtype.
+// Rows of one dtype. `ahead`: how many bytes ahead of its reads a CPU kernel
+// prefetches a row; 0 where the rows lie in a cache.
 struct Rows {
   const Row* row;
   std::int64_t count;
+  std::int64_t ahead = 0;
 };
 
 }  // namespace fuse_ext

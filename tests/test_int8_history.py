@@ -55,11 +55,15 @@ def test_kernels_agree_with_the_reference(numel: int, dtype: torch.dtype) -> Non
     start = torch.randn(numel, dtype=dtype)
     params = {backend: start.clone() for backend in ("native", "reference")}
     runs = {b: run(make_history(params[b], b), params[b], 7) for b in params}
-    # A sum rounded otherwise may move an element across the middle between two whole numbers:
-    # then one step of its scale is the difference.
+    # A sum rounded otherwise may move an element across the middle between two whole numbers: then
+    # one step of its scale is the difference, and the directions after it are not quite the same.
+    allowed = 1.01
     for (p, x), (q, y) in zip(runs["native"], runs["reference"], strict=True):
         step = q.abs().max() / 127
-        assert (p - q).abs().max() <= 1.01 * step + 1e-5 * q.abs().max()
+        difference = (p - q).abs().max()
+        assert difference <= allowed * step + 1e-5 * q.abs().max()
+        if difference > 0.5 * step:
+            allowed = 2.02
         torch.testing.assert_close(x, y, rtol=1e-4, atol=float(step))
 
 

@@ -55,6 +55,15 @@ struct RingRows {
   std::vector<Row> rows;
   std::vector<std::int64_t> slots;
 
+  // Far enough ahead to hide the memory's latency where a block of a row ends and the processor's
+  // own prefetching has to start anew; but what already lies in the L2 caches would only be looked
+  // up twice.
+  Rows view(std::int64_t row_bytes) const {
+    constexpr std::int64_t kAhead = 8192, kCached = std::int64_t{1} << 20;
+    const std::int64_t count = static_cast<std::int64_t>(rows.size());
+    return {rows.data(), count, count * row_bytes > kCached ? kAhead : 0};
+  }
+
   explicit RingRows(const History& ring) {
     const LbfgsScalars scalars = ring.scalars();
     for (std::int64_t age = 0; age < scalars.count(); ++age) {
@@ -79,7 +88,7 @@ void lbfgs_update(at::TensorList params, at::TensorList grads, at::IntArrayRef o
   RingRows list(ring);
   const std::int64_t in_ring = static_cast<std::int64_t>(list.rows.size());
   if (form_pair) list.rows.push_back(ring.s_row(open));
-  const Rows rows{list.rows.data(), static_cast<std::int64_t>(list.rows.size())};
+  const Rows rows = list.view(ring.slot_bytes());
   std::vector<double> sums(static_cast<std::size_t>(2 * rows.count + 2));
   with_state_type(previous.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -133,7 +142,7 @@ void lbfgs_direction(at::TensorList params, at::TensorList grads, at::IntArrayRe
                                 {weight_decay, lr_scale});
   const LbfgsScalars state = ring.scalars();
   const RingRows list(ring);
-  const Rows rows{list.rows.data(), static_cast<std::int64_t>(list.rows.size())};
+  const Rows rows = list.view(ring.slot_bytes());
   std::vector<double> coefs;
   for (const std::int64_t slot : list.slots) {
     coefs.push_back(state.array(kCoefS)[slot]);

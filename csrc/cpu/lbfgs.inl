@@ -2,136 +2,10 @@
 // in `combine`.
 #pragma once
 
-#include "blocks.inl"
+#include "rows.inl"
 
 namespace fuse_ext {
 namespace {
-
-// Pointers into kRows rows.
-template <class R, int kRows>
-struct RowGroup {
-  using Element = R;
-  static constexpr int size = kRows;
-  const R* row[kRows];
-};
-
-// Calls visit(group, index of its first row, first element, length) until all
-// rows have been visited on [begin, begin + n), four at a time: enough streams
-// for the memory system, few enough for the registers.
-template <class T, class Visit>
-FUSE_INLINE void for_each_row_group(const Rows& rows, std::int64_t begin, std::int64_t n,
-                                    Visit&& visit) {
-  if (rows.count == 0) return;
-  const auto direct = [&](const auto* tag) {
-    using R = std::remove_cv_t<std::remove_pointer_t<decltype(tag)>>;
-    const auto at = [&](std::int64_t r) { return static_cast<const R*>(rows.row[r].data) + begin; };
-    std::int64_t r = 0;
-    for (; r + 4 <= rows.count; r += 4) {
-      visit(RowGroup<R, 4>{{at(r), at(r + 1), at(r + 2), at(r + 3)}}, r, std::int64_t{0}, n);
-    }
-    for (; r < rows.count; ++r) visit(RowGroup<R, 1>{{at(r)}}, r, std::int64_t{0}, n);
-  };
-  const DType dtype = rows.row[0].dtype;
-  if (dtype == dtype_of<T>()) return direct(static_cast<const T*>(nullptr));
-  if (dtype == DType::bf16) return direct(static_cast<const BFloat16*>(nullptr));
-  T scratch[4][kRun];
-  for (std::int64_t done = 0; done < n; done += kRun) {
-    const std::int64_t length = n - done < kRun ? n - done : kRun;
-    const auto at = [&](std::int64_t r, int slot) {
-      return read_row<T>(rows.row[r], begin + done, length, scratch[slot]);
-    };
-    std::int64_t r = 0;
-    for (; r + 4 <= rows.count; r += 4) {
-      visit(RowGroup<T, 4>{{at(r, 0), at(r + 1, 1), at(r + 2, 2), at(r + 3, 3)}}, r, done, length);
-    }
-    for (; r < rows.count; ++r) visit(RowGroup<T, 1>{{at(r, 0)}}, r, done, length);
-  }
-}
-
-// Dot products of `a`, and of `b` when with_b, with kRows rows at once, added
-// to out_a, out_b.
-template <class T, class R, int kRows, bool with_b>
-FUSE_INLINE void dot_rows(const T* a, const T* b, const R* const* rows, std::int64_t n,
-                          double* out_a, double* out_b) {
-  static_assert(kRows == 1 || kRows == 4);
-  const R* r0 = rows[0];
-  const R* r1 = rows[kRows == 4 ? 1 : 0];
-  const R* r2 = rows[kRows == 4 ? 2 : 0];
-  const R* r3 = rows[kRows == 4 ? 3 : 0];
-  for (std::int64_t done = 0; done < n; done += kRun) {
-    const std::int64_t stop = n - done < kRun ? n : done + kRun;
-    T a0 = 0, a1 = 0, a2 = 0, a3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0;
-#pragma omp simd reduction(+ : a0, a1, a2, a3, b0, b1, b2, b3)
-    for (std::int64_t i = done; i < stop; ++i) {
-      const T v0 = load<T>(r0[i]);
-      a0 = mul_add(a[i], v0, a0);
-      if (with_b) b0 = mul_add(b[i], v0, b0);
-      if (kRows == 4) {
-        const T v1 = load<T>(r1[i]), v2 = load<T>(r2[i]), v3 = load<T>(r3[i]);
-        a1 = mul_add(a[i], v1, a1);
-        a2 = mul_add(a[i], v2, a2);
-        a3 = mul_add(a[i], v3, a3);
-        if (with_b) {
-          b1 = mul_add(b[i], v1, b1);
-          b2 = mul_add(b[i], v2, b2);
-          b3 = mul_add(b[i], v3, b3);
-        }
-      }
-    }
-    const T sums_a[4] = {a0, a1, a2, a3}, sums_b[4] = {b0, b1, b2, b3};
-    for (int r = 0; r < kRows; ++r) {
-      out_a[r] += static_cast<double>(sums_a[r]);
-      if (with_b) out_b[r] += static_cast<double>(sums_b[r]);
-    }
-  }
-}
-
-// The same with all rows, from `begin` on. Formats without a fast load are
-// converted a run at a time.
-template <class T, bool with_b>
-FUSE_INLINE void dot_all_rows(const T* a, const T* b, const Rows& rows, std::int64_t begin,
-                              std::int64_t n, double* out_a, double* out_b) {
-  for_each_row_group<T>(
-      rows, begin, n,
-      [&](const auto& group, std::int64_t r, std::int64_t done, std::int64_t length) {
-    using Group = std::remove_cvref_t<decltype(group)>;
-    dot_rows<T, typename Group::Element, Group::size, with_b>(a + done, b + done, group.row, length,
-                                                              out_a + r, out_b + r);
-  });
-}
-
-// out += sum of coefs[r] * rows[r].
-template <class T, class R, int kRows>
-FUSE_INLINE void add_rows(const R* const* rows, const double* coefs, std::int64_t n, T* out) {
-  static_assert(kRows == 1 || kRows == 4);
-  const R* r0 = rows[0];
-  const T c0 = static_cast<T>(coefs[0]);
-  if constexpr (kRows == 1) {
-#pragma omp simd
-    for (std::int64_t i = 0; i < n; ++i) out[i] = mul_add(c0, load<T>(r0[i]), out[i]);
-  } else {
-    const R *r1 = rows[1], *r2 = rows[2], *r3 = rows[3];
-    const T c1 = static_cast<T>(coefs[1]), c2 = static_cast<T>(coefs[2]),
-            c3 = static_cast<T>(coefs[3]);
-#pragma omp simd
-    for (std::int64_t i = 0; i < n; ++i) {
-      const T newer = mul_add(c0, load<T>(r0[i]), c1 * load<T>(r1[i]));
-      const T older = mul_add(c2, load<T>(r2[i]), c3 * load<T>(r3[i]));
-      out[i] += newer + older;
-    }
-  }
-}
-
-template <class T>
-FUSE_INLINE void add_all_rows(const Rows& rows, const double* coefs, std::int64_t begin,
-                              std::int64_t n, T* out) {
-  for_each_row_group<T>(
-      rows, begin, n,
-      [&](const auto& group, std::int64_t r, std::int64_t done, std::int64_t length) {
-    using Group = std::remove_cvref_t<decltype(group)>;
-    add_rows<T, typename Group::Element, Group::size>(group.row, coefs + r, length, out + done);
-  });
-}
 
 template <class T>
 void grad_stats(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sign,
@@ -192,8 +66,8 @@ void dots(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sig
 #pragma omp simd
     for (std::int64_t i = 0; i < n; ++i) y[i] = g[i] - grad_prev[at + i];
     write_row<T>(*y_row, at, n, y);
-    const T* self[1] = {y};
-    dot_rows<T, T, 1, true>(g, y, self, n, out_gy, out_gy + 1);
+    const Row self{y, nullptr, dtype_of<T>()};
+    dot_all_rows<T, true>(g, y, Rows{&self, 1}, 0, n, out_gy, out_gy + 1);
     dot_all_rows<T, true>(g, y, rows, at, n, out_g, out_y);
   }
 }

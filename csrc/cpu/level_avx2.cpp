@@ -2,6 +2,8 @@
 #include "kernels.h"
 
 #if defined(FUSE_EXT_X86_LEVELS)
+#include <immintrin.h>
+
 // After kernels.h and the system headers, so that no shared inline function is compiled for
 // instructions that the running CPU may lack.
 #if defined(__clang__)
@@ -14,6 +16,7 @@
 #define FUSE_CPU_KERNELS kernels_avx2
 #define FUSE_CPU_LEVEL "avx2"
 #define FUSE_CPU_FMA 1
+#define FUSE_CPU_LANE_BYTES 32
 #include "kernels.inl"
 
 #if defined(__clang__)

@@ -1,0 +1,84 @@
+// Vectors of the level's width, FUSE_CPU_LANE_BYTES.
+#pragma once
+
+#include "blocks.inl"
+
+#if !defined(FUSE_CPU_LANE_BYTES)
+#define FUSE_CPU_LANE_BYTES 16
+#endif
+
+namespace fuse_ext {
+namespace {
+
+template <class T>
+struct LanesOf {
+  typedef T type __attribute__((vector_size(FUSE_CPU_LANE_BYTES)));
+};
+template <class T>
+using Lanes = typename LanesOf<T>::type;
+using Words = Lanes<std::uint32_t>;
+
+template <class T>
+constexpr std::int64_t kLanes = FUSE_CPU_LANE_BYTES / static_cast<std::int64_t>(sizeof(T));
+
+// At any address.
+template <class T>
+FUSE_INLINE Lanes<T> load_lanes(const T* from) {
+  Lanes<T> lanes;
+  std::memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+template <class T>
+FUSE_INLINE void store_lanes(T* to, Lanes<T> lanes) {
+  std::memcpy(to, &lanes, sizeof lanes);
+}
+FUSE_INLINE Words load_words(const void* from) {
+  Words words;
+  std::memcpy(&words, from, sizeof words);
+  return words;
+}
+
+template <class T>
+FUSE_INLINE Lanes<T> all_lanes(T value) {
+  return Lanes<T>{} + value;
+}
+
+template <class T>
+FUSE_INLINE double sum_of_lanes(Lanes<T> lanes) {
+  double sum = 0;
+  for (std::int64_t k = 0; k < kLanes<T>; ++k) sum += static_cast<double>(lanes[k]);
+  return sum;
+}
+
+// a b + c in every lane, rounded as by mul_add. Intrinsics where there are some: lane by lane, GCC
+// may send the vectors through memory.
+#if defined(FUSE_CPU_FMA) && FUSE_CPU_LANE_BYTES == 64
+FUSE_INLINE Lanes<float> mul_add_lanes(Lanes<float> a, Lanes<float> b, Lanes<float> c) {
+  return (Lanes<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+FUSE_INLINE Lanes<double> mul_add_lanes(Lanes<double> a, Lanes<double> b, Lanes<double> c) {
+  return (Lanes<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif defined(FUSE_CPU_FMA) && FUSE_CPU_LANE_BYTES == 32
+FUSE_INLINE Lanes<float> mul_add_lanes(Lanes<float> a, Lanes<float> b, Lanes<float> c) {
+  return (Lanes<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+FUSE_INLINE Lanes<double> mul_add_lanes(Lanes<double> a, Lanes<double> b, Lanes<double> c) {
+  return (Lanes<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#elif defined(__ARM_FEATURE_FMA)
+template <class Vector>
+FUSE_INLINE Vector mul_add_lanes(Vector a, Vector b, Vector c) {
+  Vector result;
+  for (unsigned k = 0; k < sizeof a / sizeof a[0]; ++k) result[k] = mul_add(a[k], b[k], c[k]);
+  return result;
+}
+#else
+template <class Vector>
+FUSE_INLINE Vector mul_add_lanes(Vector a, Vector b, Vector c) {
+  return a * b + c;
+}
+#endif
+
+}  // namespace
+}  // namespace fuse_ext

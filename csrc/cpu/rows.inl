@@ -1,0 +1,336 @@
+// Many rows of the history at once: dot products with all of them, linear combinations of them.
+//
+// A row of narrow elements is read as 32-bit words, each of kPlanes neighbours. Element i is number
+// i % kPlanes of its word; a plane is the vector of those elements of a vector of words that have
+// one number. A shift or a mask takes a plane out of the words, where putting the elements in order
+// would cost more than the arithmetic on them. It is the dense vectors that are put in the order of
+// planes, once for all rows.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "lanes.inl"
+
+#define FUSE_LAMBDA __attribute__((always_inline))
+
+namespace fuse_ext {
+namespace {
+
+// The formats of rows. scale(i): the factor of the elements around i, which planes leave out;
+// constant over kSumRun elements.
+template <class T>
+struct DenseRow {
+  using Scalar = T;
+  using Read = Lanes<T>;
+  static constexpr int kPlanes = 1;
+  static constexpr std::int64_t kSumRun = kRun;
+
+  const T* data;
+
+  FUSE_MEMBER Read read(std::int64_t i) const { return load_lanes(data + i); }
+  FUSE_MEMBER T scale(std::int64_t) const { return T(1); }
+  template <int plane>
+  FUSE_MEMBER static Lanes<T> plane_of(Read read) {
+    return read;
+  }
+};
+
+struct BFloat16Row {
+  using Scalar = float;
+  using Read = Words;
+  static constexpr int kPlanes = 2;
+  static constexpr std::int64_t kSumRun = kRun;
+
+  const BFloat16* data;
+
+  FUSE_MEMBER explicit BFloat16Row(const Row& row) : data(static_cast<const BFloat16*>(row.data)) {}
+  FUSE_MEMBER Read read(std::int64_t i) const { return load_words(data + i); }
+  FUSE_MEMBER float scale(std::int64_t) const { return 1.0f; }
+  template <int plane>
+  FUSE_MEMBER static Lanes<float> plane_of(Read read) {
+    return (Lanes<float>)(plane == 0 ? read << 16 : read & 0xffff0000u);
+  }
+};
+
+// A plane holds whole numbers times 2^24: bytes in the places of the highest ones.
+struct Int8Row {
+  using Scalar = float;
+  using Read = Words;
+  static constexpr int kPlanes = 4;
+  static constexpr std::int64_t kSumRun = kScaleBlock;
+
+  const std::int8_t* data;
+  const float* scales;
+
+  FUSE_MEMBER explicit Int8Row(const Row& row)
+      : data(static_cast<const std::int8_t*>(row.data)), scales(row.scales) {}
+  FUSE_MEMBER Read read(std::int64_t i) const { return load_words(data + i); }
+  FUSE_MEMBER float scale(std::int64_t i) const { return 0x1p-24f * scales[i / kScaleBlock]; }
+  template <int plane>
+  FUSE_MEMBER static Lanes<float> plane_of(Read read) {
+    const Words moved = plane == 3 ? read : read << (24 - 8 * plane);
+    const Words top = plane == 0 ? moved : moved & 0xff000000u;
+    return __builtin_convertvector((Lanes<std::int32_t>)top, Lanes<float>);
+  }
+};
+
+static_assert(kScaleBlock % (4 * kLanes<float>) == 0 && kRun % kScaleBlock == 0);
+
+// Calls visit(0), ..., visit(kCount - 1) with constants: arrays that only these index can stay in
+// registers.
+template <class Visit, int... k>
+FUSE_INLINE void for_each_constant(Visit&& visit, std::integer_sequence<int, k...>) {
+  (visit(std::integral_constant<int, k>{}), ...);
+}
+template <int kCount, class Visit>
+FUSE_INLINE void for_each_constant(Visit&& visit) {
+  for_each_constant(visit, std::make_integer_sequence<int, kCount>{});
+}
+
+// In order -> in planes, and back; n is a multiple of kScaleBlock.
+template <int kPlanes>
+FUSE_INLINE void to_planes(const float* in, std::int64_t n, float* out) {
+  constexpr std::int64_t kLength = kLanes<float>;
+  for (std::int64_t i = 0; i < n; i += kPlanes * kLength) {
+    for (std::int64_t j = 0; j < kLength; ++j) {
+      for (int k = 0; k < kPlanes; ++k) out[i + k * kLength + j] = in[i + kPlanes * j + k];
+    }
+  }
+}
+template <int kPlanes>
+FUSE_INLINE void from_planes(const float* in, std::int64_t n, float* out) {
+  constexpr std::int64_t kLength = kLanes<float>;
+  for (std::int64_t i = 0; i < n; i += kPlanes * kLength) {
+    for (std::int64_t j = 0; j < kLength; ++j) {
+      for (int k = 0; k < kPlanes; ++k) out[i + kPlanes * j + k] = in[i + k * kLength + j];
+    }
+  }
+}
+
+template <int kRows, class Format>
+FUSE_INLINE void read_rows(const Format* rows, std::int64_t i, std::int64_t ahead,
+                           typename Format::Read* reads) {
+  for_each_constant<kRows>([&](auto r) FUSE_LAMBDA {
+    reads[r] = rows[r].read(i);
+    __builtin_prefetch(reinterpret_cast<const char*>(rows[r].data + i) + ahead, 0, 2);
+  });
+}
+
+// Adds to totals_a (and totals_b when with_b), a vector for each row, the products of `a` and `b`
+// with kRows rows on [at, at + n), at most kSumRun elements. A function by itself, as the compiler
+// would else give the totals registers that the sums need.
+template <class Format, int kRows, bool with_b, class T = typename Format::Scalar>
+[[gnu::noinline]] void dot_run(const T* a, const T* b, const Format* rows, std::int64_t at,
+                               std::int64_t n, std::int64_t ahead, Lanes<T>* totals_a,
+                               Lanes<T>* totals_b) {
+  constexpr std::int64_t kLength = kLanes<T>;
+  Lanes<T> sums_a[kRows] = {}, sums_b[kRows] = {};
+  for (std::int64_t i = 0; i < n; i += Format::kPlanes * kLength) {
+    typename Format::Read reads[kRows];
+    read_rows<kRows>(rows, at + i, ahead, reads);
+    for_each_constant<Format::kPlanes>([&](auto plane) FUSE_LAMBDA {
+      const Lanes<T> element_a = load_lanes(a + i + plane * kLength),
+                     element_b = load_lanes(b + i + plane * kLength);
+      for_each_constant<kRows>([&](auto r) FUSE_LAMBDA {
+        const Lanes<T> element = Format::template plane_of<plane>(reads[r]);
+        sums_a[r] = mul_add_lanes(element_a, element, sums_a[r]);
+        if (with_b) sums_b[r] = mul_add_lanes(element_b, element, sums_b[r]);
+      });
+    });
+  }
+  for_each_constant<kRows>([&](auto r) FUSE_LAMBDA {
+    const T scale = rows[r].scale(at);
+    totals_a[r] += scale * sums_a[r];
+    if (with_b) totals_b[r] += scale * sums_b[r];
+  });
+}
+
+// Dot products of `a`, and of `b` when with_b, with kRows rows on [at, at + n), added to out_a and
+// out_b. a and b are in the order of planes and begin at `at`, a multiple of kScaleBlock (as is n)
+// but for dense rows. Runs of kSumRun elements are added up by themselves, then their sums.
+template <class Format, int kRows, bool with_b, class T = typename Format::Scalar>
+FUSE_INLINE void dot_rows(const T* a, const T* b, const Format* rows, std::int64_t at,
+                          std::int64_t n, std::int64_t ahead, double* out_a, double* out_b) {
+  Lanes<T> totals_a[kRows] = {}, totals_b[kRows] = {};
+  for (std::int64_t run = 0; run < n; run += Format::kSumRun) {
+    const std::int64_t length = n - run < Format::kSumRun ? n - run : Format::kSumRun;
+    dot_run<Format, kRows, with_b>(a + run, b + run, rows, at + run, length, ahead, totals_a,
+                                   totals_b);
+  }
+  for (int r = 0; r < kRows; ++r) {
+    out_a[r] += sum_of_lanes<T>(totals_a[r]);
+    if (with_b) out_b[r] += sum_of_lanes<T>(totals_b[r]);
+  }
+}
+
+// out += sum of coefs[r] * rows[r] on [at, at + n), under the same conditions.
+template <class Format, int kRows, class T = typename Format::Scalar>
+FUSE_INLINE void add_rows(const Format* rows, const double* coefs, std::int64_t at, std::int64_t n,
+                          std::int64_t ahead, T* out) {
+  constexpr std::int64_t kLength = kLanes<T>;
+  for (std::int64_t run = 0; run < n; run += Format::kSumRun) {
+    const std::int64_t stop = n - run < Format::kSumRun ? n : run + Format::kSumRun;
+    Lanes<T> factors[kRows];
+    for_each_constant<kRows>([&](auto r) FUSE_LAMBDA {
+      const double scale = static_cast<double>(rows[r].scale(at + run));
+      factors[r] = all_lanes(static_cast<T>(coefs[r] * scale));
+    });
+    for (std::int64_t i = run; i < stop; i += Format::kPlanes * kLength) {
+      typename Format::Read reads[kRows];
+      read_rows<kRows>(rows, at + i, ahead, reads);
+      for_each_constant<Format::kPlanes>([&](auto plane) FUSE_LAMBDA {
+        T* const place = out + i + plane * kLength;
+        Lanes<T> sums[2] = {load_lanes(place), Lanes<T>{}};  // two shorter chains
+        for_each_constant<kRows>([&](auto r) FUSE_LAMBDA {
+          const Lanes<T> element = Format::template plane_of<plane>(reads[r]);
+          sums[r % 2] = mul_add_lanes(factors[r], element, sums[r % 2]);
+        });
+        store_lanes(place, sums[0] + sums[1]);
+      });
+    }
+  }
+}
+
+// Rows handled together: enough streams for the memory system, few enough for the registers.
+constexpr int kGroup = FUSE_CPU_LANE_BYTES >= 64 ? 8 : 4;
+
+// Calls visit(rows made by make(index, place in the group), their number as a constant, index of
+// the first) for all rows, in groups.
+template <class Format, class Make, class Visit>
+FUSE_INLINE void for_each_group(std::int64_t count, Make&& make, Visit&& visit) {
+  std::int64_t first = 0;
+  const auto visit_while = [&](auto size) {
+    for (; first + size <= count; first += size) {
+      [&]<int... r>(std::integer_sequence<int, r...>) {
+        const Format group[] = {make(first + r, r)...};
+        visit(group, size, first);
+      }(std::make_integer_sequence<int, size>{});
+    }
+  };
+  visit_while(std::integral_constant<int, kGroup>{});
+  if constexpr (kGroup > 4) visit_while(std::integral_constant<int, 4>{});
+  visit_while(std::integral_constant<int, 2>{});
+  visit_while(std::integral_constant<int, 1>{});
+}
+
+// Calls visit(format tag, make) where rows of this dtype are used as they are in memory. Else
+// returns false: they have to be converted.
+template <class T, class Visit>
+FUSE_INLINE bool with_row_format(const Rows& rows, Visit&& visit) {
+  const DType dtype = rows.row[0].dtype;
+  if (dtype == dtype_of<T>()) {
+    visit(std::type_identity<DenseRow<T>>{}, [&](std::int64_t r, int) {
+      return DenseRow<T>{static_cast<const T*>(rows.row[r].data)};
+    });
+    return true;
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    if (dtype == DType::bf16) {
+      visit(std::type_identity<BFloat16Row>{},
+            [&](std::int64_t r, int) { return BFloat16Row(rows.row[r]); });
+      return true;
+    }
+    if (dtype == DType::i8) {
+      visit(std::type_identity<Int8Row>{},
+            [&](std::int64_t r, int) { return Int8Row(rows.row[r]); });
+      return true;
+    }
+  }
+  return false;
+}
+
+// For other formats: runs of rows, converted. Calls visit(make, elements done, length).
+template <class T, class Visit>
+FUSE_INLINE void with_converted_runs(const Rows& rows, std::int64_t at, std::int64_t n,
+                                     Visit&& visit) {
+  T scratch[kGroup][kRun];
+  for (std::int64_t done = 0; done < n; done += kRun) {
+    const std::int64_t length = n - done < kRun ? n - done : kRun;
+    visit([&](std::int64_t r, int place) {
+      return DenseRow<T>{read_row<T>(rows.row[r], at + done, length, scratch[place])};
+    }, done, length);
+  }
+}
+
+// Dot products of `a`, and of `b` when with_b, with all rows from `at` on, added to out_a, out_b.
+template <class T, bool with_b>
+FUSE_INLINE void dot_all_rows(const T* a, const T* b, const Rows& rows, std::int64_t at,
+                              std::int64_t n, double* out_a, double* out_b) {
+  if (rows.count == 0) return;
+  const std::int64_t whole = n / kScaleBlock * kScaleBlock;
+  const bool direct = with_row_format<T>(rows, [&](auto tag, auto&& make) {
+    using Format = typename decltype(tag)::type;
+    const T *planes_a = a, *planes_b = b;
+    T scratch_a[Format::kPlanes > 1 ? kBlock : 1], scratch_b[Format::kPlanes > 1 ? kBlock : 1];
+    if constexpr (Format::kPlanes > 1) {
+      to_planes<Format::kPlanes>(a, whole, scratch_a);
+      if (with_b) to_planes<Format::kPlanes>(b, whole, scratch_b);
+      planes_a = scratch_a, planes_b = with_b ? scratch_b : scratch_a;
+    }
+    for_each_group<Format>(rows.count, make,
+                           [&](const Format* group, auto size, std::int64_t first) {
+      dot_rows<Format, size, with_b>(planes_a, planes_b, group, at, whole, rows.ahead,
+                                     out_a + first, out_b + first);
+    });
+  });
+  if (!direct) {
+    with_converted_runs<T>(rows, at, whole,
+                           [&](auto&& make, std::int64_t done, std::int64_t length) {
+      for_each_group<DenseRow<T>>(rows.count, make,
+                                  [&](const DenseRow<T>* group, auto size, std::int64_t first) {
+        dot_rows<DenseRow<T>, size, with_b>(a + done, b + done, group, 0, length, 0, out_a + first,
+                                            out_b + first);
+      });
+    });
+  }
+  T rest[kScaleBlock];
+  for (std::int64_t r = 0; whole < n && r < rows.count; ++r) {
+    const T* row = read_row<T>(rows.row[r], at + whole, n - whole, rest);
+    for (std::int64_t i = whole; i < n; ++i) {
+      const double element = static_cast<double>(row[i - whole]);
+      out_a[r] += static_cast<double>(a[i]) * element;
+      if (with_b) out_b[r] += static_cast<double>(b[i]) * element;
+    }
+  }
+}
+
+// out += sum of coefs[r] * rows[r], from `at` on.
+template <class T>
+FUSE_INLINE void add_all_rows(const Rows& rows, const double* coefs, std::int64_t at,
+                              std::int64_t n, T* out) {
+  if (rows.count == 0) return;
+  const std::int64_t whole = n / kScaleBlock * kScaleBlock;
+  const bool direct = with_row_format<T>(rows, [&](auto tag, auto&& make) {
+    using Format = typename decltype(tag)::type;
+    T scratch[Format::kPlanes > 1 ? kBlock : 1];
+    T* planes = out;
+    if constexpr (Format::kPlanes > 1) {
+      to_planes<Format::kPlanes>(out, whole, scratch);
+      planes = scratch;
+    }
+    for_each_group<Format>(rows.count, make,
+                           [&](const Format* group, auto size, std::int64_t first) {
+      add_rows<Format, size>(group, coefs + first, at, whole, rows.ahead, planes);
+    });
+    if constexpr (Format::kPlanes > 1) from_planes<Format::kPlanes>(scratch, whole, out);
+  });
+  if (!direct) {
+    with_converted_runs<T>(rows, at, whole,
+                           [&](auto&& make, std::int64_t done, std::int64_t length) {
+      for_each_group<DenseRow<T>>(rows.count, make,
+                                  [&](const DenseRow<T>* group, auto size, std::int64_t first) {
+        add_rows<DenseRow<T>, size>(group, coefs + first, 0, length, 0, out + done);
+      });
+    });
+  }
+  T rest[kScaleBlock];
+  for (std::int64_t r = 0; whole < n && r < rows.count; ++r) {
+    const T* row = read_row<T>(rows.row[r], at + whole, n - whole, rest);
+    const T factor = static_cast<T>(coefs[r]);
+    for (std::int64_t i = whole; i < n; ++i) out[i] = mul_add(factor, row[i - whole], out[i]);
+  }
+}
+
+}  // namespace
+}  // namespace fuse_ext
