@@ -129,7 +129,7 @@ def our_lbfgs(run: Run, line_search: str, iterations: int = 10**9) -> None:
         [run.x], line_search_fn=line_search, deterministic=True, **_options(iterations)
     )
     run.exhaust(optimizer)
-    run.reason = optimizer._lbfgs.progress.reason if hasattr(optimizer,"_lbfgs") else optimizer._engine.progress.reason
+    run.reason = optimizer.report().stop_reason
 
 
 def fuse_pv(run: Run, **options: Any) -> None:
@@ -138,7 +138,7 @@ def fuse_pv(run: Run, **options: Any) -> None:
         [run.x], switch=0, deterministic=True, history_size=HISTORY_SIZE, **options
     )
     run.exhaust(optimizer)
-    run.reason = optimizer._lbfgs.progress.reason if hasattr(optimizer,"_lbfgs") else optimizer._engine.progress.reason
+    run.reason = optimizer.report().stop_reason
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,13 @@ from fuse_ext.lbfgs import (
     common_options,
 )
 from fuse_ext.lbfgs_engine import (
-    COUNTERS,
     MAX_LINE_SEARCH_EVALUATIONS,
     LbfgsEngine,
     LbfgsOptions,
     Point,
     spread_lr,
 )
-from fuse_ext.report import Report
+from fuse_ext.report import Report, lbfgs_fields
 from fuse_ext.scalars import Header
 
 PHASE = "fuse"
@@ -168,8 +167,6 @@ class Fuse(FlatOptimizer):
         self._adam: AdamEngine | None = None
         self._lbfgs: LbfgsEngine | None = None
         self._grads: Tensor | None = None
-        # Where the last step led, and on which objective, while its pair awaits a gradient.
-        self._arrived: Any = None
         super().__init__(params, defaults, backend)
 
     @staticmethod
@@ -198,7 +195,7 @@ class Fuse(FlatOptimizer):
             check_lbfgs_state(first, groups[0]["history_size"] + 1, self.flat)
 
     def _adopt_state(self) -> None:
-        self._adam = self._lbfgs = self._grads = self._arrived = None
+        self._adam = self._lbfgs = self._grads = None
         if "history" not in self.state.get(self.flat.params[0], {}):
             return
         if self._entry["history"].shape[2] != self.flat.numel:  # a group was added
@@ -253,8 +250,6 @@ class Fuse(FlatOptimizer):
         assert self._adam is not None and self._lbfgs is not None
         lbfgs = self._lbfgs
         self.flat.check_unchanged()
-        if self._arrived is not None and self._arrived != (self._place(), options.objective):
-            lbfgs.drop_pair()  # x or the objective changed by more than the step
         point = lbfgs.start(closure, options)
         if not point.finite:
             lbfgs.refuse(point)
@@ -265,18 +260,12 @@ class Fuse(FlatOptimizer):
         lbfgs.history.move(origin, 0.0, save=True)
         self._adam.step(self.param_groups)
         lbfgs.history.blend(origin, theta, step)
-        lbfgs.take_step(1.0)
+        lbfgs.take_step(1.0, options)
         lbfgs.progress.step_length = step
         self._entry["n_iter"] += 1
         if closure is not None and options.same_batch_pairs and not options.deterministic:
             self._complete_pair(closure, options)
-        waiting = self._entry["pair_step"] is not None
-        self._arrived = (self._place(), options.objective) if waiting else None
         return point.loss
-
-    def _place(self) -> list[tuple[int, int]]:
-        """What changes when anyone moves the parameters."""
-        return [(p._version, p.data_ptr()) for p in self.flat.params]
 
     def _lbfgs_step_length(
         self, closure: Closure | None, options: LbfgsOptions, point: Point, header: Header | None
@@ -338,23 +327,7 @@ class Fuse(FlatOptimizer):
         """What was done, and why."""
         if self._lbfgs is None or self._adam is None:
             return Report(phase=PHASE)
-        header, progress = self._lbfgs.history.header(), self._lbfgs.progress
-        counters = {name: self._entry[name] for name in COUNTERS}
-        return Report(
-            phase=PHASE,
-            adam_steps=counters["n_iter"],
-            lbfgs_iterations=counters["n_iter"],
-            evaluations=counters["func_evals"],
-            pairs_held=int(header.count),
-            pairs_accepted=int(header.accepted),
-            pairs_skipped=int(header.skipped),
-            history_resets=counters["resets"],
-            step_length=progress.step_length,
-            line_search=progress.line_search,
-            line_search_failures=counters["line_search_failures"],
-            stop_reason=progress.reason,
-            non_finite=counters["non_finite"],
-            state_bytes=self._lbfgs.history.nbytes + self._adam.nbytes,
-            workspace_bytes=self._lbfgs.workspace_nbytes
-            + (0 if self._grads is None else self._grads.nbytes),
-        )
+        fields = lbfgs_fields(self._lbfgs, self._entry)
+        fields["state_bytes"] += self._adam.nbytes
+        fields["workspace_bytes"] += 0 if self._grads is None else self._grads.nbytes
+        return Report(phase=PHASE, adam_steps=self._entry["n_iter"], **fields)

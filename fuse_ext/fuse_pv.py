@@ -23,17 +23,22 @@ from fuse_ext.lbfgs import (
 )
 from fuse_ext.lbfgs_engine import (
     COUNTERS,
+    ENGINE_NAMES,
     MAX_LINE_SEARCH_EVALUATIONS,
     LbfgsEngine,
     LbfgsOptions,
     spread_lr,
 )
-from fuse_ext.report import LOG, NEW_LOG, Report, check_log
-from fuse_ext.switchover import as_switchover
+from fuse_ext.report import LOG, NEW_LOG, Report, check_log, lbfgs_fields
+from fuse_ext.switchover import AfterSteps, as_switchover
 
 ADAM, LBFGS_PHASE = "adam", "lbfgs"
 # Curvature test without and with noise in the gradients.
 CURVATURE_TOL = {True: 1e-8, False: 1e-4}
+# Adam steps before the switch of a deterministic closure, where nothing else is asked for.
+EARLY = 30
+# Failed line searches, at two each less the good ones, before Adam takes over again.
+FAILING = 10
 
 
 class FusePV(FlatOptimizer):
@@ -154,6 +159,8 @@ class FusePV(FlatOptimizer):
             curvature_tol = CURVATURE_TOL[bool(deterministic)]
         if max_eval is None and isinstance(max_iter, int):
             max_eval = MAX_LINE_SEARCH_EVALUATIONS * max(max_iter, 1)
+        if switch is None and deterministic:
+            switch = AfterSteps(EARLY)
         self._switch = as_switchover(switch)
         self._on_switch = on_switch
         defaults = {
@@ -177,7 +184,7 @@ class FusePV(FlatOptimizer):
             "deterministic": deterministic,
             "same_batch_pairs": same_batch_pairs,
             "check_finite": check_finite,
-            "phase": ADAM,
+            "phase": LBFGS_PHASE if self._switch.at_once else ADAM,
             "lr_at_switch": None,
         }
         self._check_group(defaults)
@@ -230,9 +237,11 @@ class FusePV(FlatOptimizer):
         first = state.get(keys[0], {})
         if groups[0].get("phase", ADAM) == LBFGS_PHASE:
             size = groups[0].get("history_size", self.defaults["history_size"])
-            check_lbfgs_state(first, size + 1, self.flat)
+            # Until then a switch at once is still to come.
+            if groups[0].get("lr_at_switch") is not None or first.keys() - {LOG}:
+                check_lbfgs_state(first, size + 1, self.flat)
         else:  # torch.optim.Adam's checkpoints have no phase and are welcome
-            ours = (LOG, "pair_step", *COUNTERS)
+            ours = (LOG, *ENGINE_NAMES)
             moments = {name: value for name, value in first.items() if name not in ours}
             check_adam_state({**state, keys[0]: moments}, self.flat.params, keys)
         log = first.get(LOG, NEW_LOG)
@@ -266,7 +275,10 @@ class FusePV(FlatOptimizer):
     def _adopt_state(self) -> None:
         self._adam = self._lbfgs = None
         if self.phase == LBFGS_PHASE:
-            if "history" in self._entry and self._entry["history"].shape[2] != self.flat.numel:
+            history = self.state.get(self.flat.params[0], {}).get("history")
+            if history is None:
+                return  # the first step makes it
+            if history.shape[2] != self.flat.numel:
                 self._drop_lbfgs_state()  # a group was added: curvature starts afresh
             self._lbfgs = self._make_lbfgs()
         elif any("step" in entry for entry in self.state.values()):
@@ -282,15 +294,18 @@ class FusePV(FlatOptimizer):
         )
 
     def _drop_lbfgs_state(self) -> None:
-        for name in (*STATE_NAMES, "pair_step"):
-            self._entry.pop(name, None)
+        for name in (*STATE_NAMES, *ENGINE_NAMES):
+            if name not in COUNTERS:
+                self._entry.pop(name, None)
 
     # --- switching --------------------------------------------------------------------------
 
     def switch_now(self, reason: str = "switch_now() was called") -> None:
         """Leaves Adam for L-BFGS, whatever the criterion says; nothing if already there."""
-        if self.phase == LBFGS_PHASE:
-            return
+        if self.phase == ADAM:
+            self._begin_lbfgs(reason)
+
+    def _begin_lbfgs(self, reason: str) -> None:
         engine = self._make_lbfgs()
         log = self._log
         log["switches"] += 1
@@ -313,6 +328,8 @@ class FusePV(FlatOptimizer):
         """Returns to Adam with fresh moments; the criterion starts anew."""
         if self.phase == ADAM:
             return
+        if self._lbfgs is None:  # the switch at once, taken back before the first step
+            self._log["switches"] += 1
         self._lbfgs = None
         self._drop_lbfgs_state()
         for group in self.param_groups:
@@ -332,7 +349,9 @@ class FusePV(FlatOptimizer):
         """One Adam step, or ``max_iter`` L-BFGS iterations.
 
         A step with a NaN or infinite loss or gradient is not taken: it is counted in
-        :meth:`report`, and the first one warns.
+        :meth:`report`, and the first one warns. A failed line search is followed by one along -g,
+        without curvature, then from shorter and shorter first trials; where most searches fail
+        so, Adam takes over from the last point that was accepted, and the criterion starts anew.
 
         Args:
             closure: Zeroes the gradients, computes the loss and its gradients, returns the loss.
@@ -352,15 +371,17 @@ class FusePV(FlatOptimizer):
         """
         if self._adam is None and self._lbfgs is None:
             self._renew_layout()
-        if self.phase == ADAM and self._switch.at_once and self._log["switches"] == 0:
-            self.switch_now(self._switch.reason)
-        if self.phase == LBFGS_PHASE:
-            return self._lbfgs_step(closure)
-        return self._adam_step(closure, loss)
+        # torch.distributed.checkpoint makes the state with an empty step at lr = 0.
+        empty = closure is None and loss is None and not any(g["lr"] for g in self.param_groups)
+        if self.phase == ADAM:
+            return self._adam_step(closure, loss, empty)
+        if self._lbfgs is None:
+            self._begin_lbfgs(self._switch.reason)
+        return None if empty else self._lbfgs_step(closure)
 
-    def _adam_step(self, closure: Closure | None, loss: Any) -> Any:
+    def _adam_step(self, closure: Closure | None, loss: Any, empty: bool) -> Any:
         group, log = self.param_groups[0], self._log
-        if self._switch.needs_loss and closure is None and loss is None:
+        if self._switch.needs_loss and closure is None and loss is None and not empty:
             raise ValueError(
                 f"closure=None and loss=None, but switch={self._switch!r} needs the loss: pass a "
                 "closure, or step(loss=...)"
@@ -386,9 +407,11 @@ class FusePV(FlatOptimizer):
                 log["adam_non_finite"] += 1
                 self._warn_non_finite()
                 return loss
-        if self._adam is None:
+        if self._adam is None or self._adam.outdated(self.state):
             self._adam = self._make_adam()
         self._adam.step(self.param_groups, scale)
+        if empty:
+            return loss
         log["adam_steps"] += 1
         log["phase_steps"] += 1
         if value is not None and group["maximize"]:
@@ -435,6 +458,10 @@ class FusePV(FlatOptimizer):
         loss = self._lbfgs.step(closure, options)
         if self._entry["non_finite"] > seen and self._lbfgs.progress.reason == "non_finite":
             self._warn_non_finite()
+        if self._entry["failing"] >= FAILING:
+            # L-BFGS stands where its last good step has led: the least loss it knows of.
+            self._log["fallbacks"] += 1
+            self.switch_back()
         return loss
 
     def _options(self) -> LbfgsOptions:
@@ -462,33 +489,19 @@ class FusePV(FlatOptimizer):
 
     def report(self) -> Report:
         """What was done, and why."""
-        log, entry, engine = self._log, self._entry, self._lbfgs
-        counters = {name: entry.get(name, 0) for name in COUNTERS}
-        common = {
-            "adam_steps": log["adam_steps"],
-            "switch_step": log["switch_step"],
-            "switch_reason": log["switch_reason"],
-            "evaluations": log["adam_evaluations"] + counters["func_evals"],
-            "lbfgs_iterations": counters["n_iter"],
-            "history_resets": counters["resets"],
-            "line_search_failures": counters["line_search_failures"],
-            "non_finite": log["adam_non_finite"] + counters["non_finite"],
-        }
-        if engine is None:
-            nbytes = 0 if self._adam is None else self._adam.nbytes
-            return Report(phase=self.phase, state_bytes=nbytes, **common)
-        header = engine.history.header()
+        log, entry, adam = self._log, self._entry, self._adam
+        fields = lbfgs_fields(self._lbfgs, entry)
+        fields["evaluations"] += log["adam_evaluations"]
+        fields["non_finite"] += log["adam_non_finite"]
+        if self._lbfgs is None:
+            fields["state_bytes"] = 0 if adam is None else adam.nbytes
         return Report(
             phase=self.phase,
-            pairs_held=int(header.count),
-            pairs_accepted=int(header.accepted),
-            pairs_skipped=int(header.skipped),
-            step_length=engine.progress.step_length,
-            line_search=engine.progress.line_search,
-            stop_reason=engine.progress.reason,
-            state_bytes=engine.history.nbytes,
-            workspace_bytes=engine.workspace_nbytes,
-            **common,
+            adam_steps=log["adam_steps"],
+            switch_step=log["switch_step"],
+            switch_reason=log["switch_reason"],
+            fallbacks=log["fallbacks"],
+            **fields,
         )
 
 

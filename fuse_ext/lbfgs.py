@@ -13,6 +13,7 @@ from fuse_ext.history import memory_order
 from fuse_ext.lbfgs_engine import LbfgsEngine, LbfgsOptions, spread_lr
 from fuse_ext.line_search import make_line_search
 from fuse_ext.reference import SCALE_BLOCK
+from fuse_ext.report import Report, lbfgs_fields
 from fuse_ext.scalars import layout
 
 HISTORY_DTYPES = (*FLOATING, torch.int8)
@@ -276,3 +277,9 @@ class LBFGS(FlatOptimizer):
         if self._engine is None:
             self._engine = self._make_engine()
         return self._engine.step(closure, options)
+
+    def report(self) -> Report:
+        """What was done, and why it stopped."""
+        if self._engine is None:
+            return Report(phase="lbfgs")
+        return Report(phase="lbfgs", **lbfgs_fields(self._engine, self._entry))

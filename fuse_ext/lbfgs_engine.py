@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fuse_ext.checks import loss_value
+from fuse_ext.evaluations import Evaluations, Point
 from fuse_ext.flat import Closure, FlatParams
-from fuse_ext.history import GradStats, History
+from fuse_ext.history import History
 from fuse_ext.lbfgs_options import LbfgsOptions, spread_lr
-from fuse_ext.line_search import LineSearch, LineSearchResult, make_line_search
+from fuse_ext.line_search import (
+    ApproximateWolfe,
+    LineSearch,
+    LineSearchResult,
+    make_line_search,
+)
 from fuse_ext.ops import Ops
+from fuse_ext.precision import PRECISION_NAMES
 from fuse_ext.report import Progress
 from fuse_ext.scalars import Header
 
 __all__ = [
     "COUNTERS",
+    "ENGINE_NAMES",
     "MAX_LINE_SEARCH_EVALUATIONS",
     "LbfgsEngine",
     "LbfgsOptions",
@@ -28,53 +35,16 @@ __all__ = [
 
 # Trials of one line search at most, as in torch.optim.LBFGS.
 MAX_LINE_SEARCH_EVALUATIONS = 25
-# Roundings of the loss that approximate Wolfe takes for noise: Hager and Zhang's 1e-6 in float32.
-APPROXIMATE_WOLFE_ROUNDINGS = 8
+# Each time that not even -g leads anywhere the first trial is cut by this factor, so often.
+CUT, MOST_CUTS = 0.1, 3
+# So many starts in a row that are not finite may be the fault of batches.
+BAD_BATCHES = 3
 # Line searches that ended so have done what was asked, though the loss may show no decrease. One
 # that fell back on a step without decrease would do so for ever.
 PASSED = ("wolfe", "approximate_wolfe")
 
 
-class Point(NamedTuple):
-    """The objective where the parameters stand.
-
-    Attributes:
-        loss: What the closure returned (None without one).
-        value: The loss to minimise: sign and weight decay included.
-        grads: The gradients, one tensor a parameter.
-        stats: Their norms.
-    """
-
-    loss: Any
-    value: float
-    grads: list[Tensor]
-    stats: GradStats
-
-    @property
-    def finite(self) -> bool:
-        """Whether loss and gradient are finite."""
-        return self.stats.finite and (self.loss is None or math.isfinite(self.value))
-
-
-class Memory(NamedTuple):
-    """Where a deterministic closure was evaluated last, for the next step to begin with.
-
-    Attributes:
-        point: What it gave.
-        params: Version and address of each parameter.
-        grads: Each ``.grad`` with its version.
-        options: Of the step that evaluated it.
-        settled: Nothing can be done from here with these options.
-    """
-
-    point: Point
-    params: list[tuple[int, int]]
-    grads: list[tuple[Tensor | None, int]]
-    options: LbfgsOptions
-    settled: bool
-
-
-class LbfgsEngine:
+class LbfgsEngine(Evaluations):
     """The L-BFGS iteration on a flat vector of parameters.
 
     ``entry`` is the optimizer's state entry (on its first parameter, as in torch.optim.LBFGS): it
@@ -89,19 +59,16 @@ class LbfgsEngine:
         history_size: int,
         history_dtype: torch.dtype | None,
     ) -> None:
-        self._flat, self._ops = flat, ops
-        self._entry = entry
-        self.history = History(flat, ops, entry, history_size, history_dtype)
-        for name in COUNTERS:
+        super().__init__(flat, entry, History(flat, ops, entry, history_size, history_dtype))
+        self._ops = ops
+        for name in (*COUNTERS, *_TALLIES):
             entry.setdefault(name, 0)
-        # Step length t of a pair that awaits its second gradient: s = t p is taken, y not known.
-        entry.setdefault("pair_step", None)
+        self._bad_starts = 0  # in a row, that were not finite
         self.progress = Progress()
         self._direction_max = 0.0
         self._origin: Tensor | None = None
         self._best_grads: Tensor | None = None
         self._searches: dict[tuple[str, int], LineSearch] = {}
-        self._memory: Memory | None = None
 
     @property
     def workspace_nbytes(self) -> int:
@@ -135,8 +102,9 @@ class LbfgsEngine:
         if self._memory is not None and self._memory.settled:
             return first_loss
         if not point.finite:
-            self.count_non_finite()
+            self._refuse_start()
             return first_loss
+        self._bad_starts = 0
         if point.stats.abs_max <= options.tolerance_grad or options.lr == 0.0:
             self.progress.reason = "lr" if options.lr == 0.0 else "gradient"
             self._remember(point, options)
@@ -158,11 +126,18 @@ class LbfgsEngine:
             moved = self._entry["pair_step"] is not None
             if moved and self._converged(options, before, here, iteration):
                 break
+            if moved and options.deterministic and self._at_floor(here):
+                self.progress.reason = "precision"
+                break
         if here is not None:
             if not options.deterministic:
                 self.absorb_pair(here, options)
-            self._remember(here, options)
+            floor = options.deterministic and self.progress.reason == "precision"
+            self._remember(here, options, settled=floor)
         return first_loss
+
+    def _at_floor(self, here: Point) -> bool:
+        return here.loss is not None and self.precision.at_floor(here.value, here.stats.square)
 
     def _converged(self, options: LbfgsOptions, before: Point, here: Point, iteration: int) -> bool:
         """torch.optim.LBFGS's tests after an iteration; notes the reason."""
@@ -207,66 +182,20 @@ class LbfgsEngine:
         return self._searched_step(closure, options, point, header, step, budget, iteration)
 
     def first_trial(self, header: Header, point: Point, options: LbfgsOptions) -> float:
-        """lr, cut to a step of 1-norm at most lr while nothing is known of the curvature."""
+        """lr, cut to a visible step of 1-norm about lr while nothing is known of the curvature."""
         if header.count > 0 or point.stats.abs_sum == 0.0:
+            self._entry["cuts"] = 0
             return options.lr
-        return min(1.0, 1.0 / point.stats.abs_sum) * options.lr
-
-    # --- evaluations ------------------------------------------------------------------------
-
-    def evaluate(self, closure: Closure, options: LbfgsOptions, along_direction: bool) -> Point:
-        """Calls the closure where the parameters stand."""
-        with torch.enable_grad():
-            loss = closure()
-        self._entry["func_evals"] += 1
-        value = loss_value(loss)
-        return self._point(loss, -value if options.maximize else value, options, along_direction)
-
-    def _point(
-        self, loss: Any, value: float, options: LbfgsOptions, along_direction: bool
-    ) -> Point:
-        grads = self._flat.grads()
-        stats = self.history.stats(
-            options.moving(grads), options.weight_decay, options.maximize, along_direction
+        # Empty tensors have no largest element.
+        largest = [p.detach().abs().max() for p in self._flat.params if p.numel()]
+        visible = self.precision.visible_step(
+            float(torch.stack([x.double() for x in largest]).max()),
+            point.stats.abs_max,
+            point.stats.square,
+            None if options.line_search is None else point.value,
         )
-        if isinstance(loss, Tensor):
-            loss = loss.detach()
-        return Point(loss, value + stats.penalty, grads, stats)
-
-    def start(self, closure: Closure | None, options: LbfgsOptions) -> Point:
-        """The point where the step begins: evaluated, remembered, or gradients at hand."""
-        if closure is not None and options.deterministic and self._memory_holds(options):
-            assert self._memory is not None
-            return self._memory.point
-        self._memory = None
-        if closure is None:
-            return self._point(None, math.nan, options, False)
-        return self.evaluate(closure, options, False)
-
-    def _memory_holds(self, options: LbfgsOptions) -> bool:
-        """Whether evaluating would give what it gave last; drops a pair in waiting if x changed."""
-        memory = self._memory
-        if memory is None:
-            return False
-        moved = memory.params != self._param_versions()
-        if moved or memory.options.objective != options.objective:
-            self.drop_pair()  # x or g changed by more than the step
-            return False
-        if memory.settled and memory.options != options:
-            return False
-        return all(
-            p.grad is grad and _version(grad) == version
-            for p, (grad, version) in zip(self._flat.params, memory.grads, strict=True)
-        )
-
-    def _remember(self, point: Point, options: LbfgsOptions, settled: bool = False) -> None:
-        """A deterministic closure need not be called again where it was called last."""
-        if options.deterministic and point.loss is not None:
-            grads = [(g, _version(g)) for g in (p.grad for p in self._flat.params)]
-            self._memory = Memory(point, self._param_versions(), grads, options, settled)
-
-    def _param_versions(self) -> list[tuple[int, int]]:
-        return [(p._version, p.data_ptr()) for p in self._flat.params]
+        step = max(min(1.0, 1.0 / point.stats.abs_sum), visible)
+        return step * CUT ** self._entry["cuts"] * options.lr
 
     # --- curvature --------------------------------------------------------------------------
 
@@ -302,13 +231,10 @@ class LbfgsEngine:
         if self._entry["pair_step"] is not None:
             self._update(point, options)
 
-    def take_step(self, step: float) -> None:
+    def take_step(self, step: float, options: LbfgsOptions) -> None:
         """Notes that the parameters have moved by step * p."""
-        self._entry["pair_step"] = self.progress.step_length = step
-
-    def drop_pair(self) -> None:
-        """Gives up the pair in waiting."""
-        self._entry["pair_step"] = None
+        self.progress.step_length = step
+        self.await_pair(step, options)
 
     def refuse(self, point: Point) -> None:
         """Counts a point that is not finite; nothing of it enters the history."""
@@ -320,6 +246,29 @@ class LbfgsEngine:
         """Notes that a step was not taken for a NaN or infinite value."""
         self._entry["non_finite"] += 1
         self.progress.reason = "non_finite"
+
+    def _refuse_start(self) -> None:
+        """Counts a start that is not finite; one that follows a step there is left again.
+
+        A few times may be the fault of batches. Then it is that of a fixed step whose end was not
+        evaluated: it is undone, and the next one is shorter or another.
+        """
+        self.count_non_finite()
+        self._bad_starts += 1
+        here = self._arrived is not None and self._arrived[0] == self._param_versions()
+        if self._bad_starts <= BAD_BATCHES or self._entry["pair_step"] is None or not here:
+            return
+        self._go_back(self.origin())
+        self._entry["failing"] += 2
+        self._retreat(self.history.header())
+
+    def _retreat(self, header: Header) -> None:
+        """The last direction leads nowhere: -g next time and, if it was that, a shorter step."""
+        if header.count > 0:
+            self._reset()
+        else:
+            self._entry["cuts"] = min(self._entry["cuts"] + 1, 15)
+            self._entry["step_cuts"] += 1
 
     def _reset(self) -> None:
         self._entry["resets"] += 1
@@ -337,7 +286,7 @@ class LbfgsEngine:
     ) -> Point | None:
         origin = self.origin()
         self.history.move(origin, step, save=True)
-        self.take_step(step)
+        self.take_step(step, options)
         self.progress.line_search = "fixed"
         last = iteration + 1 == options.max_iter
         # The evaluation of a deterministic closure is the next step's first one.
@@ -353,8 +302,8 @@ class LbfgsEngine:
             return point
         self._go_back(origin)
         self.count_non_finite()
-        if header.count > 0:
-            self._reset()  # the same direction would only lead there again
+        self._entry["failing"] += 2
+        self._retreat(header)  # the same step would only lead there again
         return None
 
     def _searched_step(
@@ -369,7 +318,7 @@ class LbfgsEngine:
     ) -> Point | None:
         origin = self.origin()
         result, at, best = self.search(closure, options, point, header, step, budget)
-        if result.reason not in PASSED and not result.loss < point.value:
+        if not _lowers(result, point):
             self._go_back(origin)
             if result.success:
                 self.progress.line_search = "no_progress"
@@ -380,7 +329,8 @@ class LbfgsEngine:
         if not result.is_last:
             self.history.move(origin, result.step, save=False)
             at = self._return_to(best)
-        self.take_step(result.step)
+        self.take_step(result.step, options)
+        self._entry["failing"] = max(0, self._entry["failing"] - 1)
         return at
 
     def search(
@@ -400,26 +350,39 @@ class LbfgsEngine:
             The result, the last trial and the best one.
         """
         origin = self.origin()
-        search = self._search(str(options.line_search), budget)
-        trial: float | None = search.start(point.value, header.direction_dot_grad, step)
-        save, at, best = True, point, point
-        try:
-            while trial is not None:
-                self.history.move(origin, trial, save)
-                save = False
-                at = self.evaluate(closure, options, True)
-                self._entry["non_finite"] += not at.finite
-                trial = search.tell(at.value if at.finite else math.inf, at.stats.slope)
-                if search.best_changed:
-                    best = at
-                    self._save_grads(at.grads)
-                if trial is not None:
-                    at.grads.clear()
-        except BaseException:
-            self._go_back(origin)
-            raise
-        self.progress.line_search = search.result.reason
-        return search.result, at, best
+        save = True
+        while True:
+            search = self._search(str(options.line_search), budget)
+            trial: float | None = search.start(point.value, header.direction_dot_grad, step)
+            at, best = point, point
+            try:
+                while trial is not None:
+                    self.history.move(origin, trial, save)
+                    save = False
+                    at = self.evaluate(closure, options, True)
+                    self._entry["non_finite"] += not at.finite
+                    trial = search.tell(at.value if at.finite else math.inf, at.stats.slope)
+                    if search.best_changed:
+                        best = at
+                        self._save_grads(at.grads)
+                    if trial is not None:
+                        at.grads.clear()
+            except BaseException:
+                self._go_back(origin)
+                raise
+            result = search.result
+            budget -= result.evaluations
+            if _lowers(result, point) or budget <= 0 or not self._learns_noise(search, point):
+                break
+            at.grads.clear()
+        self.progress.line_search = result.reason
+        return result, at, best
+
+    def _learns_noise(self, search: LineSearch, point: Point) -> bool:
+        """Whether noise may explain the failure of a search that can live with it."""
+        return isinstance(search, ApproximateWolfe) and self.precision.learn(
+            search.discrepancy, point.value
+        )
 
     def _search_failed(
         self,
@@ -429,13 +392,19 @@ class LbfgsEngine:
         header: Header,
         iteration: int,
     ) -> Point | None:
-        """Goes on without history, so that the next direction is -g; if it was that, it ends."""
+        """Goes on with -g, then with shorter steps along it, unless rounding hides any descent."""
         self._entry["line_search_failures"] += 1
-        self.progress.reason = "line_search"
-        if header.count == 0:
+        hidden = self.progress.line_search == "no_progress"
+        if header.count == 0 and hidden and not options.deterministic:
+            # Or is it another function each time (dropout, say)?
+            again = self.evaluate(closure, options, False)
+            hidden = abs(again.value - point.value) <= self.precision.noise * abs(point.value)
+        self.progress.reason = "precision" if hidden else "line_search"
+        self._entry["failing"] += 0 if hidden else 2
+        if header.count == 0 and (hidden or self._entry["cuts"] >= MOST_CUTS):
             self._remember(point, options, settled=True)
             return None
-        self._reset()
+        self._retreat(header)
         if iteration + 1 == options.max_iter:
             return None
         again = self.evaluate(closure, options, False)
@@ -470,16 +439,21 @@ class LbfgsEngine:
             # What rounding hides of a loss, in units of the loss: below it there is no descent to
             # find, only evaluations to waste.
             noise = torch.finfo(self._flat.dtype).eps
-            if name == "approximate_wolfe":
-                noise *= APPROXIMATE_WOLFE_ROUNDINGS
             search = make_line_search(key[0], max_evaluations=key[1], loss_eps=noise)
             assert search is not None
             self._searches[key] = search
+        if name == "approximate_wolfe":
+            self._searches[key].loss_eps = self.precision.noise
         return self._searches[key]
 
 
-COUNTERS = ("n_iter", "func_evals", "resets", "line_search_failures", "non_finite")
+# What an entry counts since the start, for reports, and what it holds besides tensors in all.
+COUNTERS = ("n_iter", "func_evals", "resets", "line_search_failures", "step_cuts", "non_finite")
+# The tallies are of the present: trials cut, and failed searches (two each) less good ones.
+_TALLIES = ("cuts", "failing")
+ENGINE_NAMES = ("pair_step", *COUNTERS, *_TALLIES, *PRECISION_NAMES)
 
 
-def _version(grad: Tensor | None) -> int:
-    return -1 if grad is None else grad._version
+def _lowers(result: LineSearchResult, point: Point) -> bool:
+    """Whether a search has found a step that is worth taking."""
+    return result.reason in PASSED or result.loss < point.value

@@ -380,7 +380,12 @@ class ApproximateWolfe(StrongWolfe):
     cannot mislead the bracketing.
 
     Here :math:`\epsilon` is ``loss_eps``; its default, 1e-6, is the paper's and suits float32
-    losses. Raises ValueError unless ``c1 < 0.5``.
+    losses. It may be changed between searches. Raises ValueError unless ``c1 < 0.5``.
+
+    Attributes:
+        discrepancy: :math:`|\phi(t) - \hat\phi(t)|` at the shortest finite trial of the last
+            search that was not accepted; 0.0 if there was none. For short steps, as those that a
+            search ends with when it fails, it is the noise of the loss.
     """
 
     name = "approximate_wolfe"
@@ -390,6 +395,11 @@ class ApproximateWolfe(StrongWolfe):
         super().__init__(options)
         if self.options.c1 >= 0.5:
             raise ValueError(f"c1 must be below 0.5 for {self.name}, got {self.options.c1!r}")
+        self.discrepancy = 0.0
+
+    def _begin(self, origin: LineSearchPoint) -> None:
+        super()._begin(origin)
+        self.discrepancy, self._shortest = 0.0, math.inf
 
     def _accepts(self, trial: LineSearchPoint) -> Reason | None:
         slope0 = self._origin.slope
@@ -411,6 +421,9 @@ class ApproximateWolfe(StrongWolfe):
 
     def _read(self, trial: LineSearchPoint) -> LineSearchPoint:
         change = 0.5 * trial.step * (self._origin.slope + trial.slope)
+        if trial.step < self._shortest and trial.loss < math.inf:
+            self._shortest = trial.step
+            self.discrepancy = abs(trial.loss - self._origin.loss - change)
         if max(abs(trial.loss - self._origin.loss), abs(change)) <= self._noise():
             return trial._replace(loss=self._origin.loss + change)
         return trial

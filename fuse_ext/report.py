@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fuse_ext.lbfgs_engine import LbfgsEngine
 
 # FusePV keeps its own counts in this entry of the first parameter's state;
 # at the start they are these.
@@ -17,6 +20,7 @@ NEW_LOG = {
     "switches": 0,
     "switch_step": None,
     "switch_reason": "",
+    "fallbacks": 0,
 }
 
 
@@ -26,15 +30,19 @@ def check_log(log: Any) -> None:
         raise ValueError(f"state_dict does not fit: {LOG!r} must hold {list(NEW_LOG)}")
 
 
+CONVERGED = ("gradient", "slope", "step", "loss", "precision", "no_descent")
+
+
 @dataclass
 class Progress:
     """What the last call of an L-BFGS ``step`` did.
 
     Attributes:
-        reason: Why it ended: "max_iter", "max_eval", "gradient" (below tolerance_grad),
-            "slope", "step", "loss" (changes below tolerance_change), "non_finite",
-            "line_search" (no step that lowers the loss, rounding aside), "no_descent" or "lr"
-            (which is 0).
+        reason: Why it ended: "max_iter" or "max_eval" (the budget), "gradient" (at most
+            tolerance_grad), "slope", "step" or "loss" (changes at most tolerance_change),
+            "precision" (rounding or noise of the loss hides any further decrease), "line_search"
+            (it found no step that lowers the loss), "no_descent" (the gradient is 0, or so small
+            that its square is), "non_finite", or "lr" (which is 0).
         step_length: Of the last step taken.
         line_search: Why the last search ended.
     """
@@ -60,9 +68,12 @@ class Report:
         pairs_skipped: Pairs refused by the curvature test.
         history_resets: Times the history was dropped: the direction did not descend, or no
             acceptable step was found along it.
+        step_cuts: Times the next step along -g was made shorter, since none was found.
+        fallbacks: Times Adam took over again, since line searches kept failing.
         step_length: t of the last L-BFGS step.
         line_search: Why the last line search ended.
         line_search_failures: Searches that found no acceptable step.
+        loss_noise: Noise of the loss, relative to it, that approximate Wolfe reckons with.
         stop_reason: Why the last L-BFGS step ended; see :class:`Progress`.
         non_finite: Points with a NaN or infinite loss or gradient; none was stepped on or used.
         state_bytes: Bytes of optimizer state held.
@@ -79,14 +90,52 @@ class Report:
     pairs_accepted: int = 0
     pairs_skipped: int = 0
     history_resets: int = 0
+    step_cuts: int = 0
+    fallbacks: int = 0
     step_length: float = 0.0
     line_search: str = "none"
     line_search_failures: int = 0
+    loss_noise: float = 0.0
     stop_reason: str = "not started"
     non_finite: int = 0
     state_bytes: int = 0
     workspace_bytes: int = 0
 
+    @property
+    def converged(self) -> bool:
+        """Whether L-BFGS stopped because there is nothing left to gain.
+
+        That is, for "gradient", "slope", "step", "loss", "precision" and "no_descent".
+        """
+        return self.stop_reason in CONVERGED
+
     def __str__(self) -> str:
         width = max(len(f.name) for f in fields(self))
         return "\n".join(f"{f.name:<{width}}  {getattr(self, f.name)}" for f in fields(self))
+
+
+def lbfgs_fields(engine: LbfgsEngine | None, entry: dict[str, Any]) -> dict[str, Any]:
+    """What every report says of L-BFGS; of its past alone where there is no engine."""
+    counted = {
+        "lbfgs_iterations": entry.get("n_iter", 0),
+        "evaluations": entry.get("func_evals", 0),
+        "history_resets": entry.get("resets", 0),
+        "step_cuts": entry.get("step_cuts", 0),
+        "line_search_failures": entry.get("line_search_failures", 0),
+        "non_finite": entry.get("non_finite", 0),
+    }
+    if engine is None:
+        return counted
+    header = engine.history.header()
+    return {
+        **counted,
+        "pairs_held": int(header.count),
+        "pairs_accepted": int(header.accepted),
+        "pairs_skipped": int(header.skipped),
+        "step_length": engine.progress.step_length,
+        "line_search": engine.progress.line_search,
+        "loss_noise": engine.precision.noise,
+        "stop_reason": engine.progress.reason,
+        "state_bytes": engine.history.nbytes,
+        "workspace_bytes": engine.workspace_nbytes,
+    }

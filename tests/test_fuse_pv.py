@@ -135,7 +135,8 @@ def test_adam_up_to_the_switch_and_lbfgs_from_there(backend: str) -> None:
 )
 def test_at_once(switch: Any) -> None:
     fit = Fit(switch=switch)
-    assert fit.optimizer.phase == "adam"  # the switch belongs to the first step
+    assert fit.optimizer.phase == "lbfgs"
+    assert fit.optimizer.report().switch_step is None  # the switch belongs to the first step
     fit.step()
     report = fit.optimizer.report()
     assert (report.phase, report.adam_steps, report.switch_step) == ("lbfgs", 0, 0)
