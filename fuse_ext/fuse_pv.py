@@ -37,8 +37,8 @@ ADAM, LBFGS_PHASE = "adam", "lbfgs"
 CURVATURE_TOL = {True: 1e-8, False: 1e-4}
 # Adam steps before the switch of a deterministic closure, where nothing else is asked for.
 EARLY = 30
-# Failed line searches, at two each less the good ones, before Adam takes over again.
-FAILING = 10
+# The engine's count of failed steps at which Adam takes over again.
+FAILING = 3.0
 
 
 class FusePV(FlatOptimizer):
@@ -141,7 +141,7 @@ class FusePV(FlatOptimizer):
         lbfgs_lr: float = 1.0,
         history_size: int = 10,
         history_dtype: torch.dtype | None = None,
-        line_search: str | None = "strong_wolfe",
+        line_search: str | None = "approximate_wolfe",
         max_iter: int = 1,
         max_eval: int | None = None,
         tolerance_grad: float = 0.0,

@@ -37,6 +37,8 @@ __all__ = [
 MAX_LINE_SEARCH_EVALUATIONS = 25
 # Each time that not even -g leads anywhere the first trial is cut by this factor, so often.
 CUT, MOST_CUTS = 0.1, 3
+# Weight of the failures before the last step: four in a row, or a third of all, make 3.
+FAILING_DECAY = 0.9
 # So many starts in a row that are not finite may be the fault of batches.
 BAD_BATCHES = 3
 # Line searches that ended so have done what was asked, though the loss may show no decrease. One
@@ -259,7 +261,7 @@ class LbfgsEngine(Evaluations):
         if self._bad_starts <= BAD_BATCHES or self._entry["pair_step"] is None or not here:
             return
         self._go_back(self.origin())
-        self._entry["failing"] += 2
+        self._count_failing(True)
         self._retreat(self.history.header())
 
     def _retreat(self, header: Header) -> None:
@@ -269,6 +271,10 @@ class LbfgsEngine(Evaluations):
         else:
             self._entry["cuts"] = min(self._entry["cuts"] + 1, 15)
             self._entry["step_cuts"] += 1
+
+    def _count_failing(self, failed: bool) -> None:
+        """A decaying count of the steps that led nowhere, though rounding did not hide the way."""
+        self._entry["failing"] = FAILING_DECAY * self._entry["failing"] + failed
 
     def _reset(self) -> None:
         self._entry["resets"] += 1
@@ -302,7 +308,7 @@ class LbfgsEngine(Evaluations):
             return point
         self._go_back(origin)
         self.count_non_finite()
-        self._entry["failing"] += 2
+        self._count_failing(True)
         self._retreat(header)  # the same step would only lead there again
         return None
 
@@ -317,10 +323,13 @@ class LbfgsEngine(Evaluations):
         iteration: int,
     ) -> Point | None:
         origin = self.origin()
+        met = self._entry["non_finite"]
         result, at, best = self.search(closure, options, point, header, step, budget)
         if not _lowers(result, point):
             self._go_back(origin)
-            if result.success:
+            if self._entry["non_finite"] > met:
+                self.progress.line_search = "non_finite"
+            elif result.success:
                 self.progress.line_search = "no_progress"
             if budget < MAX_LINE_SEARCH_EVALUATIONS and result.reason == "max_evaluations":
                 self.progress.reason = "max_eval"
@@ -330,7 +339,7 @@ class LbfgsEngine(Evaluations):
             self.history.move(origin, result.step, save=False)
             at = self._return_to(best)
         self.take_step(result.step, options)
-        self._entry["failing"] = max(0, self._entry["failing"] - 1)
+        self._count_failing(False)
         return at
 
     def search(
@@ -371,18 +380,15 @@ class LbfgsEngine(Evaluations):
                 self._go_back(origin)
                 raise
             result = search.result
-            budget -= result.evaluations
-            if _lowers(result, point) or budget <= 0 or not self._learns_noise(search, point):
+            if _lowers(result, point) or not self._learns_noise(search):
                 break
             at.grads.clear()
         self.progress.line_search = result.reason
         return result, at, best
 
-    def _learns_noise(self, search: LineSearch, point: Point) -> bool:
+    def _learns_noise(self, search: LineSearch) -> bool:
         """Whether noise may explain the failure of a search that can live with it."""
-        return isinstance(search, ApproximateWolfe) and self.precision.learn(
-            search.discrepancy, point.value
-        )
+        return isinstance(search, ApproximateWolfe) and self.precision.learn(search.noise_needed)
 
     def _search_failed(
         self,
@@ -395,12 +401,12 @@ class LbfgsEngine(Evaluations):
         """Goes on with -g, then with shorter steps along it, unless rounding hides any descent."""
         self._entry["line_search_failures"] += 1
         hidden = self.progress.line_search == "no_progress"
-        if header.count == 0 and hidden and not options.deterministic:
+        if hidden and not options.deterministic:
             # Or is it another function each time (dropout, say)?
             again = self.evaluate(closure, options, False)
             hidden = abs(again.value - point.value) <= self.precision.noise * abs(point.value)
         self.progress.reason = "precision" if hidden else "line_search"
-        self._entry["failing"] += 0 if hidden else 2
+        self._count_failing(not hidden)
         if header.count == 0 and (hidden or self._entry["cuts"] >= MOST_CUTS):
             self._remember(point, options, settled=True)
             return None
@@ -449,7 +455,7 @@ class LbfgsEngine(Evaluations):
 
 # What an entry counts since the start, for reports, and what it holds besides tensors in all.
 COUNTERS = ("n_iter", "func_evals", "resets", "line_search_failures", "step_cuts", "non_finite")
-# The tallies are of the present: trials cut, and failed searches (two each) less good ones.
+# The tallies are of the present: trials cut, and failed steps, the last ones weighing most.
 _TALLIES = ("cuts", "failing")
 ENGINE_NAMES = ("pair_step", *COUNTERS, *_TALLIES, *PRECISION_NAMES)
 

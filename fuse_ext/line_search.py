@@ -44,8 +44,9 @@ Reason: TypeAlias = Literal[
     "interval_too_small",  # the relative width of the bracket is at most xtol
     "no_progress",  # rounding leaves no step within the bracket, or loss_eps hides any decrease
     "max_step",  # phi still decreases at step_max
+    "slopes_disagree",  # the loss rises where its slopes say that it falls, again and again
     "min_step",  # sufficient decrease fails at step_min, or asks for a smaller step
-    "non_finite",  # one of the last five, and no trial was finite
+    "non_finite",  # one of the last six, and no trial was finite
 ]
 
 
@@ -383,35 +384,44 @@ class ApproximateWolfe(StrongWolfe):
     losses. It may be changed between searches. Raises ValueError unless ``c1 < 0.5``.
 
     Attributes:
-        discrepancy: :math:`|\phi(t) - \hat\phi(t)|` at the shortest finite trial of the last
-            search that was not accepted; 0.0 if there was none. For short steps, as those that a
-            search ends with when it fails, it is the noise of the loss.
+        noise_needed: The least :math:`\epsilon` with which the trial of flattest slope would
+            have been accepted in the last search; inf if the slopes tell against all trials.
     """
 
     name = "approximate_wolfe"
     default_loss_eps = 1e-6
+    # The search closes in on the origin, and a smooth loss soon falls with its slopes.
+    _MOST_AGAINST = 3
 
     def __init__(self, options: LineSearchOptions | None = None) -> None:
         super().__init__(options)
         if self.options.c1 >= 0.5:
             raise ValueError(f"c1 must be below 0.5 for {self.name}, got {self.options.c1!r}")
-        self.discrepancy = 0.0
+        self.noise_needed = math.inf
 
     def _begin(self, origin: LineSearchPoint) -> None:
         super()._begin(origin)
-        self.discrepancy, self._shortest = 0.0, math.inf
+        self.noise_needed = self._flattest = math.inf
+        self._against = 0  # trials at which the loss is higher though it falls there
 
     def _accepts(self, trial: LineSearchPoint) -> Reason | None:
         slope0 = self._origin.slope
         if super()._accepts(trial) is not None:
             return "wolfe"
-        level = abs(trial.loss - self._origin.loss) <= self._noise()
-        if (
-            level
-            and (2.0 * self.options.c1 - 1.0) * slope0 >= trial.slope >= self.options.c2 * slope0
-        ):
-            return "approximate_wolfe"
+        if (2.0 * self.options.c1 - 1.0) * slope0 >= trial.slope >= self.options.c2 * slope0:
+            change = abs(trial.loss - self._origin.loss)
+            if change <= self._noise():
+                return "approximate_wolfe"
+            if abs(trial.slope) < self._flattest and self._origin.loss != 0.0:
+                self._flattest = abs(trial.slope)
+                self.noise_needed = change / abs(self._origin.loss)
         return None
+
+    def _advance(self, trial: LineSearchPoint) -> float | Reason:
+        self._against += trial.slope < 0.0 and self._origin.loss < trial.loss < math.inf
+        if self._against >= self._MOST_AGAINST and self._best is None:
+            return "slopes_disagree"
+        return super()._advance(trial)
 
     def _hopeless(self, step: float) -> bool:
         return False  # slopes decide below the noise
@@ -421,9 +431,6 @@ class ApproximateWolfe(StrongWolfe):
 
     def _read(self, trial: LineSearchPoint) -> LineSearchPoint:
         change = 0.5 * trial.step * (self._origin.slope + trial.slope)
-        if trial.step < self._shortest and trial.loss < math.inf:
-            self._shortest = trial.step
-            self.discrepancy = abs(trial.loss - self._origin.loss - change)
         if max(abs(trial.loss - self._origin.loss), abs(change)) <= self._noise():
             return trial._replace(loss=self._origin.loss + change)
         return trial

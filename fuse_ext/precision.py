@@ -39,17 +39,16 @@ class Precision:
         noise: float = self._entry["loss_noise"]
         return noise
 
-    def learn(self, discrepancy: float, loss: float) -> bool:
-        """Takes in how loss and slopes disagreed in a search that failed.
+    def learn(self, needed: float) -> bool:
+        """Takes in the noise that would explain why a search failed.
 
         Returns:
             Whether that can be noise, and more of it than was known of: the search may be
             repeated.
         """
-        seen = 2.0 * discrepancy / abs(loss) if loss else math.inf
-        if not self.noise < seen <= LARGEST_NOISE:
+        if not self.noise < needed <= LARGEST_NOISE:
             return False
-        self._entry["loss_noise"] = min(max(seen, NOISE_GROWTH * self.noise), LARGEST_NOISE)
+        self._entry["loss_noise"] = min(max(2.0 * needed, NOISE_GROWTH * self.noise), LARGEST_NOISE)
         return True
 
     def at_floor(self, loss: float, square: float) -> bool:

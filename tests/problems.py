@@ -442,8 +442,9 @@ def more_garbow_hillstrom() -> list[Problem]:
         _squares("extended-powell-20", [3.0, -1.0, 0.0, 1.0] * 5, _powell_singular),  # 22
         _squares("penalty-1-10", [float(i) for i in range(1, 11)], _penalty_1, LEAST[23]),
         _squares("penalty-2-10", [0.5] * 10, _penalty_2, LEAST[24]),
-        _squares("variably-dimensioned-10", [1 - i / 10 for i in range(1, 11)],
-                 _variably_dimensioned),  # 25
+        _squares(
+            "variably-dimensioned-10", [1 - i / 10 for i in range(1, 11)], _variably_dimensioned
+        ),  # 25
         _squares("trigonometric-10", [0.1] * 10, _trigonometric, LEAST[26]),  # or 0
         _squares("brown-almost-linear-10", [0.5] * 10, _brown_almost_linear),  # 27
         _squares("discrete-boundary-10", boundary, _discrete_boundary),  # 28
