@@ -72,7 +72,7 @@ def arguments(
     parser.add_argument(
         "--threads", type=int, default=threads, help=f"for torch and for us ({usual})"
     )
-    if name == "time_to_loss":
+    if name in ("time_to_loss", "robustness", "switching"):
         parser.add_argument("--budget", type=int, help="gradient evaluations a run")
     parser.add_argument(
         "--largest", type=float, default=math.inf, help="leave out cases of more parameters"

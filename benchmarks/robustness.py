@@ -13,7 +13,7 @@ import contextlib
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -100,9 +100,7 @@ def scipy_lbfgsb(run: Run) -> None:
 
     options = {"maxcor": HISTORY_SIZE, "ftol": 0, "gtol": 0, "maxfun": 10**9, "maxiter": 10**9}
     start = run.x.detach().double().numpy()
-    found = scipy.optimize.minimize(
-        evaluate, start, jac=True, method="L-BFGS-B", options=options
-    )
+    found = scipy.optimize.minimize(evaluate, start, jac=True, method="L-BFGS-B", options=options)
     run.reason = found.message
 
 
@@ -118,9 +116,7 @@ def _options(iterations: int) -> dict[str, Any]:
 
 def torch_lbfgs(run: Run, iterations: int = 10**9) -> None:
     """torch.optim.LBFGS with strong Wolfe."""
-    run.exhaust(
-        torch.optim.LBFGS([run.x], line_search_fn="strong_wolfe", **_options(iterations))
-    )
+    run.exhaust(torch.optim.LBFGS([run.x], line_search_fn="strong_wolfe", **_options(iterations)))
 
 
 def our_lbfgs(run: Run, line_search: str, iterations: int = 10**9) -> None:
@@ -185,21 +181,171 @@ def solve_all(problems: list[Problem], dtype: torch.dtype, budget: int) -> Runs:
     return runs
 
 
+# --- tables and pictures --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a solver did to one tolerance, over all problems.
+
+    Attributes:
+        solved: Problems.
+        median: Of the evaluations over scipy's, where both got there.
+        mean: The same, geometric mean.
+    """
+
+    solved: int
+    median: float
+    mean: float
+
+    @staticmethod
+    def of(runs: list[Run], scipys: list[Run], tolerance: float) -> Score:
+        """Scores one solver's runs."""
+        ours, theirs = ([run.reached(tolerance) for run in of] for of in (runs, scipys))
+        both = [a / b for a, b in zip(ours, theirs, strict=True) if max(a, b) < math.inf]
+        mean = math.exp(statistics.fmean(map(math.log, both)))
+        return Score(sum(map(math.isfinite, ours)), statistics.median(both), mean)
+
+
+def scores(runs: Runs, dtype: torch.dtype) -> dict[float, dict[str, Score]]:
+    """By tolerance and solver."""
+    return {
+        tolerance: {name: Score.of(of, runs[SCIPY], tolerance) for name, of in runs.items()}
+        for tolerance in TOLERANCES[dtype]
+    }
+
+
+def targets(by_dtype: dict[torch.dtype, dict[float, dict[str, Score]]]) -> list[dict[str, Any]]:
+    """What was asked for, and whether it was met at every tolerance."""
+    double, single = by_dtype[torch.float64], by_dtype[torch.float32]
+    found = []
+    for name in (*ONE_CALL, STEPS):
+        rows = list(double.values())
+        least = [max(row[SCIPY].solved, row[TORCH].solved) for row in rows]
+        solved = [row[name].solved for row in rows]
+        limit = 1.2 if name == STEPS else 1.1
+        median = max(row[name].median for row in rows)
+        more = [(row[name].solved, row[TORCH].solved) for row in single.values()]
+        shown = "; ".join(f"{ours} to {theirs}" for ours, theirs in more)
+        found += [
+            (
+                name,
+                "float64: solves as many as scipy and torch",
+                f"{solved} to {least}",
+                all(a >= b for a, b in zip(solved, least, strict=True)),
+            ),
+            (
+                name,
+                f"float64: median of evaluations <= {limit:g} times scipy's",
+                number(median),
+                median <= limit,
+            ),
+            (name, "float32: solves more than torch", shown, all(a > b for a, b in more)),
+        ]
+    return [
+        {"solver": a, "target": b, "measured": c, "verdict": "met" if d else "**missed**"}
+        for a, b, c, d in found
+    ]
+
+
+def summary(by_dtype: dict[torch.dtype, dict[float, dict[str, Score]]], problems: int) -> str:
+    """Markdown: problems solved, and evaluations beside scipy's."""
+    columns = [(dtype, tau) for dtype, by_tau in by_dtype.items() for tau in by_tau]
+    rows = []
+    for solver in SOLVERS:
+        cells = [solver.name]
+        for dtype, tau in columns:
+            score = by_dtype[dtype][tau][solver.name]
+            cells.append(f"{score.solved}, {score.median:.2f}, {score.mean:.2f}")
+        rows.append(cells)
+    heads = [f"{str(dtype).removeprefix('torch.')}, {tau:g}" for dtype, tau in columns]
+    return table([f"solved of {problems}, evaluations / scipy's", *heads], rows)
+
+
+def details(problems: list[Problem], by_dtype: dict[torch.dtype, Runs]) -> str:
+    """Markdown: evaluations to the last tolerance, float64 and float32."""
+    rows = []
+    for i, problem in enumerate(problems):
+        cells = [f"{problem.name}, n = {len(problem.x0)}"]
+        for solver in SOLVERS:
+            counts = [
+                runs[solver.name][i].reached(TOLERANCES[dtype][-1])
+                for dtype, runs in by_dtype.items()
+            ]
+            cells.append(" / ".join(f"{c:.0f}" if c < math.inf else "-" for c in counts))
+        rows.append(cells)
+    return table(["problem", *(solver.name for solver in SOLVERS)], rows)
+
+
+def draw(by_dtype: dict[torch.dtype, Runs]) -> Figure:
+    """Performance profiles (Dolan and Moré 2002) of the evaluations to the last tolerance."""
+    with harness.style():
+        figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+        for panel, (dtype, runs) in zip(panels, by_dtype.items(), strict=True):
+            tau = TOLERANCES[dtype][-1]
+            counts = {name: [run.reached(tau) for run in of] for name, of in runs.items()}
+            best = [min(column) for column in zip(*counts.values(), strict=True)]
+            at = np.geomspace(1, 8, 400)
+            for solver in SOLVERS:
+                ratios = np.array(
+                    [
+                        a / b if b < math.inf else math.inf
+                        for a, b in zip(counts[solver.name], best, strict=True)
+                    ]
+                )
+                share = (ratios[:, None] <= at).mean(0)
+                panel.plot(at, share, solver.line, color=solver.color, label=solver.name)
+            panel.set(
+                xscale="log",
+                xlabel="evaluations, over those of the best solver",
+                ylim=(0, 1),
+                title=f"{str(dtype).removeprefix('torch.')}, to {tau:g} of f - f*",
+            )
+            panel.set_xticks([1, 2, 4, 8], labels=["1", "2", "4", "8"])
+            panel.minorticks_off()
+        panels[0].set_ylabel("share of the problems")
+        panels[1].legend(loc="lower right")
+    return figure
+
+
 def main() -> None:
-    for dtype in (torch.float64, torch.float32):
-        probs = large_problem_set()
-        runs = solve_all(probs, dtype, 1000)
-        for tol in TOLERANCES[dtype]:
-            print(dtype, tol)
-            sc = [r.reached(tol) for r in runs[SCIPY]]
-            for n, rs in runs.items():
-                v = [r.reached(tol) for r in rs]
-                both = [a / b for a, b in zip(v, sc) if a < math.inf and b < math.inf]
-                print(f"  {n:22s} solved {sum(x<math.inf for x in v)} of {len(v)}  median evals/scipy {statistics.median(both):.3f} geomean {math.exp(statistics.mean(map(math.log,both))):.3f} median {statistics.median(v)}", [p.name for p, x in zip(probs, v) if x == math.inf])
-        if True:
-            tol = TOLERANCES[dtype][-1]
-            for i, p in enumerate(probs):
-                print(f"{p.name:26s}", *(f"{runs[n][i].reached(tol):6.0f}" for n in runs), *(runs[n][i].reason[:14] for n in ('scipy', 'strong Wolfe', 'approximate Wolfe')))
+    """Runs the module."""
+    assert __doc__ is not None
+    args = harness.arguments("robustness", __doc__, None, THREADS)
+    facts = machine.facts(args)
+    budget = args.budget or BUDGET[args.quick]
+    problems = [p for p in large_problem_set() if len(p.x0) <= args.largest]
+    runs = {dtype: solve_all(problems, dtype, budget) for dtype in TOLERANCES}
+    by_dtype = {dtype: scores(of, dtype) for dtype, of in runs.items()}
+    found = targets(by_dtype)
+    text = "\n\n".join(
+        [
+            f"{len(problems)} problems, {budget} evaluations each, m = {HISTORY_SIZE}. Solved is "
+            "f - f* <= tau (f0 - f*), tau in the column's head.",
+            table([*found[0]], ([*target.values()] for target in found)),
+            "Problems solved, and median and geometric mean of the evaluations over scipy's:",
+            summary(by_dtype, len(problems)),
+            "Evaluations to the last tolerance, in float64 / float32:",
+            details(problems, runs),
+        ]
+    )
+    json = {
+        str(dtype).removeprefix("torch."): {
+            problem.name: {
+                name: {
+                    "evaluations_to": {tau: of[i].reached(tau) for tau in TOLERANCES[dtype]},
+                    "evaluations": len(of[i].gaps),
+                    "least_gap": float(np.nanmin(of[i].gaps)),
+                    "reason": of[i].reason,
+                }
+                for name, of in by_solver.items()
+            }
+            for i, problem in enumerate(problems)
+        }
+        for dtype, by_solver in runs.items()
+    }
+    harness.save(args, "robustness", facts, {"targets": found, "problems": json}, text, draw(runs))
+
 
 if __name__ == "__main__":
     main()

@@ -405,8 +405,8 @@ class LbfgsEngine(Evaluations):
             # Or is it another function each time (dropout, say)?
             again = self.evaluate(closure, options, False)
             hidden = abs(again.value - point.value) <= self.precision.noise * abs(point.value)
-        self.progress.reason = "precision" if hidden else "line_search"
         self._count_failing(not hidden)
+        self.progress.reason = "precision" if hidden and header.count == 0 else "line_search"
         if header.count == 0 and (hidden or self._entry["cuts"] >= MOST_CUTS):
             self._remember(point, options, settled=True)
             return None

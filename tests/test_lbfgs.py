@@ -387,10 +387,16 @@ def test_a_step_that_lowers_nothing_is_a_failure(line_search: str) -> None:
 
     mine = Objective(Problem("noisy", f, torch.zeros(50, dtype=F64)), torch.float32)
     optimizer = make([mine.x], line_search_fn=line_search, history_size=10, deterministic=True)
-    for _ in range(500):
+    steps = 0
+    while not optimizer.report().converged and steps < 1500:
         optimizer.step(mine.closure)
+        steps += 1
     before = mine.calls
-    assert before < 750
+    assert before < 1.5 * steps
+    # Slopes lead on where the loss is noise: to the last digits of the solution.
+    solution = torch.linalg.solve(matrix.double(), vector.double())
+    error = (mine.x.detach().double() - solution).norm() / solution.norm()
+    assert error < (1e-4 if line_search == "approximate_wolfe" else 0.5)
     optimizer.step(mine.closure)
     assert (mine.calls, reason(optimizer)) == (before, "precision")
 
