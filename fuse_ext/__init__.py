@@ -29,6 +29,7 @@ from fuse_ext.switchover import (  # noqa: E402
     Never,
     Observation,
     Switchover,
+    WarmUp,
     When,
 )
 
@@ -51,6 +52,7 @@ __all__ = [
     "Observation",
     "Report",
     "Switchover",
+    "WarmUp",
     "When",
     "__version__",
     "build_info",

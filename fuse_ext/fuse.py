@@ -158,6 +158,7 @@ class Fuse(FlatOptimizer):
             "max_eval": MAX_LINE_SEARCH_EVALUATIONS,
             "tolerance_grad": 0.0,
             "tolerance_change": 0.0,
+            "rtol": 0.0,
             "curvature_tol": curvature_tol,
             "deterministic": deterministic,
             "same_batch_pairs": same_batch_pairs,

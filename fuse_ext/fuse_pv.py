@@ -10,38 +10,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse_ext.adam import MOMENTS, AdamEngine, check_adam_group, check_adam_state
+from fuse_ext.adam import MOMENTS, AdamEngine, check_adam_group
 from fuse_ext.checks import check_number, loss_value
 from fuse_ext.criterion import Observation, Switchover
-from fuse_ext.flat import Closure, FlatOptimizer, ParamGroup
-from fuse_ext.history import STATE_NAMES, grads_are_finite
+from fuse_ext.flat import Closure, ParamGroup
+from fuse_ext.history import grads_are_finite
 from fuse_ext.lbfgs import (
     check_lbfgs_group,
-    check_lbfgs_state,
     check_line_search,
     common_options,
 )
 from fuse_ext.lbfgs_engine import (
-    COUNTERS,
-    ENGINE_NAMES,
     MAX_LINE_SEARCH_EVALUATIONS,
     LbfgsEngine,
     LbfgsOptions,
     spread_lr,
 )
-from fuse_ext.report import LOG, NEW_LOG, Report, check_log, lbfgs_fields
-from fuse_ext.switchover import AfterSteps, as_switchover
+from fuse_ext.phases import ADAM, LBFGS_PHASE, TwoPhases
+from fuse_ext.report import Report, lbfgs_fields
+from fuse_ext.switchover import LossPlateau, WarmUp, as_switchover
 
-ADAM, LBFGS_PHASE = "adam", "lbfgs"
 # Curvature test without and with noise in the gradients.
 CURVATURE_TOL = {True: 1e-8, False: 1e-4}
-# Adam steps before the switch of a deterministic closure, where nothing else is asked for.
-EARLY = 30
 # The engine's count of failed steps at which Adam takes over again.
 FAILING = 3.0
 
 
-class FusePV(FlatOptimizer):
+class FusePV(TwoPhases):
     r"""Adam first, then L-BFGS, in one optimizer (FUSE-PV, Algorithm 4).
 
     Each call of ``step`` is an Adam step (Eq. 2) until ``switch`` says that Adam has done its
@@ -65,7 +60,8 @@ class FusePV(FlatOptimizer):
             follows the same schedule: it is scaled by lr over the lr at the switch (or the first
             later one, if that was 0).
         switch: A :class:`~fuse_ext.Switchover`; an int for that many steps; a callable on an
-            :class:`~fuse_ext.Observation`; None for :class:`~fuse_ext.LossPlateau`.
+            :class:`~fuse_ext.Observation`; None for :class:`~fuse_ext.LossPlateau` and, if
+            ``deterministic``, a short :class:`~fuse_ext.WarmUp` or that.
         betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root: As in
             :class:`~fuse_ext.Adam`. In the L-BFGS phase weight_decay is an L2 term of the
             objective, decoupled or not.
@@ -73,11 +69,14 @@ class FusePV(FlatOptimizer):
         lbfgs_lr: First trial step of L-BFGS, and the step itself without a line search.
         history_size: m, the curvature pairs kept.
         history_dtype: Storage of the pairs: torch.bfloat16 halves it, torch.int8 quarters it.
-        line_search: "strong_wolfe", "approximate_wolfe", "armijo" or None (fixed step).
+        line_search: "approximate_wolfe" (which goes on by slopes where noise or rounding hides
+            the loss's decrease, and is strong Wolfe elsewhere), "strong_wolfe", "armijo" or None
+            (fixed step).
         max_iter: L-BFGS iterations per ``step``, all on the one closure.
         max_eval: Evaluations per ``step``; None for 25 an iteration.
-        tolerance_grad, tolerance_change: When an L-BFGS ``step`` stops early, as in
-            :class:`~fuse_ext.LBFGS`; by default it never does while it can go on.
+        tolerance_grad, tolerance_change, rtol: When an L-BFGS ``step`` stops early, as in
+            :class:`~fuse_ext.LBFGS`; by default it never does while it can go on. ``rtol`` knows
+            no scale, and ``report().converged`` tells a loop that it was reached.
         curvature_tol: Pairs need s.y > curvature_tol \|s\| \|y\|; None for 1e-8 if
             ``deterministic``, else 1e-4.
         deterministic: Promise that the closure is the same function at every call (full batch,
@@ -112,6 +111,7 @@ class FusePV(FlatOptimizer):
         "max_eval",
         "tolerance_grad",
         "tolerance_change",
+        "rtol",
         "history_size",
         "line_search",
         "history_dtype",
@@ -146,6 +146,7 @@ class FusePV(FlatOptimizer):
         max_eval: int | None = None,
         tolerance_grad: float = 0.0,
         tolerance_change: float = 0.0,
+        rtol: float = 0.0,
         curvature_tol: float | None = None,
         deterministic: bool = False,
         same_batch_pairs: bool = True,
@@ -160,7 +161,7 @@ class FusePV(FlatOptimizer):
         if max_eval is None and isinstance(max_iter, int):
             max_eval = MAX_LINE_SEARCH_EVALUATIONS * max(max_iter, 1)
         if switch is None and deterministic:
-            switch = AfterSteps(EARLY)
+            switch = WarmUp() | LossPlateau()
         self._switch = as_switchover(switch)
         self._on_switch = on_switch
         defaults = {
@@ -180,6 +181,7 @@ class FusePV(FlatOptimizer):
             "max_eval": max_eval,
             "tolerance_grad": tolerance_grad,
             "tolerance_change": tolerance_change,
+            "rtol": rtol,
             "curvature_tol": curvature_tol,
             "deterministic": deterministic,
             "same_batch_pairs": same_batch_pairs,
@@ -202,101 +204,8 @@ class FusePV(FlatOptimizer):
         if group["phase"] not in (ADAM, LBFGS_PHASE):
             raise ValueError(f"phase must be {ADAM!r} or {LBFGS_PHASE!r}, got {group['phase']!r}")
 
-    # --- state ------------------------------------------------------------------------------
-
-    @property
-    def phase(self) -> str:
-        """Either "adam" or "lbfgs"."""
-        phase: str = self.param_groups[0]["phase"]
-        return phase
-
-    @property
-    def _entry(self) -> dict[str, Any]:
-        """The state that belongs to all parameters lies with the first, as torch's LBFGS does."""
-        entry: dict[str, Any] = self.state[self.flat.params[0]]
-        return entry
-
-    @property
-    def _log(self) -> dict[str, Any]:
-        """Counters and the criterion's state, saved with the rest."""
-        log: dict[str, Any] = self._entry.setdefault(LOG, dict(NEW_LOG))
-        return log
-
-    def state_dict(self) -> dict[str, Any]:
-        """As in torch: the phase is in the parameter groups, tensors and counters in the state."""
-        self._log["criterion"] = self._switch.state_dict()
-        return super().state_dict()
-
     def __getstate__(self) -> dict[str, Any]:
-        ours = {"_switch": self._switch, "_on_switch": self._on_switch}
-        return {**super().__getstate__(), **ours}
-
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        groups, state = state_dict["param_groups"], state_dict["state"]
-        keys = [i for group in groups for i in group["params"]]
-        first = state.get(keys[0], {})
-        if groups[0].get("phase", ADAM) == LBFGS_PHASE:
-            size = groups[0].get("history_size", self.defaults["history_size"])
-            # Until then a switch at once is still to come.
-            if groups[0].get("lr_at_switch") is not None or first.keys() - {LOG}:
-                check_lbfgs_state(first, size + 1, self.flat)
-        else:  # torch.optim.Adam's checkpoints have no phase and are welcome
-            ours = (LOG, *ENGINE_NAMES)
-            moments = {name: value for name, value in first.items() if name not in ours}
-            check_adam_state({**state, keys[0]: moments}, self.flat.params, keys)
-        log = first.get(LOG, NEW_LOG)
-        check_log(log)
-        if "criterion" in log:
-            self._switch._parse(log["criterion"])
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, for a checkpoint of this class or of Adam, in either phase.
-
-        Nothing changes if it does not fit. The criterion keeps its thresholds and takes over what
-        the saved one had observed.
-
-        Raises:
-            ValueError, TypeError: The state is of another optimizer or criterion, or of other
-                parameters, or an option in it is out of range.
-        """
-        super().load_state_dict(state_dict)
-        criterion = self.state.get(self.flat.params[0], {}).get(LOG, {}).get("criterion")
-        if criterion is None:
-            self._switch.reset()
-        else:
-            self._switch.load_state_dict(criterion)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch, in either phase; in the L-BFGS phase the curvature starts afresh."""
-        if self.__dict__.get("_flat") is not None and isinstance(param_group, dict):
-            param_group.setdefault("phase", self.phase)
-        super().add_param_group(param_group)
-
-    def _adopt_state(self) -> None:
-        self._adam = self._lbfgs = None
-        if self.phase == LBFGS_PHASE:
-            history = self.state.get(self.flat.params[0], {}).get("history")
-            if history is None:
-                return  # the first step makes it
-            if history.shape[2] != self.flat.numel:
-                self._drop_lbfgs_state()  # a group was added: curvature starts afresh
-            self._lbfgs = self._make_lbfgs()
-        elif any("step" in entry for entry in self.state.values()):
-            self._adam = self._make_adam()
-
-    def _make_adam(self) -> AdamEngine:
-        return AdamEngine(self.flat, self._ops, self.state, self.param_groups)
-
-    def _make_lbfgs(self) -> LbfgsEngine:
-        group = self.param_groups[0]
-        return LbfgsEngine(
-            self.flat, self._ops, self._entry, group["history_size"], group["history_dtype"]
-        )
-
-    def _drop_lbfgs_state(self) -> None:
-        for name in (*STATE_NAMES, *ENGINE_NAMES):
-            if name not in COUNTERS:
-                self._entry.pop(name, None)
+        return {**super().__getstate__(), "_on_switch": self._on_switch}
 
     # --- switching --------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ def check_lbfgs_group(group: ParamGroup) -> None:
         check_integer("max_eval", group["max_eval"], 1)
     check_number("tolerance_grad", group["tolerance_grad"], 0.0)
     check_number("tolerance_change", group["tolerance_change"], 0.0)
+    check_number("rtol", group["rtol"], 0.0)
     check_integer("history_size", group["history_size"], 1)
     check_number("curvature_tol", group["curvature_tol"], 0.0, 1.0)
     dtype = group["history_dtype"]
@@ -90,6 +91,7 @@ def common_options(flat: FlatParams, groups: list[ParamGroup]) -> dict[str, Any]
         "max_eval": max_eval,
         "tolerance_grad": first["tolerance_grad"],
         "tolerance_change": first["tolerance_change"],
+        "rtol": first["rtol"],
         "curvature_tol": first["curvature_tol"],
         "deterministic": first["deterministic"],
     }
@@ -118,7 +120,10 @@ class LBFGS(FlatOptimizer):
         max_eval: Evaluations a step; None for ``max_iter * 5 // 4``. The first line search of a
             step is finished in any case, with at most 25 trials.
         tolerance_grad: Stop when max|g| is at most this.
-        tolerance_change: Stop when -g.p, max|t p| or the loss's change is at most this.
+        tolerance_change: Stop when -g.p, max|t p| or the loss's change is at most this. These
+            two are absolute, as in torch: a loss of small scale ends early (:meth:`report` says
+            so) unless they are 0.
+        rtol: Stop when an iteration lowers the loss by at most this share of it.
         history_size: m, the pairs kept. torch's default of 100 holds 808 bytes a parameter; 10
             is usually as good.
         line_search_fn: None (fixed step), "strong_wolfe", "approximate_wolfe" (for the floor of
@@ -151,6 +156,7 @@ class LBFGS(FlatOptimizer):
         "max_eval",
         "tolerance_grad",
         "tolerance_change",
+        "rtol",
         "history_size",
         "line_search_fn",
         "maximize",
@@ -171,6 +177,7 @@ class LBFGS(FlatOptimizer):
         history_size: int = 100,
         line_search_fn: str | None = None,
         *,
+        rtol: float = 0.0,
         maximize: bool = False,
         weight_decay: float = 0.0,
         history_dtype: torch.dtype | None = None,
@@ -186,6 +193,7 @@ class LBFGS(FlatOptimizer):
             "max_eval": max_eval,
             "tolerance_grad": tolerance_grad,
             "tolerance_change": tolerance_change,
+            "rtol": rtol,
             "history_size": history_size,
             "line_search_fn": line_search_fn,
             "maximize": maximize,

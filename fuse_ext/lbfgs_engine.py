@@ -150,8 +150,12 @@ class LbfgsEngine(Evaluations):
             reason = "step"
         elif here.loss is not None and abs(here.value - before.value) < options.tolerance_change:
             reason = "loss"
+        elif here.loss is not None and 0.0 < options.rtol * abs(here.value) >= abs(
+            here.value - before.value
+        ):
+            reason = "progress"
         last = iteration + 1 == options.max_iter
-        if reason is not None and not (last and reason != "gradient"):
+        if reason is not None and not (last and reason not in ("gradient", "progress")):
             self.progress.reason = reason
         return reason is not None
 

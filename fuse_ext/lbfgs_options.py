@@ -22,7 +22,7 @@ class LbfgsOptions:
         weight_decay: L2 coefficient of each parameter; empty for 0.
         maximize: Ascend.
         max_iter, max_eval: Budget of one call of ``step``.
-        tolerance_grad, tolerance_change: When to stop; 0 for never.
+        tolerance_grad, tolerance_change, rtol: When to stop; 0 for never.
         line_search: Name, or None for a fixed step.
         curvature_tol: Pairs need s.y > curvature_tol |s| |y|.
         deterministic: The closure is the same function at every call.
@@ -38,6 +38,7 @@ class LbfgsOptions:
     max_eval: int = 25
     tolerance_grad: float = 0.0
     tolerance_change: float = 0.0
+    rtol: float = 0.0
     line_search: str | None = "strong_wolfe"
     curvature_tol: float = 1e-8
     deterministic: bool = False

@@ -30,7 +30,7 @@ def check_log(log: Any) -> None:
         raise ValueError(f"state_dict does not fit: {LOG!r} must hold {list(NEW_LOG)}")
 
 
-CONVERGED = ("gradient", "slope", "step", "loss", "precision", "no_descent")
+CONVERGED = ("gradient", "slope", "step", "loss", "progress", "precision", "no_descent")
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Progress:
     Attributes:
         reason: Why it ended: "max_iter" or "max_eval" (the budget), "gradient" (at most
             tolerance_grad), "slope", "step" or "loss" (changes at most tolerance_change),
+            "progress" (a decrease of at most rtol times the loss),
             "precision" (rounding or noise of the loss hides any further decrease), "line_search"
             (it found no step that lowers the loss), "no_descent" (the gradient is 0, or so small
             that its square is), "non_finite", or "lr" (which is 0).
@@ -105,7 +106,8 @@ class Report:
     def converged(self) -> bool:
         """Whether L-BFGS stopped because there is nothing left to gain.
 
-        That is, for "gradient", "slope", "step", "loss", "precision" and "no_descent".
+        That is, for "gradient", "slope", "step", "loss", "progress", "precision" and
+        "no_descent".
         """
         return self.stop_reason in CONVERGED
 

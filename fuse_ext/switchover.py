@@ -11,6 +11,7 @@ enters no mean and no window. A criterion with a window is not true before the w
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
@@ -42,6 +43,7 @@ __all__ = [
     "Never",
     "Observation",
     "Switchover",
+    "WarmUp",
     "When",
     "as_switchover",
 ]
@@ -78,6 +80,72 @@ class AfterSteps(Switchover):
 
     def __repr__(self) -> str:
         return f"AfterSteps(n={self.n})"
+
+
+class WarmUp(Switchover):
+    """Switch after ``n`` Adam steps, if the losses are those of one smooth function.
+
+    Where the closure is the same function at every step, L-BFGS gains more per evaluation than
+    Adam almost from the start: on two physics-informed networks, switches after 10 to 100 steps
+    ended 2 to 50 times lower at 1,200 evaluations than one after 500
+    (``python -m benchmarks.switching``). Minibatches are told by the turning points of the last
+    ``n`` losses: independent noise turns at two steps of three (Kendall and Stuart), a smooth
+    function, even where Adam makes it oscillate, at fewer than one of four. Then it waits, for
+    good if need be; FusePV's default for ``deterministic=True`` is ``WarmUp() | LossPlateau()``.
+
+    Args:
+        n: Steps; at least 10.
+
+    References:
+        M. G. Kendall and A. Stuart, The Advanced Theory of Statistics, volume 3, 1966, Section
+        45.18.
+    """
+
+    needs_loss = True
+
+    def __init__(self, n: int = 100) -> None:
+        check_integer("n", n, 10)
+        self.n = n
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the losses."""
+        super().reset()
+        self._turns: deque[float] = deque(maxlen=self.n - 2)  # 1 at a turning point
+        self._previous: float | None = None
+        self._rising = 0  # whether the last loss was higher than the one before
+
+    def _verdict(self, obs: Observation) -> str:
+        if usable(obs.loss):
+            if self._previous is not None:
+                rising = int(obs.loss > self._previous)
+                self._turns.append(abs(rising - self._rising))
+                self._rising = rising
+            self._previous = obs.loss
+        turns = int(sum(self._turns))
+        if obs.step < self.n or len(self._turns) < self.n - 2 or 4 * turns > self.n:
+            return ""
+        return f"step {obs.step} >= n={self.n} of a smooth loss ({turns} turning points)"
+
+    def _state(self) -> dict[str, object]:
+        return {
+            "n": self.n,
+            "turns": list(self._turns),
+            "previous": self._previous,
+            "rising": self._rising,
+        }
+
+    def _parse(self, state: object) -> dict[str, object]:
+        read = Reader(self, state, "n", "turns", "previous", "rising")
+        read.same("n", self.n)
+        return {
+            "_turns": deque(read.numbers("turns", self.n - 2), self.n - 2),
+            "_previous": read.optional("previous"),
+            "_rising": read.integer("rising"),
+        }
+
+    def __repr__(self) -> str:
+        return f"WarmUp(n={self.n})"
 
 
 class AfterEpochs(Switchover):

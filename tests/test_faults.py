@@ -13,8 +13,7 @@ from lbfgs_cases import F64, make, state
 from problems import Objective, Problem, nan_wall, quadratic, rosenbrock
 from torch import Tensor
 
-from fuse_ext import LBFGS, AfterSteps, Fuse, FusePV, LossPlateau
-from fuse_ext.fuse_pv import EARLY
+from fuse_ext import LBFGS, Fuse, FusePV, LossPlateau
 
 SEARCHES = ("strong_wolfe", "approximate_wolfe", "armijo")
 
@@ -116,6 +115,21 @@ def test_lbfgs_reports() -> None:
         optimizer.step(mine.closure)
     assert optimizer.report().stop_reason in ("gradient", "slope")
     assert optimizer.report().converged
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_relative_progress_knows_no_scale(scale: float) -> None:
+    """Where torch's absolute tolerances end at once or never."""
+    problem = rosenbrock(4)
+    mine = Objective(Problem("", lambda x: scale * (1.0 + problem.f(x)), problem.x0, scale))
+    optimizer = FusePV([mine.x], switch=0, rtol=1e-9, deterministic=True)
+    steps = 0
+    while not optimizer.report().converged:
+        optimizer.step(mine.closure)
+        steps += 1
+        assert steps < 200
+    assert optimizer.report().stop_reason == "progress"
+    assert mine.gap < 1e-6 * scale
 
 
 # --- the ladder ----------------------------------------------------------------------------------
@@ -266,7 +280,35 @@ def test_adam_follows_a_state_that_was_cleared() -> None:
 
 def test_defaults() -> None:
     full, batches = Fit(deterministic=True).optimizer, Fit().optimizer
-    assert isinstance(full._switch, AfterSteps) and full._switch.n == EARLY
+    assert repr(full._switch) == f"Any(WarmUp(n=100), {LossPlateau()!r})"
     assert isinstance(batches._switch, LossPlateau)
     for optimizer in (full, batches):
         assert optimizer.param_groups[0]["line_search"] == "approximate_wolfe"
+
+
+@pytest.mark.parametrize("lr", [1e-3, 3e-2])
+def test_a_deterministic_loss_is_left_early(lr: float) -> None:
+    """At the larger step Adam overshoots and the loss swings."""
+    fit = Fit(deterministic=True, lr=lr)
+    fit.step(101)
+    report = fit.optimizer.report()
+    assert report.switch_step == 100 and "smooth loss" in report.switch_reason
+
+
+def test_batches_are_not_taken_for_one_function() -> None:
+    """Promised of the L-BFGS phase alone, with minibatches before."""
+    fit = Fit(deterministic=True, lr=1e-3)
+    shuffle = torch.Generator().manual_seed(0)
+
+    def closure() -> Tensor:
+        rows = torch.randperm(40, generator=shuffle)[:20]
+        fit.optimizer.zero_grad()
+        w1, b1, w2, b2 = fit.params
+        output = (fit.inputs[rows] @ w1 + b1).tanh() @ w2 + b2
+        loss = (output - fit.targets[rows]).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(390):
+        fit.optimizer.step(closure)
+    assert fit.optimizer.phase == "adam"

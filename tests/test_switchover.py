@@ -28,6 +28,7 @@ from fuse_ext.switchover import (
     Never,
     Observation,
     Switchover,
+    WarmUp,
     When,
     as_switchover,
 )
@@ -236,6 +237,7 @@ MAKERS: dict[str, Callable[[], Switchover]] = {
     "loss_change": lambda: LossChange(1.0, window=30),
     "loss_gap": lambda: LossGap(-0.5, 0.4, window=10),
     "plateau": lambda: LossPlateau(window=60, z=0.5),
+    "warm_up": lambda: WarmUp(10),
     "when": lambda: When(low_loss),
     "nested": lambda: (
         (GradNorm(0.8, window=15) & LossPlateau(window=40, patience=1)) | LossChange(0.9, 25)

@@ -1,0 +1,120 @@
+"""The state of an optimizer that is Adam in one phase and L-BFGS in the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fuse_ext.adam import AdamEngine, check_adam_state
+from fuse_ext.criterion import Switchover
+from fuse_ext.flat import FlatOptimizer
+from fuse_ext.history import STATE_NAMES
+from fuse_ext.lbfgs import check_lbfgs_state
+from fuse_ext.lbfgs_engine import COUNTERS, ENGINE_NAMES, LbfgsEngine
+from fuse_ext.report import LOG, NEW_LOG, check_log
+
+ADAM, LBFGS_PHASE = "adam", "lbfgs"
+
+
+class TwoPhases(FlatOptimizer):
+    """Where the phase, its engine, the counts and the criterion are kept, saved and restored.
+
+    At most one engine exists at a time. In the L-BFGS phase there is none until the first step
+    where the switch comes at once, since parameters may be converted until then.
+    """
+
+    _switch: Switchover
+    _adam: AdamEngine | None = None
+    _lbfgs: LbfgsEngine | None = None
+
+    @property
+    def phase(self) -> str:
+        """Either "adam" or "lbfgs"."""
+        phase: str = self.param_groups[0]["phase"]
+        return phase
+
+    @property
+    def _entry(self) -> dict[str, Any]:
+        """The state that belongs to all parameters lies with the first, as torch's LBFGS does."""
+        entry: dict[str, Any] = self.state[self.flat.params[0]]
+        return entry
+
+    @property
+    def _log(self) -> dict[str, Any]:
+        """Counters and the criterion's state, saved with the rest."""
+        log: dict[str, Any] = self._entry.setdefault(LOG, dict(NEW_LOG))
+        return log
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch: the phase is in the parameter groups, tensors and counters in the state."""
+        self._log["criterion"] = self._switch.state_dict()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_switch": self._switch}
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        keys = [i for group in groups for i in group["params"]]
+        first = state.get(keys[0], {})
+        if groups[0].get("phase", ADAM) == LBFGS_PHASE:
+            size = groups[0].get("history_size", self.defaults["history_size"])
+            # Until then a switch at once is still to come.
+            if groups[0].get("lr_at_switch") is not None or first.keys() - {LOG}:
+                check_lbfgs_state(first, size + 1, self.flat)
+        else:  # torch.optim.Adam's checkpoints have no phase and are welcome
+            ours = (LOG, *ENGINE_NAMES)
+            moments = {name: value for name, value in first.items() if name not in ours}
+            check_adam_state({**state, keys[0]: moments}, self.flat.params, keys)
+        log = first.get(LOG, NEW_LOG)
+        check_log(log)
+        if "criterion" in log:
+            self._switch._parse(log["criterion"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, for a checkpoint of this class or of Adam, in either phase.
+
+        Nothing changes if it does not fit. The criterion keeps its thresholds and takes over what
+        the saved one had observed.
+
+        Raises:
+            ValueError, TypeError: The state is of another optimizer or criterion, or of other
+                parameters, or an option in it is out of range.
+        """
+        super().load_state_dict(state_dict)
+        criterion = self.state.get(self.flat.params[0], {}).get(LOG, {}).get("criterion")
+        if criterion is None:
+            self._switch.reset()
+        else:
+            self._switch.load_state_dict(criterion)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, in either phase; in the L-BFGS phase the curvature starts afresh."""
+        if self.__dict__.get("_flat") is not None and isinstance(param_group, dict):
+            param_group.setdefault("phase", self.phase)
+        super().add_param_group(param_group)
+
+    def _adopt_state(self) -> None:
+        self._adam = self._lbfgs = None
+        if self.phase == LBFGS_PHASE:
+            history = self.state.get(self.flat.params[0], {}).get("history")
+            if history is None:
+                return  # the first step makes it
+            if history.shape[2] != self.flat.numel:
+                self._drop_lbfgs_state()  # a group was added: curvature starts afresh
+            self._lbfgs = self._make_lbfgs()
+        elif any("step" in entry for entry in self.state.values()):
+            self._adam = self._make_adam()
+
+    def _make_adam(self) -> AdamEngine:
+        return AdamEngine(self.flat, self._ops, self.state, self.param_groups)
+
+    def _make_lbfgs(self) -> LbfgsEngine:
+        group = self.param_groups[0]
+        return LbfgsEngine(
+            self.flat, self._ops, self._entry, group["history_size"], group["history_dtype"]
+        )
+
+    def _drop_lbfgs_state(self) -> None:
+        for name in (*STATE_NAMES, *ENGINE_NAMES):
+            if name not in COUNTERS:
+                self._entry.pop(name, None)
