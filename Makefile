@@ -77,6 +77,8 @@ bench: build
 	$(BIN)/python -m benchmarks.cost_kmd --quick
 	$(BIN)/python -m benchmarks.memory --quick
 	$(BIN)/python -m benchmarks.time_to_loss --quick
+	$(BIN)/python -m benchmarks.robustness
+	$(BIN)/python -m benchmarks.switching
 
 test: build lint cpp-test
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

@@ -24,6 +24,8 @@ SMALL = {
     "cost_kmd": ["--rounds", "2", "--largest", "4e3"],
     "memory": ["--largest", "1e5"],
     "time_to_loss": ["--rounds", "2", "--budget", "30"],
+    "robustness": ["--budget", "40", "--largest", "4"],
+    "switching": ["--rounds", "2", "--budget", "25"],
 }
 
 
@@ -115,6 +117,21 @@ def test_all_methods_get_the_same_budget(results):
         # FusePV begins as Adam by hand does, from the same start.
         losses = [methods[name][0]["least_loss"] for name in ("by hand (torch)", "FusePV")]
         assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_every_solver_has_every_problem(results):
+    for dtype in ("float64", "float32"):
+        for solvers in results["robustness"]["problems"][dtype].values():
+            assert {"scipy", "torch", "approximate Wolfe", "FusePV, steps of 1"} <= solvers.keys()
+            assert all(0 < run["evaluations"] <= 40 for run in solvers.values())
+    assert len(results["robustness"]["targets"]) == 9
+
+
+def test_every_switch_has_every_start(results):
+    for methods in results["switching"]["least_losses"].values():
+        assert {"FusePV, m = 10", "L-BFGS all along (torch), m = 100"} <= methods.keys()
+        assert all(len(losses) == 2 for losses in methods.values())
+    assert all(row["verdict"] for row in results["switching"]["comparisons"])
 
 
 @pytest.mark.parametrize("name", SMALL)
