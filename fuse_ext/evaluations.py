@@ -134,10 +134,11 @@ class Evaluations:
         here = (self._param_versions(), options.objective)
         return self._arrived is not None and self._arrived != here
 
-    def await_pair(self, step: float, options: LbfgsOptions) -> None:
-        """Notes that the parameters have moved by step * p and stand where they shall."""
-        self._entry["pair_step"] = step
-        self._arrived = (self._param_versions(), options.objective)
+    def note_arrival(self, options: LbfgsOptions) -> None:
+        """At the end of a step: notes where a pair in waiting has led."""
+        if self._entry["pair_step"] is not None:
+            params = self._memory.params if self._memory is not None else self._param_versions()
+            self._arrived = (params, options.objective)
 
     def drop_pair(self) -> None:
         """Gives up the pair in waiting."""

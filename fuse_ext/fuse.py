@@ -261,11 +261,12 @@ class Fuse(FlatOptimizer):
         lbfgs.history.move(origin, 0.0, save=True)
         self._adam.step(self.param_groups)
         lbfgs.history.blend(origin, theta, step)
-        lbfgs.take_step(1.0, options)
+        lbfgs.take_step(1.0)
         lbfgs.progress.step_length = step
         self._entry["n_iter"] += 1
         if closure is not None and options.same_batch_pairs and not options.deterministic:
             self._complete_pair(closure, options)
+        lbfgs.note_arrival(options)
         return point.loss
 
     def _lbfgs_step_length(

@@ -136,6 +136,7 @@ class LbfgsEngine(Evaluations):
                 self.absorb_pair(here, options)
             floor = options.deterministic and self.progress.reason == "precision"
             self._remember(here, options, settled=floor)
+        self.note_arrival(options)
         return first_loss
 
     def _at_floor(self, here: Point) -> bool:
@@ -237,10 +238,9 @@ class LbfgsEngine(Evaluations):
         if self._entry["pair_step"] is not None:
             self._update(point, options)
 
-    def take_step(self, step: float, options: LbfgsOptions) -> None:
+    def take_step(self, step: float) -> None:
         """Notes that the parameters have moved by step * p."""
-        self.progress.step_length = step
-        self.await_pair(step, options)
+        self._entry["pair_step"] = self.progress.step_length = step
 
     def refuse(self, point: Point) -> None:
         """Counts a point that is not finite; nothing of it enters the history."""
@@ -296,7 +296,7 @@ class LbfgsEngine(Evaluations):
     ) -> Point | None:
         origin = self.origin()
         self.history.move(origin, step, save=True)
-        self.take_step(step, options)
+        self.take_step(step)
         self.progress.line_search = "fixed"
         last = iteration + 1 == options.max_iter
         # The evaluation of a deterministic closure is the next step's first one.
@@ -342,7 +342,7 @@ class LbfgsEngine(Evaluations):
         if not result.is_last:
             self.history.move(origin, result.step, save=False)
             at = self._return_to(best)
-        self.take_step(result.step, options)
+        self.take_step(result.step)
         self._count_failing(False)
         return at
 
