@@ -147,7 +147,7 @@ def as_table(results: list[tuple[pinn.Problem, Runs]]) -> str:
     heads = [f"{problem.name}, m = {m}" for problem, _ in results for m in HISTORY_SIZES]
     rows = []
     for name in METHODS:
-        cells = [final(runs[name, m]).show(2) for _, runs in results for m in HISTORY_SIZES]
+        cells = [final(runs[name, m]).show() for _, runs in results for m in HISTORY_SIZES]
         rows.append([name, *cells])
     return table(["least loss", *heads], rows)
 
