@@ -16,7 +16,8 @@
 
 namespace fuse_ext {
 
-// Sums are taken in runs of this many elements in T, then in double.
+// Sums are taken in T over runs of this many elements (the passes over the history also add up the
+// runs of a block in T), then in double.
 constexpr std::int64_t kRun = 1024;
 // Elements per block: a block of the gradient, of y and of the output stays in
 // L1/L2 while the history's rows stream past. Chunks are multiples of it.
