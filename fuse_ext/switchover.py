@@ -87,13 +87,14 @@ class WarmUp(Switchover):
 
     Where the closure is the same function at every step, L-BFGS gains more per evaluation than
     Adam almost from the start: on two physics-informed networks and 1,200 evaluations, switches
-    after 10 to 100 steps ended 1.05 to 5.6 times lower than the recipe of 500 steps and one long
-    one of torch.optim.LBFGS, and 4 to 86 times lower than with one iteration a step (medians of
-    five starts, ``python -m benchmarks.switching``). Minibatches are told by the turning points of
-    the last ``n`` losses: independent noise turns at two steps of three (Kendall and Stuart), a
-    smooth function, even where Adam makes it oscillate, at fewer than one of four. Then it waits,
-    for good if need be; FusePV's default for ``deterministic=True`` is ``WarmUp() |
-    LossPlateau()``.
+    after 10 to 100 steps ended 1.8 to 7 times lower than the recipe of 500 steps and one long one
+    of torch.optim.LBFGS, and 10 to 70 times lower than with one iteration a step; beside
+    torch.optim.LBFGS from the very start they ended at 0.5 to 2.4 times its loss, better on one
+    network and worse on the other (medians of five starts, ``python -m benchmarks.switching``).
+    Minibatches are told by the turning points of the last ``n`` losses: independent noise turns at
+    two steps of three (Kendall and Stuart), a smooth function, even where Adam makes it oscillate,
+    at fewer than one of four. Then it waits, for good if need be; FusePV's default for
+    ``deterministic=True`` is ``WarmUp() | LossPlateau()``.
 
     Args:
         n: Steps; at least 10.
