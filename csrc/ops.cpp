@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include "bound_ops.h"
 #include "cpu/kernels.h"
 #include "two_loop.h"
 
@@ -126,6 +127,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info);
   m.def("scalar_layout", &scalar_layout, py::arg("slots"));
   m.def("advise_large_pages", &advise_large_pages, py::arg("address"), py::arg("bytes"));
+  define_bound_ops(m);
 }
 
 }  // namespace fuse_ext

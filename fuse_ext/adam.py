@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fuse_ext.bound_ops import AdamNumbers, bind
 from fuse_ext.checks import check_betas, check_grads, check_number
 from fuse_ext.flat import Closure, FlatOptimizer, FlatParams, ParamGroup
+from fuse_ext.hooks import with_grad, without_grad
 from fuse_ext.ops import Ops
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -80,6 +83,8 @@ class AdamEngine:
         self, flat: FlatParams, ops: Ops, state: dict[Any, Any], groups: list[ParamGroup]
     ) -> None:
         self._flat, self._ops, self._state = flat, ops, state
+        self._bound = bind(ops, flat)
+        self._group_amsgrad = [group["amsgrad"] for group in groups]
         self._amsgrad = [group["amsgrad"] for group in groups for _ in group["params"]]
         names = MOMENTS if any(self._amsgrad) else MOMENTS[:2]
         self._moments = {
@@ -90,6 +95,7 @@ class AdamEngine:
         self._steps = torch.zeros(
             len(flat.params), dtype=torch.float64 if double else torch.float32, device="cpu"
         )
+        self._one = torch.ones((), dtype=self._steps.dtype)
         self._exposed = [False] * len(flat.params)
         self._stats = torch.zeros(1, dtype=torch.float64, device=flat.device)
         self._grad_norm_sq: float | None = 0.0
@@ -111,6 +117,7 @@ class AdamEngine:
                     self._flat.piece(moment, i).copy_(entry[name])
             self._expose(i)
         self._entries = list(self._state.values())
+        self._all_exposed = all(self._exposed)
         self._read_shared_step()
 
     def _expose(self, i: int) -> None:
@@ -158,16 +165,16 @@ class AdamEngine:
         flat = self._flat
         flat.check_unchanged()
         self._check_amsgrad(groups)
-        grads = [p.grad for p in flat.params]
         if self._steps._version != self._steps_version:
             self._read_shared_step()
-        complete = all(g is not None for g in grads)
-        if complete and self._shared_step is not None and len(groups) == 1:
-            calls = [(groups[0], list(range(len(grads))), self._shared_step + 1)]
-        else:
-            calls = self._buckets(groups, grads)
-            check_grads(flat.params, grads)  # no call may fail after another has changed things
-        options = [_kernel_options(group, step) for group, _, step in calls]
+        plain = flat.layout.grads()
+        if plain is not None and self._shared_step is not None and len(groups) == 1:
+            self._step_all(groups[0], self._shared_step + 1, plain, grad_scale, found_inf)
+            return
+        grads = [p.grad for p in flat.params]
+        calls = self._buckets(groups, grads)
+        check_grads(flat.params, grads)  # no call may fail after another has changed things
+        options = [_numbers(group, step) for group, _, step in calls]
         if found_inf is not None and float(found_inf) != 0.0:
             return
         norms = []
@@ -175,10 +182,40 @@ class AdamEngine:
             self._call(members, grads, group["amsgrad"], numbers, grad_scale)
             if len(calls) > 1:
                 norms.append(float(self._stats))
-        self._grad_norm_sq = sum(norms) if len(calls) != 1 else None
-        self._advance(calls)
+        self._grad_norm_sq = None if len(calls) == 1 else sum(norms)  # read when asked for
+        self._advance([i for _, members, _ in calls for i in members])
+
+    def _step_all(
+        self,
+        group: ParamGroup,
+        step: int,
+        grads: list[Tensor],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """The common case: one group, all of whose parameters have taken as many steps."""
+        numbers = _numbers(group, step)
+        if found_inf is not None and float(found_inf) != 0.0:
+            return
+        moments = self._moments
+        self._bound.adam_step(
+            grads,
+            moments["exp_avg"],
+            moments["exp_avg_sq"],
+            moments.get("max_exp_avg_sq"),
+            self._stats,
+            grad_scale,
+            *numbers,
+        )
+        self._grad_norm_sq = None  # read when asked for
+        self._steps.add_(self._one)
+        self._shared_step, self._steps_version = step, self._steps._version
+        if not self._all_exposed:
+            self._expose_new(range(len(grads)))
 
     def _check_amsgrad(self, groups: list[ParamGroup]) -> None:
+        if [group["amsgrad"] for group in groups] == self._group_amsgrad:
+            return
         for i, (group, place) in enumerate(zip(groups, self._flat.group_slices, strict=True)):
             if place.start < place.stop and group["amsgrad"] != self._amsgrad[place.start]:
                 raise ValueError(
@@ -191,22 +228,21 @@ class AdamEngine:
         members: list[int],
         grads: list[Tensor | None],
         amsgrad: bool,
-        numbers: dict[str, Any],
+        numbers: AdamNumbers,
         grad_scale: Tensor | None,
     ) -> None:
         flat = self._flat
-        everything = len(members) == len(grads)
-        chosen = [g for g in grads if g is not None] if everything else [grads[i] for i in members]
+        chosen: list[Any] = [grads[i] for i in members]
         self._ops.adam_step(
-            flat.reals(flat.params if everything else [flat.params[i] for i in members]),
-            flat.reals(chosen),  # type: ignore[arg-type]
-            flat.offsets if everything else [flat.offsets[i] for i in members],
+            flat.reals([flat.params[i] for i in members]),
+            flat.reals(chosen),
+            [flat.offsets[i] for i in members],
             self._moments["exp_avg"],
             self._moments["exp_avg_sq"],
             self._moments["max_exp_avg_sq"] if amsgrad else None,
             self._stats,
             grad_scale=grad_scale,
-            **numbers,
+            **numbers._asdict(),
         )
 
     def _buckets(
@@ -221,38 +257,37 @@ class AdamEngine:
                     buckets.setdefault((which, steps[i] + 1), []).append(i)
         return [(groups[which], members, step) for (which, step), members in buckets.items()]
 
-    def _advance(self, calls: list[tuple[ParamGroup, list[int], int]]) -> None:
+    def _advance(self, stepped: list[int]) -> None:
         """Counts the step for every parameter that took part."""
-        stepped = [i for _, members, _ in calls for i in members]
-        if len(stepped) == len(self._exposed):
-            self._steps += 1
-            if self._shared_step is not None:
-                self._shared_step += 1
-        elif stepped:
+        if stepped:
             self._steps[stepped] += 1
-            self._shared_step = None
-        self._steps_version = self._steps._version
+            self._read_shared_step()
+            self._expose_new(stepped)
+
+    def _expose_new(self, stepped: Iterable[int]) -> None:
+        """Gives parameters that took their first step their state."""
         new = [i for i in stepped if not self._exposed[i]]
         for i in new:
             self._expose(i)
         if new:
             self._entries = list(self._state.values())
+            self._all_exposed = all(self._exposed)
 
 
-def _kernel_options(group: ParamGroup, step: int) -> dict[str, Any]:
+def _numbers(group: ParamGroup, step: int) -> AdamNumbers:
     beta1, beta2 = group["betas"]
     eps, inside = float(group["eps"]), group["eps_inside_root"]
-    return {
-        "step": step,
-        "lr": float(group["lr"]),
-        "beta1": float(beta1),
-        "beta2": float(beta2),
-        "eps": 0.0 if inside else eps,
-        "eps_in_root": eps if inside else 0.0,
-        "weight_decay": float(group["weight_decay"]),
-        "decoupled_weight_decay": bool(group["decoupled_weight_decay"]),
-        "maximize": bool(group["maximize"]),
-    }
+    return AdamNumbers(
+        step,
+        float(group["lr"]),
+        float(beta1),
+        float(beta2),
+        0.0 if inside else eps,
+        eps if inside else 0.0,
+        float(group["weight_decay"]),
+        bool(group["decoupled_weight_decay"]),
+        bool(group["maximize"]),
+    )
 
 
 class Adam(FlatOptimizer):
@@ -354,7 +389,7 @@ class Adam(FlatOptimizer):
     def _make_engine(self) -> AdamEngine:
         return AdamEngine(self.flat, self._ops, self.state, self.param_groups)
 
-    @torch.no_grad()
+    @without_grad
     def step(self, closure: Closure | None = None) -> Any:
         """One step.
 
@@ -366,14 +401,14 @@ class Adam(FlatOptimizer):
         """
         loss = None
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self._engine is None or self._engine.outdated(self.state):
+            loss = with_grad(closure)
+        engine = self._engine
+        if engine is None or engine.outdated(self.state):
             self._renew_layout()
             check_adam_state(self.state, self.flat.params, self.flat.params, "state")
-            self._engine = self._make_engine()
+            engine = self._engine = self._make_engine()
         # GradScaler sets these two around the call.
-        self._engine.step(
+        engine.step(
             self.param_groups,
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),

@@ -112,7 +112,7 @@ def loss_value(loss: Any) -> float:
             raise ValueError(
                 f"closure must return a scalar loss, got a tensor of shape {tuple(loss.shape)}"
             )
-        return float(loss.detach())
+        return float(loss.item())
     if isinstance(loss, Real):
         return float(loss)
     raise TypeError(f"closure must return the loss, got {loss!r}; end it with `return loss`")

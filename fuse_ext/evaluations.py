@@ -11,6 +11,7 @@ from torch import Tensor
 from fuse_ext.checks import loss_value
 from fuse_ext.flat import Closure, FlatParams
 from fuse_ext.history import GradStats, History
+from fuse_ext.hooks import with_grad
 from fuse_ext.lbfgs_options import LbfgsOptions
 from fuse_ext.precision import Precision
 
@@ -41,14 +42,14 @@ class Memory(NamedTuple):
 
     Attributes:
         point: What it gave.
-        params: Version and address of each parameter.
+        params: The parameters' places then.
         grads: Each ``.grad`` with its version.
         options: Of the step that evaluated it.
         settled: Nothing can be done from here with these options.
     """
 
     point: Point
-    params: list[tuple[int, int]]
+    params: Any
     grads: list[tuple[Tensor | None, int]]
     options: LbfgsOptions
     settled: bool
@@ -74,8 +75,7 @@ class Evaluations:
 
     def evaluate(self, closure: Closure, options: LbfgsOptions, along_direction: bool) -> Point:
         """Calls the closure where the parameters stand."""
-        with torch.enable_grad():
-            loss = closure()
+        loss = with_grad(closure)
         self._entry["func_evals"] += 1
         value = loss_value(loss)
         return self._point(loss, -value if options.maximize else value, options, along_direction)
@@ -87,7 +87,7 @@ class Evaluations:
         stats = self.history.stats(
             options.moving(grads), options.weight_decay, options.maximize, along_direction
         )
-        if isinstance(loss, Tensor):
+        if isinstance(loss, Tensor) and loss.requires_grad:
             loss = loss.detach()
         return Point(loss, value + stats.penalty, grads, stats)
 
@@ -108,7 +108,7 @@ class Evaluations:
         memory = self._memory
         if memory is None:
             return False
-        moved = memory.params != self._param_versions()
+        moved = memory.params != self._flat.places()
         if moved or memory.options.objective != options.objective:
             self.drop_pair()  # x or g changed by more than the step
             self.precision.forget_least()
@@ -124,20 +124,17 @@ class Evaluations:
         """A deterministic closure need not be called again where it was called last."""
         if options.deterministic and point.loss is not None:
             grads = [(g, _version(g)) for g in (p.grad for p in self._flat.params)]
-            self._memory = Memory(point, self._param_versions(), grads, options, settled)
-
-    def _param_versions(self) -> list[tuple[int, int]]:
-        return [(p._version, p.data_ptr()) for p in self._flat.params]
+            self._memory = Memory(point, self._flat.places(), grads, options, settled)
 
     def _moved_since(self, options: LbfgsOptions) -> bool:
         """Whether x or the objective changed by more than the last step."""
-        here = (self._param_versions(), options.objective)
+        here = (self._flat.places(), options.objective)
         return self._arrived is not None and self._arrived != here
 
     def note_arrival(self, options: LbfgsOptions) -> None:
         """At the end of a step: notes where a pair in waiting has led."""
         if self._entry["pair_step"] is not None:
-            params = self._memory.params if self._memory is not None else self._param_versions()
+            params = self._memory.params if self._memory is not None else self._flat.places()
             self._arrived = (params, options.objective)
 
     def drop_pair(self) -> None:

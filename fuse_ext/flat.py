@@ -14,10 +14,9 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from fuse_ext import ops
+from fuse_ext import _C, hooks, ops
 from fuse_ext.checks import check_grads, check_params
 
 ParamGroup: TypeAlias = dict[str, Any]
@@ -38,6 +37,8 @@ class FlatParams:
         group_slices: For each group, its slice of ``params``.
         device: Where all of them live.
         dtype: Of the flat state: float64 if any parameter has it, else float32.
+        layout: What C++ knows of all this: quick answers for the common case.
+        memo: For the optimizer, to keep what it has prepared for this layout.
     """
 
     def __init__(self, groups: list[ParamGroup]) -> None:
@@ -60,6 +61,8 @@ class FlatParams:
             offset = self.numel + (self.numel % 2 if param.is_complex() else 0)
             self.offsets.append(offset)
             self.numel = offset + size
+        self.memo: Any = None
+        self.layout = _C.Layout([group["params"] for group in groups], self.offsets)
         self._formats = self._formats_now()
         self._described = [_describe(param) for param in self.params]
 
@@ -70,6 +73,8 @@ class FlatParams:
 
     def replaced(self) -> bool:
         """Whether the groups hold other tensors than when this layout was made."""
+        if self.layout.unchanged(self._groups):
+            return False
         if len(self._groups) != len(self.group_slices):
             return True
         for group, place in zip(self._groups, self.group_slices, strict=True):
@@ -84,6 +89,8 @@ class FlatParams:
         Another shape, dtype, device or memory format (``model.to(...)`` after the first step), or
         another tensor in a parameter group.
         """
+        if self.layout.unchanged(self._groups):
+            return
         if self.replaced():
             raise ValueError(
                 f"param_groups no longer hold the {len(self.params)} tensors that the state was "
@@ -98,6 +105,10 @@ class FlatParams:
                     "made; convert parameters before the first step, or make a new optimizer"
                 )
 
+    def places(self) -> Any:
+        """The versions and addresses of all parameters: differs once anyone has moved them."""
+        return self.layout.places() or [(p._version, p.data_ptr()) for p in self.params]
+
     def reals(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors, complex ones as real views of shape [..., 2]."""
         if not self._complex:
@@ -110,6 +121,9 @@ class FlatParams:
         Raises:
             TypeError: One is sparse.
         """
+        plain = self.layout.grads()
+        if plain is not None:
+            return plain
         grads = []
         for param in self.params:
             grad = param.grad
@@ -159,12 +173,8 @@ class FlatOptimizer(Optimizer):
     # Options without which a state_dict's group is not of this kind of optimizer.
     _required_options: ClassVar[tuple[str, ...]] = ("lr",)
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if "step" in cls.__dict__:
-            # torch.compile of a training step breaks here: there is nothing to fuse with one op,
-            # and tracing would specialise on the step count.
-            cls.step = _disable_dynamo(cls.step)  # type: ignore[assignment,method-assign]
+    # torch calls it on ``step`` when the first object of a class is made.
+    profile_hook_step = staticmethod(hooks.noticed)
 
     def __init__(self, params: Any, defaults: dict[str, Any], backend: str) -> None:
         self._backend = backend

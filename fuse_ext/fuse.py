@@ -15,18 +15,18 @@ from fuse_ext.checks import check_integer, check_number
 from fuse_ext.flat import Closure, FlatOptimizer, ParamGroup
 from fuse_ext.fuse_pv import CURVATURE_TOL
 from fuse_ext.history import STATE_NAMES
+from fuse_ext.hooks import without_grad
 from fuse_ext.lbfgs import (
     check_lbfgs_group,
     check_lbfgs_state,
     check_line_search,
-    common_options,
+    step_options,
 )
 from fuse_ext.lbfgs_engine import (
     MAX_LINE_SEARCH_EVALUATIONS,
     LbfgsEngine,
     LbfgsOptions,
     Point,
-    spread_lr,
 )
 from fuse_ext.report import Report, lbfgs_fields
 from fuse_ext.scalars import Header
@@ -220,7 +220,7 @@ class Fuse(FlatOptimizer):
         check_number("theta", theta, 0.0, 1.0)
         return float(theta)
 
-    @torch.no_grad()
+    @without_grad
     def step(self, closure: Closure | None = None) -> Any:
         """One blended step.
 
@@ -315,15 +315,9 @@ class Fuse(FlatOptimizer):
             self._lbfgs.refuse(point)
 
     def _options(self) -> LbfgsOptions:
-        first = self.param_groups[0]
-        lr, lr_scale = spread_lr(self.flat, [float(g["lbfgs_lr"]) for g in self.param_groups])
-        return LbfgsOptions(
-            lr=lr,
-            lr_scale=lr_scale,
-            line_search=check_line_search("line_search", first["line_search"]),
-            same_batch_pairs=first["same_batch_pairs"],
-            **common_options(self.flat, self.param_groups),
-        )
+        groups = self.param_groups
+        lrs = [float(group["lbfgs_lr"]) for group in groups]
+        return step_options(self.flat, groups, lrs, "line_search", groups[0]["same_batch_pairs"])
 
     def report(self) -> Report:
         """What was done, and why."""

@@ -15,16 +15,16 @@ from fuse_ext.checks import check_number, loss_value
 from fuse_ext.criterion import Observation, Switchover
 from fuse_ext.flat import Closure, ParamGroup
 from fuse_ext.history import grads_are_finite
+from fuse_ext.hooks import with_grad, without_grad
 from fuse_ext.lbfgs import (
     check_lbfgs_group,
     check_line_search,
-    common_options,
+    step_options,
 )
 from fuse_ext.lbfgs_engine import (
     MAX_LINE_SEARCH_EVALUATIONS,
     LbfgsEngine,
     LbfgsOptions,
-    spread_lr,
 )
 from fuse_ext.phases import ADAM, LBFGS_PHASE, TwoPhases
 from fuse_ext.report import Report, lbfgs_fields
@@ -253,7 +253,7 @@ class FusePV(TwoPhases):
 
     # --- steps ------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @without_grad
     def step(self, closure: Closure | None = None, *, loss: Any = None) -> Any:
         """One Adam step, or ``max_iter`` L-BFGS iterations.
 
@@ -296,8 +296,7 @@ class FusePV(TwoPhases):
                 "closure, or step(loss=...)"
             )
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            loss = with_grad(closure)
         value = None
         if loss is not None and (self._switch.needs_loss or group["check_finite"]):
             value = loss_value(loss)
@@ -374,15 +373,9 @@ class FusePV(TwoPhases):
         return loss
 
     def _options(self) -> LbfgsOptions:
-        first = self.param_groups[0]
-        lr, lr_scale = spread_lr(self.flat, [_lbfgs_lr(group) for group in self.param_groups])
-        return LbfgsOptions(
-            lr=lr,
-            lr_scale=lr_scale,
-            line_search=check_line_search("line_search", first["line_search"]),
-            same_batch_pairs=first["same_batch_pairs"],
-            **common_options(self.flat, self.param_groups),
-        )
+        groups = self.param_groups
+        lrs = [_lbfgs_lr(group) for group in groups]
+        return step_options(self.flat, groups, lrs, "line_search", groups[0]["same_batch_pairs"])
 
     def _warn_non_finite(self) -> None:
         if not self.__dict__.get("_warned_non_finite"):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fuse_ext import ops as kernels
 from fuse_ext import scalars as ring
+from fuse_ext.bound_ops import bind
 from fuse_ext.flat import FlatParams
 from fuse_ext.ops import Ops
 from fuse_ext.reference import SCALE_BLOCK
@@ -54,11 +55,15 @@ class GradStats(NamedTuple):
 
 def grads_are_finite(flat: FlatParams, ops: Ops) -> bool:
     """Whether all gradients at hand are; one read of them."""
+    stats = torch.zeros(len(GradStats._fields), dtype=torch.float64, device=flat.device)
+    plain = flat.layout.grads()
+    if plain is not None:
+        numbers = bind(ops, flat).grad_stats(plain, [], False, None, None, stats, None)
+        return GradStats._make(numbers).finite
     members = [i for i, p in enumerate(flat.params) if p.grad is not None]
     if not members:
         return True
     grads: list[Any] = [flat.params[i].grad for i in members]
-    stats = torch.zeros(len(GradStats._fields), dtype=torch.float64, device=flat.device)
     ops.grad_stats(
         flat.reals([flat.params[i] for i in members]),
         flat.reals(grads),
@@ -102,6 +107,7 @@ class History:
         dtype: torch.dtype | None,
     ) -> None:
         self._flat, self._ops = flat, ops
+        self._bound = bind(ops, flat)
         self.slots = history_size + 1
         self.dtype = flat.dtype if dtype is None else dtype
         padded = (flat.numel + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
@@ -160,19 +166,16 @@ class History:
         self, grads: list[Tensor], decay: list[float], maximize: bool, along_direction: bool
     ) -> GradStats:
         """Norms of the gradient, and its slope along the current direction."""
-        flat = self._flat
-        self._ops.grad_stats(
-            flat.reals(flat.params),
+        numbers = self._bound.grad_stats(
             grads,
-            flat.offsets,
             decay,
             maximize,
             self.rows if along_direction else None,
             self.scalars if along_direction else None,
             self._stats,
-            history_scale=self.scales if along_direction else None,
+            self.scales if along_direction else None,
         )
-        return GradStats(*self._stats.tolist())
+        return GradStats._make(numbers)
 
     def update(
         self,
@@ -187,24 +190,15 @@ class History:
         With ``pair_step`` = t, first forms the pair s = t p, y = g - g_prev, and keeps it when
         s.y > curvature_tol |s| |y|.
         """
-        flat = self._flat
-        self._ops.lbfgs_update(
-            flat.reals(flat.params),
+        self._bound.lbfgs_update(
             grads,
-            flat.offsets,
             decay,
             maximize,
             self.rows,
             self.grad_prev,
             self.scalars,
-            pair_step is not None,
-            history_scale=self.scales,
-        )
-        self._ops.lbfgs_two_loop(
-            self.scalars,
-            self.slots,
-            pair_step is not None,
-            0.0 if pair_step is None else pair_step,
+            self.scales,
+            pair_step,
             curvature_tol,
         )
 
@@ -212,34 +206,21 @@ class History:
         self, grads: list[Tensor], decay: list[float], lr_scale: list[float], maximize: bool
     ) -> Header:
         """p = -H g into the open slot, g into g_prev; to be called after :meth:`update`."""
-        flat = self._flat
-        self._ops.lbfgs_direction(
-            flat.reals(flat.params),
+        numbers = self._bound.lbfgs_direction(
             grads,
-            flat.offsets,
             decay,
             lr_scale,
             maximize,
             self.rows,
             self.grad_prev,
             self.scalars,
-            history_scale=self.scales,
+            self.scales,
         )
-        return self.header()
+        return Header(*numbers)
 
     def move(self, origin: Tensor, step: float, save: bool) -> None:
         """Parameters = origin + step * p; with ``save`` origin = parameters first."""
-        flat = self._flat
-        self._ops.lbfgs_move(
-            flat.reals(flat.params),
-            flat.offsets,
-            origin,
-            self.rows,
-            self.scalars,
-            step,
-            save,
-            history_scale=self.scales,
-        )
+        self._bound.lbfgs_move(origin, self.rows, self.scalars, self.scales, step, save)
 
     def blend(self, origin: Tensor, theta: float, step: float) -> None:
         """Algorithm 3's mixture of the current parameters (Adam's) and origin + step * p."""

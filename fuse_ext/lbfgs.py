@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from fuse_ext.checks import FLOATING, check_integer, check_number
 from fuse_ext.flat import Closure, FlatOptimizer, FlatParams, ParamGroup
 from fuse_ext.history import memory_order
+from fuse_ext.hooks import without_grad
 from fuse_ext.lbfgs_engine import LbfgsEngine, LbfgsOptions, spread_lr
 from fuse_ext.line_search import make_line_search
 from fuse_ext.reference import SCALE_BLOCK
@@ -78,23 +80,66 @@ def check_lbfgs_state(entry: dict[str, Any], slots: int, flat: FlatParams) -> No
         raise ValueError(f"state_dict does not fit: pair_step is {pair_step!r}, not a float")
 
 
-def common_options(flat: FlatParams, groups: list[ParamGroup]) -> dict[str, Any]:
-    """The engine's options that every optimizer with L-BFGS reads from its groups alike."""
+# The options that hold for all groups and that a step reads, in the order of _make_options.
+_SHARED = (
+    "maximize",
+    "max_iter",
+    "max_eval",
+    "tolerance_grad",
+    "tolerance_change",
+    "rtol",
+    "curvature_tol",
+    "deterministic",
+)
+_shared_values = itemgetter(*_SHARED)
+
+
+def step_options(
+    flat: FlatParams,
+    groups: list[ParamGroup],
+    lrs: list[float],
+    search_name: str,
+    same_batch_pairs: bool = False,
+) -> LbfgsOptions:
+    """What the groups tell a step of L-BFGS; made anew only when one of their values changes.
+
+    Args:
+        flat: The groups' layout; keeps what was made.
+        groups: ``Optimizer.param_groups``.
+        lrs: The step size of each group.
+        search_name: What the option with the line search is called.
+        same_batch_pairs: See :class:`LbfgsOptions`.
+    """
     first = groups[0]
-    max_eval = first["max_eval"]
-    if max_eval is None:
-        max_eval = max(first["max_iter"] * 5 // 4, 1)
-    return {
-        "weight_decay": flat.per_segment([float(g["weight_decay"]) for g in groups], 0.0),
-        "maximize": first["maximize"],
-        "max_iter": first["max_iter"],
-        "max_eval": max_eval,
-        "tolerance_grad": first["tolerance_grad"],
-        "tolerance_change": first["tolerance_change"],
-        "rtol": first["rtol"],
-        "curvature_tol": first["curvature_tol"],
-        "deterministic": first["deterministic"],
-    }
+    decays = [float(group["weight_decay"]) for group in groups]
+    values = lrs, decays, _shared_values(first), first[search_name], bool(same_batch_pairs)
+    if flat.memo is None or flat.memo[0] != values:
+        flat.memo = values, _make_options(flat, search_name, *values)
+    options: LbfgsOptions = flat.memo[1]
+    return options
+
+
+def _make_options(
+    flat: FlatParams,
+    search_name: str,
+    lrs: list[float],
+    decays: list[float],
+    shared: tuple[Any, ...],
+    search: Any,
+    same_batch_pairs: bool,
+) -> LbfgsOptions:
+    lr, lr_scale = spread_lr(flat, lrs)
+    named = dict(zip(_SHARED, shared, strict=True))
+    if named["max_eval"] is None:
+        named["max_eval"] = max(named["max_iter"] * 5 // 4, 1)
+    return LbfgsOptions(
+        lr=lr,
+        lr_scale=lr_scale,
+        weight_decay=flat.per_segment(decays, 0.0),
+        line_search=check_line_search(search_name, search),
+        same_batch_pairs=same_batch_pairs,
+        **named,
+    )
 
 
 class LBFGS(FlatOptimizer):
@@ -248,17 +293,10 @@ class LBFGS(FlatOptimizer):
         )
 
     def _options(self) -> LbfgsOptions:
-        lr, lr_scale = spread_lr(self.flat, [float(g["lr"]) for g in self.param_groups])
-        search = check_line_search("line_search_fn", self.param_groups[0]["line_search_fn"])
-        return LbfgsOptions(
-            lr=lr,
-            lr_scale=lr_scale,
-            line_search=search,
-            same_batch_pairs=False,
-            **common_options(self.flat, self.param_groups),
-        )
+        groups = self.param_groups
+        return step_options(self.flat, groups, [float(g["lr"]) for g in groups], "line_search_fn")
 
-    @torch.no_grad()
+    @without_grad
     def step(self, closure: Closure | None = None) -> Any:
         """Up to ``max_iter`` iterations.
 

@@ -261,7 +261,7 @@ class LbfgsEngine(Evaluations):
         """
         self.count_non_finite()
         self._bad_starts += 1
-        here = self._arrived is not None and self._arrived[0] == self._param_versions()
+        here = self._arrived is not None and self._arrived[0] == self._flat.places()
         if self._bad_starts <= BAD_BATCHES or self._entry["pair_step"] is None or not here:
             return
         self._go_back(self.origin())

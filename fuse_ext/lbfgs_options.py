@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class LbfgsOptions:
             ]
             object.__setattr__(self, "weight_decay", decay)
 
-    @property
+    @cached_property
     def objective(self) -> tuple[Any, ...]:
         """The options that the objective depends on."""
         frozen = [share == 0.0 for share in self.lr_scale]

@@ -207,6 +207,11 @@ def select(backend: str, device: torch.device) -> Ops:
     return _reference
 
 
+def is_native(ops: Ops) -> bool:
+    """Whether these are the C++ kernels."""
+    return ops is _native
+
+
 def scalars_device(ops: Ops, device: torch.device) -> torch.device:
     """Where the scalars of L-BFGS live: beside the kernels, or with Python."""
     return torch.device("cpu") if ops is _reference else device

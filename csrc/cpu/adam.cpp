@@ -17,7 +17,8 @@ void step(const TensorSegments& segments, const at::Tensor& exp_avg, const at::T
   T* v = exp_avg_sq.data_ptr<T>();
   T* v_max = max_exp_avg_sq ? max_exp_avg_sq->data_ptr<T>() : nullptr;
   const auto kernel = cpu_kernels().of<T>().adam;
-  run_chunks(segments.begin(), segments.end(), 1, 0, sum_sq,
+  const Pass pass{.vectors = v_max == nullptr ? 7 : 9, .width = 1};
+  run_chunks(segments.begin(), segments.end(), pass, sum_sq,
              [&](std::int64_t begin, std::int64_t end, double* out) {
     kernel(table, begin, end, m, v, v_max, coefficients, out);
   });

@@ -41,7 +41,8 @@ void grad_stats(at::TensorList params, at::TensorList grads, at::IntArrayRef off
   with_state_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     const T sign = maximize ? T(-1) : T(1);
-    run_chunks(segments.begin(), segments.end(), kGradStats, 1, stats.data_ptr<double>(),
+    const Pass pass{.vectors = direction ? 2 : 1, .width = kGradStats, .maxima = 1};
+    run_chunks(segments.begin(), segments.end(), pass, stats.data_ptr<double>(),
                [&](std::int64_t begin, std::int64_t end, double* out) {
       cpu_kernels().of<T>().grad_stats(segments.table(), begin, end, sign,
                                        direction ? &*direction : nullptr, out);
@@ -94,7 +95,8 @@ void lbfgs_update(at::TensorList params, at::TensorList grads, at::IntArrayRef o
     using T = decltype(zero);
     const T sign = maximize ? T(-1) : T(1);
     const Row y_row = ring.y_row(open);
-    run_chunks(0, ring.numel(), 2 * rows.count + 2, 0, sums.data(),
+    const Pass pass{.vectors = rows.count + 4, .width = 2 * rows.count + 2};
+    run_chunks(0, ring.numel(), pass, sums.data(),
                [&](std::int64_t begin, std::int64_t end, double* out) {
       cpu_kernels().of<T>().dots(segments.table(), begin, end, sign,
                                  static_cast<const T*>(previous.data), form_pair ? &y_row : nullptr,
@@ -152,8 +154,8 @@ void lbfgs_direction(at::TensorList params, at::TensorList grads, at::IntArrayRe
   with_state_type(previous.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T sign = maximize ? T(-1) : T(1);
-    run_chunks(0, ring.numel(), kDirectionStats, 1, sums,
-               [&](std::int64_t begin, std::int64_t end, double* out) {
+    const Pass pass{.vectors = rows.count + 3, .width = kDirectionStats, .maxima = 1};
+    run_chunks(0, ring.numel(), pass, sums, [&](std::int64_t begin, std::int64_t end, double* out) {
       cpu_kernels().of<T>().combine(segments.table(), begin, end, sign, rows, coefs.data(),
                                     *state.array(kCoefG), ring.open_row(),
                                     static_cast<T*>(previous.data), out);
@@ -178,7 +180,8 @@ void lbfgs_move(at::TensorList params, at::IntArrayRef offsets, at::Tensor origi
   with_state_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     double none;
-    run_chunks(0, ring.numel(), 0, 0, &none, [&](std::int64_t begin, std::int64_t end, double*) {
+    const Pass pass{.vectors = save ? 4 : 3};
+    run_chunks(0, ring.numel(), pass, &none, [&](std::int64_t begin, std::int64_t end, double*) {
       cpu_kernels().of<T>().move(segments.table(), begin, end, origin.data_ptr<T>(),
                                  ring.open_row(), step, save);
     });
@@ -197,7 +200,8 @@ void fuse_blend(at::TensorList params, at::IntArrayRef offsets, at::Tensor origi
   double taken_sq = 0;
   with_state_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    run_chunks(0, ring.numel(), 1, 0, &taken_sq,
+    const Pass pass{.vectors = 5, .width = 1};
+    run_chunks(0, ring.numel(), pass, &taken_sq,
                [&](std::int64_t begin, std::int64_t end, double* out) {
       cpu_kernels().of<T>().blend(segments.table(), begin, end, origin.data_ptr<T>(),
                                   ring.open_row(), theta, step, out);
@@ -214,7 +218,8 @@ template <class T>
 void copy_grads(const TensorSegments& segments, const at::Tensor& flat, bool to_flat) {
   double none;
   T* values = flat.data_ptr<T>();
-  run_chunks(0, flat.numel(), 0, 0, &none, [&](std::int64_t begin, std::int64_t end, double*) {
+  const Pass pass{.vectors = 2};
+  run_chunks(0, flat.numel(), pass, &none, [&](std::int64_t begin, std::int64_t end, double*) {
     const StateKernels<T>& kernels = cpu_kernels().of<T>();
     if (to_flat) {
       kernels.gather(segments.table(), begin, end, values);

@@ -10,25 +10,38 @@
 
 namespace fuse_ext {
 
-// Chunks are long enough to be worth a thread, and few enough that their partial results are
-// cheap beside the vectors. Depends on the range alone.
+// Few enough that their partial results are cheap beside the vectors. Depends on the range alone.
 inline std::int64_t chunk_length(std::int64_t length) {
-  constexpr std::int64_t kMostChunks = 256;
+  constexpr std::int64_t kMostChunks = 256, kFewBlocks = 16;
+  if (length <= kFewBlocks * kBlock) return kBlock / 2;
   const std::int64_t blocks = (length + kMostChunks * kBlock - 1) / (kMostChunks * kBlock);
-  return (blocks > 1 ? blocks : 1) * kBlock;
+  return blocks * kBlock;
 }
 
-// run(begin, end, out) fills out[0, width); the last `maxima` of them are maxima, the others sums.
+// Elements to read or write that are worth another thread: some 25 us of work, where waking one
+// takes 3 us on an idle machine and far more on a busy one.
+constexpr std::int64_t kWorthAThread = std::int64_t{1} << 18;
+
+// What a pass over a range does.
+struct Pass {
+  std::int64_t vectors;     // read or written, each once
+  std::int64_t width = 0;   // numbers that it yields
+  std::int64_t maxima = 0;  // the last so many of them are maxima, the others sums
+};
+
+// run(begin, end, out) fills out[0, width) for a part of the range; total[0, width) becomes that of
+// the whole.
 template <class Run>
-void run_chunks(std::int64_t begin, std::int64_t end, std::int64_t width, std::int64_t maxima,
-                double* total, Run&& run) {
+void run_chunks(std::int64_t begin, std::int64_t end, const Pass& pass, double* total, Run&& run) {
+  const std::int64_t width = pass.width;
   for (std::int64_t k = 0; k < width; ++k) total[k] = 0;
   if (begin >= end) return;
   const std::int64_t chunk = chunk_length(end - begin);
   const std::int64_t chunks = (end - begin + chunk - 1) / chunk;
   if (chunks == 1) return run(begin, end, total);
   std::vector<double> partial(static_cast<std::size_t>(chunks * width));
-  at::parallel_for(0, chunks, 1, [&](std::int64_t first, std::int64_t last) {
+  const std::int64_t grain = kWorthAThread / (chunk * pass.vectors) + 1;
+  at::parallel_for(0, chunks, grain, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t i = first; i < last; ++i) {
       const std::int64_t from = begin + i * chunk;
       run(from, from + chunk < end ? from + chunk : end, partial.data() + i * width);
@@ -37,7 +50,7 @@ void run_chunks(std::int64_t begin, std::int64_t end, std::int64_t width, std::i
   for (std::int64_t i = 0; i < chunks; ++i) {
     for (std::int64_t k = 0; k < width; ++k) {
       const double value = partial[static_cast<std::size_t>(i * width + k)];
-      if (k < width - maxima) {
+      if (k < width - pass.maxima) {
         total[k] += value;
       } else if (value > total[k]) {
         total[k] = value;

@@ -1,0 +1,176 @@
+"""The ops as a step calls them: on one set of parameters, with few arguments and results.
+
+The native ops are methods of the C++ layout, which knows the parameters (csrc/bound_ops.cpp). Any
+other set of ops is called with lists of tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, cast
+
+from torch import Tensor
+
+from fuse_ext import ops as kernels
+from fuse_ext.flat import FlatParams
+from fuse_ext.ops import Ops
+from fuse_ext.scalars import HEADER
+
+
+class AdamNumbers(NamedTuple):
+    """Eq. 2's numbers for one step, in the order of :meth:`BoundOps.adam_step`."""
+
+    step: int
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    eps_in_root: float
+    weight_decay: float
+    decoupled_weight_decay: bool
+    maximize: bool
+
+
+class BoundOps(Protocol):
+    """The ops on all parameters of one layout; see :class:`fuse_ext.ops.Ops`.
+
+    ``grads`` are real and in the parameters' order. What the host decides by comes as numbers.
+    """
+
+    def adam_step(
+        self,
+        grads: list[Tensor],
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        max_exp_avg_sq: Tensor | None,
+        stats: Tensor,
+        grad_scale: Tensor | None,
+        step: int,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        eps_in_root: float,
+        weight_decay: float,
+        decoupled_weight_decay: bool,
+        maximize: bool,
+        /,
+    ) -> None:
+        """Eq. 2."""
+
+    def grad_stats(
+        self,
+        grads: list[Tensor],
+        weight_decay: list[float],
+        maximize: bool,
+        history: Tensor | None,
+        scalars: Tensor | None,
+        stats: Tensor,
+        history_scale: Tensor | None,
+        /,
+    ) -> list[float]:
+        """The entries of :class:`fuse_ext.history.GradStats`."""
+
+    def lbfgs_update(
+        self,
+        grads: list[Tensor],
+        weight_decay: list[float],
+        maximize: bool,
+        history: Tensor,
+        grad_prev: Tensor | None,
+        scalars: Tensor,
+        history_scale: Tensor | None,
+        pair_step: float | None,
+        curvature_tol: float,
+        /,
+    ) -> None:
+        """Pass 1 and the recursion; with ``pair_step`` the open slot becomes a pair first."""
+
+    def lbfgs_direction(
+        self,
+        grads: list[Tensor],
+        weight_decay: list[float],
+        lr_scale: list[float],
+        maximize: bool,
+        history: Tensor,
+        grad_prev: Tensor | None,
+        scalars: Tensor,
+        history_scale: Tensor | None,
+        /,
+    ) -> list[float]:
+        """Pass 2; the entries of :class:`fuse_ext.scalars.Header`."""
+
+    def lbfgs_move(
+        self,
+        origin: Tensor,
+        history: Tensor,
+        scalars: Tensor,
+        history_scale: Tensor | None,
+        step: float,
+        save: bool,
+        /,
+    ) -> None:
+        """Parameters = origin + step * p; with ``save`` origin = parameters first."""
+
+
+def bind(ops: Ops, flat: FlatParams) -> BoundOps:
+    """The ops on these parameters."""
+    if kernels.is_native(ops) and flat.layout.has_ops:
+        return cast(BoundOps, flat.layout)
+    return _Listed(ops, flat)
+
+
+class _Listed:
+    """Ops that are called with lists of tensors."""
+
+    def __init__(self, ops: Ops, flat: FlatParams) -> None:
+        self._ops: Any = ops
+        self._flat = flat
+
+    @property
+    def _params(self) -> list[Tensor]:
+        return self._flat.reals(self._flat.params)
+
+    def adam_step(self, grads: list[Tensor], *rest: Any) -> None:
+        exp_avg, exp_avg_sq, max_exp_avg_sq, stats, grad_scale, *numbers = rest
+        moments = exp_avg, exp_avg_sq, max_exp_avg_sq
+        named = AdamNumbers._make(numbers)._asdict()
+        offsets = self._flat.offsets
+        self._ops.adam_step(
+            self._params, grads, offsets, *moments, stats, grad_scale=grad_scale, **named
+        )
+
+    def grad_stats(self, grads: list[Tensor], *rest: Any) -> list[float]:
+        *arguments, stats, scale = rest
+        self._ops.grad_stats(
+            self._params, grads, self._flat.offsets, *arguments, stats, history_scale=scale
+        )
+        return stats.tolist()
+
+    def lbfgs_update(self, grads: list[Tensor], *rest: Any) -> None:
+        *arguments, history, grad_prev, scalars, scale, pair_step, curvature_tol = rest
+        commit = pair_step is not None
+        ring = history, grad_prev, scalars
+        self._ops.lbfgs_update(
+            self._params,
+            grads,
+            self._flat.offsets,
+            *arguments,
+            *ring,
+            commit,
+            history_scale=scale,
+        )
+        step_length = pair_step if commit else 0.0
+        self._ops.lbfgs_two_loop(scalars, history.size(1), commit, step_length, curvature_tol)
+
+    def lbfgs_direction(self, grads: list[Tensor], *rest: Any) -> list[float]:
+        *arguments, scalars, scale = rest
+        self._ops.lbfgs_direction(
+            self._params, grads, self._flat.offsets, *arguments, scalars, history_scale=scale
+        )
+        return scalars[: len(HEADER)].tolist()
+
+    def lbfgs_move(self, *rest: Any) -> None:
+        *arguments, scale, step, save = rest
+        self._ops.lbfgs_move(
+            self._params, self._flat.offsets, *arguments, step, save, history_scale=scale
+        )
