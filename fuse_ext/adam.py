@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +67,23 @@ def _is_count(step: Any) -> bool:
     if isinstance(step, Tensor) and step.numel() == 1:
         step = step.item()
     return isinstance(step, (int, float)) and step >= 0 and math.isfinite(step) and step % 1 == 0
+
+
+class AdamLegacy(NamedTuple):
+    """What Adam leaves to the phase after it; flat vectors.
+
+    Attributes:
+        grad_avg: The bias-corrected average of the gradients.
+        metric: D = sqrt(v) + eps, bias-corrected, over the parameter's share of the largest lr;
+            0 where nothing is known, inf where nothing moves.
+        steps: Adam steps taken.
+        lr: The largest of the groups.
+    """
+
+    grad_avg: Tensor
+    metric: Tensor
+    steps: int
+    lr: float
 
 
 class AdamEngine:
@@ -149,6 +166,30 @@ class AdamEngine:
     def nbytes(self) -> int:
         """Bytes of state held."""
         return sum(moment.nbytes for moment in self._moments.values()) + self._steps.nbytes
+
+    def legacy(self, groups: list[ParamGroup]) -> AdamLegacy:
+        """What the last step was made of: lr times ``grad_avg / metric``, element by element."""
+        grad_avg = self._moments["exp_avg"].clone()
+        metric = torch.zeros_like(grad_avg)
+        largest = max(float(group["lr"]) for group in groups)
+        for group, place in zip(groups, self._flat.group_slices, strict=True):
+            beta1, beta2 = group["betas"]
+            source = MOMENTS[2] if group["amsgrad"] else MOMENTS[1]
+            share = float(group["lr"]) / largest if largest > 0.0 else 0.0
+            for i in range(place.start, place.stop):
+                steps = float(self._steps[i])
+                begin, size = self._flat.offsets[i], self._flat.sizes[i]
+                m, d = grad_avg[begin : begin + size], metric[begin : begin + size]
+                if not (share and steps):
+                    d.fill_(0.0 if share else math.inf)
+                    continue
+                eps = float(group["eps"])
+                inside, outside = (eps, 0.0) if group["eps_inside_root"] else (0.0, eps)
+                m.div_(1.0 - beta1**steps)
+                v = self._moments[source][begin : begin + size]
+                torch.sqrt((v + inside).div_(1.0 - beta2**steps), out=d)
+                d.add_(outside).div_(share)
+        return AdamLegacy(grad_avg, metric, int(self._steps.max()), largest)
 
     def step(
         self,

@@ -13,6 +13,7 @@ from fuse_ext.flat import Closure, FlatParams
 from fuse_ext.history import GradStats, History
 from fuse_ext.hooks import with_grad
 from fuse_ext.lbfgs_options import LbfgsOptions
+from fuse_ext.ops import Ops
 from fuse_ext.precision import Precision
 
 
@@ -66,7 +67,7 @@ class Evaluations:
     """
 
     def __init__(self, flat: FlatParams, entry: dict[str, Any], history: History) -> None:
-        self._flat, self._entry, self.history = flat, entry, history
+        self.flat, self._entry, self.history = flat, entry, history
         self.precision = Precision(entry, torch.finfo(flat.dtype).eps)
         entry.setdefault("pair_step", None)
         self._memory: Memory | None = None
@@ -83,7 +84,7 @@ class Evaluations:
     def _point(
         self, loss: Any, value: float, options: LbfgsOptions, along_direction: bool
     ) -> Point:
-        grads = self._flat.grads()
+        grads = self.flat.grads()
         stats = self.history.stats(
             options.moving(grads), options.weight_decay, options.maximize, along_direction
         )
@@ -108,7 +109,7 @@ class Evaluations:
         memory = self._memory
         if memory is None:
             return False
-        moved = memory.params != self._flat.places()
+        moved = memory.params != self.flat.places()
         if moved or memory.options.objective != options.objective:
             self.drop_pair()  # x or g changed by more than the step
             self.precision.forget_least()
@@ -117,29 +118,60 @@ class Evaluations:
             return False
         return all(
             p.grad is grad and _version(grad) == version
-            for p, (grad, version) in zip(self._flat.params, memory.grads, strict=True)
+            for p, (grad, version) in zip(self.flat.params, memory.grads, strict=True)
         )
 
     def _remember(self, point: Point, options: LbfgsOptions, settled: bool = False) -> None:
         """A deterministic closure need not be called again where it was called last."""
         if options.deterministic and point.loss is not None:
-            grads = [(g, _version(g)) for g in (p.grad for p in self._flat.params)]
-            self._memory = Memory(point, self._flat.places(), grads, options, settled)
+            grads = [(g, _version(g)) for g in (p.grad for p in self.flat.params)]
+            self._memory = Memory(point, self.flat.places(), grads, options, settled)
 
     def _moved_since(self, options: LbfgsOptions) -> bool:
         """Whether x or the objective changed by more than the last step."""
-        here = (self._flat.places(), options.objective)
+        here = (self.flat.places(), options.objective)
         return self._arrived is not None and self._arrived != here
 
     def note_arrival(self, options: LbfgsOptions) -> None:
         """At the end of a step: notes where a pair in waiting has led."""
         if self._entry["pair_step"] is not None:
-            params = self._memory.params if self._memory is not None else self._flat.places()
+            params = self._memory.params if self._memory is not None else self.flat.places()
             self._arrived = (params, options.objective)
+
+    @property
+    def has_pair(self) -> bool:
+        """Whether a step was taken whose second gradient is not known."""
+        return self._entry["pair_step"] is not None
+
+    def begin_batch(self, batch_id: int | str | None) -> None:
+        """Gives up what is of another batch: a pair in waiting, an evaluation remembered."""
+        if self._entry.get("batch_id") != batch_id:
+            self._entry["batch_id"] = batch_id
+            self.drop_pair()
+            self._memory = None
 
     def drop_pair(self) -> None:
         """Gives up the pair in waiting."""
         self._entry["pair_step"] = None
+
+
+def effective_gradient(
+    flat: FlatParams,
+    ops: Ops,
+    grads: list[Tensor],
+    options: LbfgsOptions,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The gradient of what is minimised, sign and L2 penalty included, as one flat vector."""
+    if out is None:
+        out = torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device)
+    ops.grad_gather(flat.reals(flat.params), options.moving(grads), flat.offsets, out)
+    if options.maximize:
+        out.neg_()
+    for i, coefficient in enumerate(options.weight_decay):
+        if coefficient:
+            flat.piece(out, i).add_(flat.params[i].detach(), alpha=coefficient)
+    return out
 
 
 def _version(grad: Tensor | None) -> int:

@@ -149,7 +149,7 @@ class FlatParams:
             part = part.view(like.size())
         return torch.view_as_complex(part) if param.is_complex() else part
 
-    def per_segment(self, values: list[float], neutral: float) -> list[float]:
+    def per_segment(self, values: list[Any], neutral: Any) -> list[Any]:
         """One value per group spread over its parameters; empty when all are ``neutral``."""
         if all(value == neutral for value in values):
             return []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fuse_ext.adam import MOMENTS, AdamEngine, check_adam_group
+from fuse_ext.averaged import AveragedEngine
 from fuse_ext.checks import check_number, loss_value
 from fuse_ext.criterion import Observation, Switchover
 from fuse_ext.flat import Closure, ParamGroup
@@ -18,7 +19,6 @@ from fuse_ext.history import grads_are_finite
 from fuse_ext.hooks import with_grad, without_grad
 from fuse_ext.lbfgs import (
     check_lbfgs_group,
-    check_line_search,
     step_options,
 )
 from fuse_ext.lbfgs_engine import (
@@ -26,6 +26,17 @@ from fuse_ext.lbfgs_engine import (
     LbfgsEngine,
     LbfgsOptions,
 )
+from fuse_ext.modes import (
+    AUTO,
+    AVERAGED,
+    CONSECUTIVE,
+    SEARCH,
+    averages,
+    check_modes,
+    finds_out,
+    same_loss,
+)
+from fuse_ext.overlap import overlap_step
 from fuse_ext.phases import ADAM, LBFGS_PHASE, TwoPhases
 from fuse_ext.report import Report, lbfgs_fields
 from fuse_ext.switchover import LossPlateau, WarmUp, as_switchover
@@ -70,8 +81,9 @@ class FusePV(TwoPhases):
         history_size: m, the curvature pairs kept.
         history_dtype: Storage of the pairs: torch.bfloat16 halves it, torch.int8 quarters it.
         line_search: "approximate_wolfe" (which goes on by slopes where noise or rounding hides
-            the loss's decrease, and is strong Wolfe elsewhere), "strong_wolfe", "armijo" or None
-            (fixed step).
+            the loss's decrease, and is strong Wolfe elsewhere), "strong_wolfe", "armijo", None
+            (fixed step), or "auto": approximate Wolfe where the closure is the same function at
+            every call or ``max_iter`` > 1, else a fixed step on averages.
         max_iter: L-BFGS iterations per ``step``, all on the one closure.
         max_eval: Evaluations per ``step``; None for 25 an iteration.
         tolerance_grad, tolerance_change, rtol: When an L-BFGS ``step`` stops early, as in
@@ -79,13 +91,26 @@ class FusePV(TwoPhases):
             no scale, and ``report().converged`` tells a loop that it was reached.
         curvature_tol: Pairs need s.y > curvature_tol \|s\| \|y\|; None for 1e-8 if
             ``deterministic``, else 1e-4.
-        deterministic: Promise that the closure is the same function at every call (full batch,
-            no dropout). A step then begins with the last step's final evaluation, unless
+        deterministic: True is a promise that the closure is the same function at every call (full
+            batch, no dropout). A step then begins with the last step's final evaluation, unless
             parameters or gradients were touched in between: about one evaluation an iteration
             instead of two, and none where the loss can fall no further (see ``stop_reason`` in
-            :meth:`report`: a loop should not wait for more).
-        same_batch_pairs: With a fixed step and a closure, evaluate it once more after the step,
-            so that no pair mixes two batches. (A line search has that evaluation anyway.)
+            :meth:`report`: a loop should not wait for more). False: it is not. None: where it
+            decides anything, find out: the first L-BFGS step does not move, and the second sees
+            whether the closure returns the same loss again.
+        pairs: How curvature pairs are made, so that none mixes two batches.
+
+            - "averaged": of two successive means over 10 batches each, with a step on the
+              averaged gradient in Adam's metric (:mod:`fuse_ext.averaged`): one gradient a step,
+              no closure needed, 7 vectors more. Not with a line search.
+            - "same_batch": of two gradients on the step's own batch. A line search has the second
+              one anyway; a fixed step evaluates the closure once more. ``step(pair_closure=...)``
+              takes both gradients on another sample, such as the overlap of two batches.
+            - "consecutive": with a fixed step, of the gradients of two successive steps: right
+              only where both are of one batch (see ``batch_id`` in :meth:`step`).
+            - "auto": averaged or same_batch, as ``line_search`` is without or with one.
+        step_cap: Longest step on averages, in lengths of Adam's last step, in Adam's metric; the
+            cap falls as steps go by.
         check_finite: Before an Adam step, check loss and gradient, and skip the step if either is
             not finite: one read of the gradients more, 4 bytes a parameter beside 28. L-BFGS
             always checks.
@@ -117,7 +142,8 @@ class FusePV(TwoPhases):
         "history_dtype",
         "curvature_tol",
         "deterministic",
-        "same_batch_pairs",
+        "pairs",
+        "step_cap",
         "check_finite",
         "phase",
     )
@@ -141,15 +167,16 @@ class FusePV(TwoPhases):
         lbfgs_lr: float = 1.0,
         history_size: int = 10,
         history_dtype: torch.dtype | None = None,
-        line_search: str | None = "approximate_wolfe",
+        line_search: str | None = AUTO,
         max_iter: int = 1,
         max_eval: int | None = None,
         tolerance_grad: float = 0.0,
         tolerance_change: float = 0.0,
         rtol: float = 0.0,
         curvature_tol: float | None = None,
-        deterministic: bool = False,
-        same_batch_pairs: bool = True,
+        deterministic: bool | None = None,
+        pairs: str = AUTO,
+        step_cap: float = 5.0,
         check_finite: bool = True,
         on_switch: Callable[[FusePV], None] | None = None,
         backend: str = "auto",
@@ -184,14 +211,15 @@ class FusePV(TwoPhases):
             "rtol": rtol,
             "curvature_tol": curvature_tol,
             "deterministic": deterministic,
-            "same_batch_pairs": same_batch_pairs,
+            "pairs": pairs,
+            "step_cap": step_cap,
             "check_finite": check_finite,
             "phase": LBFGS_PHASE if self._switch.at_once else ADAM,
             "lr_at_switch": None,
         }
         self._check_group(defaults)
         self._adam: AdamEngine | None = None
-        self._lbfgs: LbfgsEngine | None = None
+        self._lbfgs: LbfgsEngine | AveragedEngine | None = None
         super().__init__(params, defaults, backend)
         self._switch.check(self.flat.params)
 
@@ -200,7 +228,8 @@ class FusePV(TwoPhases):
         check_adam_group(group)
         check_number("lbfgs_lr", group["lbfgs_lr"], 0.0)
         check_lbfgs_group(group)
-        check_line_search("line_search", group["line_search"])
+        check_modes(group)
+        check_number("step_cap", group["step_cap"], 0.0)
         if group["phase"] not in (ADAM, LBFGS_PHASE):
             raise ValueError(f"phase must be {ADAM!r} or {LBFGS_PHASE!r}, got {group['phase']!r}")
 
@@ -215,8 +244,15 @@ class FusePV(TwoPhases):
             self._begin_lbfgs(reason)
 
     def _begin_lbfgs(self, reason: str) -> None:
-        engine = self._make_lbfgs()
-        log = self._log
+        group, log = self.param_groups[0], self._log
+        legacy = None
+        if averages(group) and self._adam is not None and log["phase_steps"]:
+            legacy = self._adam.legacy(self.param_groups)
+        elif group["pairs"] == AVERAGED:
+            raise RuntimeError("pairs='averaged' needs Adam's moments: take an Adam step first")
+        engine = self._make_lbfgs(legacy)
+        if legacy is not None and finds_out(group):
+            self._entry["watched_loss"] = math.nan
         log["switches"] += 1
         log["switch_step"] = log["adam_steps"]
         log["switch_reason"] = reason
@@ -254,7 +290,14 @@ class FusePV(TwoPhases):
     # --- steps ------------------------------------------------------------------------------
 
     @without_grad
-    def step(self, closure: Closure | None = None, *, loss: Any = None) -> Any:
+    def step(
+        self,
+        closure: Closure | None = None,
+        *,
+        loss: Any = None,
+        batch_id: int | str | None = None,
+        pair_closure: Closure | None = None,
+    ) -> Any:
         """One Adam step, or ``max_iter`` L-BFGS iterations.
 
         A step with a NaN or infinite loss or gradient is not taken: it is counted in
@@ -264,10 +307,15 @@ class FusePV(TwoPhases):
 
         Args:
             closure: Zeroes the gradients, computes the loss and its gradients, returns the loss.
-                Optional in the Adam phase, and in the L-BFGS phase with a fixed step and
-                ``max_iter=1``.
+                Optional in the Adam phase, and in the L-BFGS phase on averages or with a fixed
+                step and ``max_iter=1``.
             loss: The loss of the gradients at hand, for a criterion that needs it, where there is
                 no closure.
+            batch_id: What batch this is. Without averages, a pair that awaits its second gradient
+                and an evaluation remembered (``deterministic``) are dropped when it changes.
+            pair_closure: Like ``closure``, on the sample that the pair's two gradients are to be
+                of: the overlap of this batch and the next (multi-batch L-BFGS), or a larger one.
+                Called before and after an L-BFGS step without averages; not with ``max_iter`` > 1.
 
         Returns:
             The loss where the step began.
@@ -286,7 +334,7 @@ class FusePV(TwoPhases):
             return self._adam_step(closure, loss, empty)
         if self._lbfgs is None:
             self._begin_lbfgs(self._switch.reason)
-        return None if empty else self._lbfgs_step(closure)
+        return None if empty else self._lbfgs_step(closure, batch_id, pair_closure)
 
     def _adam_step(self, closure: Closure | None, loss: Any, empty: bool) -> Any:
         group, log = self.param_groups[0], self._log
@@ -341,12 +389,17 @@ class FusePV(TwoPhases):
         found = None if found_inf is None else float(found_inf) != 0.0
         return getattr(self, "grad_scale", None), found
 
-    def _lbfgs_step(self, closure: Closure | None) -> Any:
+    def _lbfgs_step(
+        self, closure: Closure | None, batch_id: int | str | None, pair_closure: Closure | None
+    ) -> Any:
+        assert self._lbfgs is not None
+        averaged = isinstance(self._lbfgs, AveragedEngine)
         options = self._options()
-        if closure is None and (options.line_search is not None or options.max_iter > 1):
+        if closure is None and not averaged and (options.line_search or options.max_iter > 1):
             raise ValueError(
-                f"closure=None in the L-BFGS phase needs line_search=None and max_iter=1, got "
-                f"line_search={options.line_search!r} and max_iter={options.max_iter}"
+                f"closure=None in the L-BFGS phase needs line_search=None and max_iter=1, or "
+                f"pairs='averaged', got line_search={options.line_search!r} and "
+                f"max_iter={options.max_iter}"
             )
         scale, found_inf = self._from_grad_scaler()
         if scale is not None and closure is not None:
@@ -354,7 +407,6 @@ class FusePV(TwoPhases):
                 "GradScaler does not go with a closure in the L-BFGS phase: losses and gradients "
                 "there must not be scaled; call step(closure) without it"
             )
-        assert self._lbfgs is not None
         if found_inf:
             self._lbfgs.count_non_finite()
             return None
@@ -363,7 +415,14 @@ class FusePV(TwoPhases):
                 if param.grad is not None:
                     param.grad.div_(scale)
         seen = self._entry["non_finite"]
-        loss = self._lbfgs.step(closure, options)
+        if isinstance(self._lbfgs, AveragedEngine):
+            loss = self._averaged_step(self._lbfgs, closure, options)
+        else:
+            self._lbfgs.begin_batch(batch_id)
+            if pair_closure is None:
+                loss = self._lbfgs.step(closure, options)
+            else:
+                loss = overlap_step(self._lbfgs, closure, pair_closure, options)
         if self._entry["non_finite"] > seen and self._lbfgs.progress.reason == "non_finite":
             self._warn_non_finite()
         if self._entry["failing"] >= FAILING:
@@ -372,10 +431,49 @@ class FusePV(TwoPhases):
             self.switch_back()
         return loss
 
+    def _averaged_step(
+        self, engine: AveragedEngine, closure: Closure | None, options: LbfgsOptions
+    ) -> Any:
+        """One step on averages, unless the closure turns out to be one function all along."""
+        entry, loss = self._entry, None
+        if closure is not None:
+            loss = with_grad(closure)
+            value = loss_value(loss)
+            entry["func_evals"] += 1
+            before = entry.get("watched_loss")
+            if before is not None and math.isnan(before) and math.isfinite(value):
+                entry["watched_loss"] = value
+                engine.progress.reason = "watch"
+                return loss
+            entry.pop("watched_loss", None)
+            if before is not None and same_loss(before, value):
+                self._drop_lbfgs_state()
+                self._lbfgs = self._make_lbfgs()
+                assert isinstance(self._lbfgs, LbfgsEngine)
+                return self._lbfgs.step(closure, options)
+            if not math.isfinite(value):
+                engine.count_non_finite()
+                return loss
+        groups = self.param_groups
+        shrinks = [
+            1.0 - float(group["lr"]) * float(group["weight_decay"])
+            if group["decoupled_weight_decay"]
+            else None
+            for group in groups
+        ]
+        engine.step(
+            options,
+            float(groups[0]["betas"][0]),
+            float(groups[0]["step_cap"]),
+            self.flat.per_segment(shrinks, None),
+        )
+        return loss
+
     def _options(self) -> LbfgsOptions:
         groups = self.param_groups
         lrs = [_lbfgs_lr(group) for group in groups]
-        return step_options(self.flat, groups, lrs, "line_search", groups[0]["same_batch_pairs"])
+        same_batch = groups[0]["pairs"] != CONSECUTIVE
+        return step_options(self.flat, groups, lrs, "line_search", same_batch, SEARCH)
 
     def _warn_non_finite(self) -> None:
         if not self.__dict__.get("_warned_non_finite"):

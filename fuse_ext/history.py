@@ -218,6 +218,26 @@ class History:
         )
         return Header(*numbers)
 
+    def offer(self, s: Tensor, y: Tensor, curvature_tol: float) -> None:
+        """Keeps a pair made elsewhere if s.y > curvature_tol |s| |y|; both flat.
+
+        The direction under way is lost. The rows are written by the ops that write any pair: s is
+        the direction -(-s) of an empty ring, y a gradient after one of 0.
+        """
+        count = ring.index("count", self.slots)
+        held = self.scalars[count].clone()
+        self.scalars[count] = 0.0
+        ring.array(self.scalars, "coef_g", self.slots).fill_(-1.0)
+        self.direction([s.neg()], [], [], False)
+        self.scalars[count] = held
+        self.set_grad_prev(torch.zeros_like(y))
+        self.update([y], [], False, 1.0, curvature_tol)
+
+    def set_grad_prev(self, grad: Tensor) -> None:
+        """Puts another gradient in the place of the one that y will be taken from."""
+        slot = int(self.header().open)
+        (self.rows[1, slot] if self.grad_prev is None else self.grad_prev).copy_(grad)
+
     def move(self, origin: Tensor, step: float, save: bool) -> None:
         """Parameters = origin + step * p; with ``save`` origin = parameters first."""
         self._bound.lbfgs_move(origin, self.rows, self.scalars, self.scales, step, save)

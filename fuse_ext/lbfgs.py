@@ -100,6 +100,7 @@ def step_options(
     lrs: list[float],
     search_name: str,
     same_batch_pairs: bool = False,
+    auto: str | None = None,
 ) -> LbfgsOptions:
     """What the groups tell a step of L-BFGS; made anew only when one of their values changes.
 
@@ -109,10 +110,12 @@ def step_options(
         lrs: The step size of each group.
         search_name: What the option with the line search is called.
         same_batch_pairs: See :class:`LbfgsOptions`.
+        auto: The line search that "auto" stands for, where it stands for one.
     """
     first = groups[0]
     decays = [float(group["weight_decay"]) for group in groups]
-    values = lrs, decays, _shared_values(first), first[search_name], bool(same_batch_pairs)
+    search = auto if auto and first[search_name] == "auto" else first[search_name]
+    values = lrs, decays, _shared_values(first), search, bool(same_batch_pairs)
     if flat.memo is None or flat.memo[0] != values:
         flat.memo = values, _make_options(flat, search_name, *values)
     options: LbfgsOptions = flat.memo[1]
@@ -132,6 +135,7 @@ def _make_options(
     named = dict(zip(_SHARED, shared, strict=True))
     if named["max_eval"] is None:
         named["max_eval"] = max(named["max_iter"] * 5 // 4, 1)
+    named["deterministic"] = bool(named["deterministic"])
     return LbfgsOptions(
         lr=lr,
         lr_scale=lr_scale,

@@ -62,7 +62,7 @@ class LbfgsEngine(Evaluations):
         history_dtype: torch.dtype | None,
     ) -> None:
         super().__init__(flat, entry, History(flat, ops, entry, history_size, history_dtype))
-        self._ops = ops
+        self.ops = ops
         for name in (*COUNTERS, *_TALLIES):
             entry.setdefault(name, 0)
         self._bad_starts = 0  # in a row, that were not finite
@@ -71,6 +71,11 @@ class LbfgsEngine(Evaluations):
         self._origin: Tensor | None = None
         self._best_grads: Tensor | None = None
         self._searches: dict[tuple[str, int], LineSearch] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state held."""
+        return self.history.nbytes
 
     @property
     def workspace_nbytes(self) -> int:
@@ -84,7 +89,7 @@ class LbfgsEngine(Evaluations):
         return self._origin
 
     def _new_vector(self) -> Tensor:
-        return torch.zeros(self._flat.numel, dtype=self._flat.dtype, device=self._flat.device)
+        return torch.zeros(self.flat.numel, dtype=self.flat.dtype, device=self.flat.device)
 
     # --- one optimizer step -----------------------------------------------------------------
 
@@ -97,7 +102,7 @@ class LbfgsEngine(Evaluations):
         Returns:
             The closure's loss where the step began.
         """
-        self._flat.check_unchanged()
+        self.flat.check_unchanged()
         evaluations_before = self._entry["func_evals"]
         point = self.start(closure, options)
         first_loss = point.loss
@@ -132,7 +137,7 @@ class LbfgsEngine(Evaluations):
                 self.progress.reason = "precision"
                 break
         if here is not None:
-            if not options.deterministic:
+            if not options.deterministic and not options.pairs_elsewhere:
                 self.absorb_pair(here, options)
             floor = options.deterministic and self.progress.reason == "precision"
             self._remember(here, options, settled=floor)
@@ -194,7 +199,7 @@ class LbfgsEngine(Evaluations):
             self._entry["cuts"] = 0
             return options.lr
         # Empty tensors have no largest element.
-        largest = [p.detach().abs().max() for p in self._flat.params if p.numel()]
+        largest = [p.detach().abs().max() for p in self.flat.params if p.numel()]
         visible = self.precision.visible_step(
             float(torch.stack([x.double() for x in largest]).max()),
             point.stats.abs_max,
@@ -261,7 +266,7 @@ class LbfgsEngine(Evaluations):
         """
         self.count_non_finite()
         self._bad_starts += 1
-        here = self._arrived is not None and self._arrived[0] == self._flat.places()
+        here = self._arrived is not None and self._arrived[0] == self.flat.places()
         if self._bad_starts <= BAD_BATCHES or self._entry["pair_step"] is None or not here:
             return
         self._go_back(self.origin())
@@ -301,7 +306,7 @@ class LbfgsEngine(Evaluations):
         last = iteration + 1 == options.max_iter
         # The evaluation of a deterministic closure is the next step's first one.
         wanted = not last or options.same_batch_pairs or options.deterministic
-        if closure is None or not wanted:
+        if closure is None or not wanted or options.pairs_elsewhere:
             return None
         try:
             point = self.evaluate(closure, options, False)
@@ -426,16 +431,20 @@ class LbfgsEngine(Evaluations):
     def _save_grads(self, grads: list[Tensor]) -> None:
         if self._best_grads is None:
             self._best_grads = self._new_vector()
-        flat = self._flat
-        self._ops.grad_gather(flat.reals(flat.params), grads, flat.offsets, self._best_grads)
+        flat = self.flat
+        self.ops.grad_gather(flat.reals(flat.params), grads, flat.offsets, self._best_grads)
 
     def _return_to(self, best: Point) -> Point:
         """Gradients and losses of an earlier trial, where the parameters are again."""
         assert self._best_grads is not None
-        flat = self._flat
+        flat = self.flat
         grads = flat.grads()
-        self._ops.grad_scatter(flat.reals(flat.params), grads, flat.offsets, self._best_grads)
+        self.ops.grad_scatter(flat.reals(flat.params), grads, flat.offsets, self._best_grads)
         return best._replace(grads=grads)
+
+    def undo(self) -> None:
+        """Takes the last step back."""
+        self._go_back(self.origin())
 
     def _go_back(self, origin: Tensor) -> None:
         """Undoes the step under way."""
@@ -448,7 +457,7 @@ class LbfgsEngine(Evaluations):
         if key not in self._searches:
             # What rounding hides of a loss, in units of the loss: below it there is no descent to
             # find, only evaluations to waste.
-            noise = torch.finfo(self._flat.dtype).eps
+            noise = torch.finfo(self.flat.dtype).eps
             search = make_line_search(key[0], max_evaluations=key[1], loss_eps=noise)
             assert search is not None
             self._searches[key] = search

@@ -29,6 +29,7 @@ class LbfgsOptions:
         deterministic: The closure is the same function at every call.
         same_batch_pairs: Without a line search, evaluate the closure once more after the last
             step, so that no pair mixes two batches.
+        pairs_elsewhere: The caller completes the pairs.
     """
 
     lr: float = 1.0
@@ -44,6 +45,7 @@ class LbfgsOptions:
     curvature_tol: float = 1e-8
     deterministic: bool = False
     same_batch_pairs: bool = True
+    pairs_elsewhere: bool = False
 
     def __post_init__(self) -> None:
         if self.weight_decay and 0.0 in self.lr_scale:  # what is frozen does not decay

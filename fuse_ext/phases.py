@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fuse_ext.adam import AdamEngine, check_adam_state
+from fuse_ext.adam import AdamEngine, AdamLegacy, check_adam_state
+from fuse_ext.averaged import AVERAGED_NAMES, VECTORS, AveragedEngine, check_averaged_state
 from fuse_ext.criterion import Switchover
 from fuse_ext.flat import FlatOptimizer
 from fuse_ext.history import STATE_NAMES
@@ -13,6 +14,9 @@ from fuse_ext.lbfgs_engine import COUNTERS, ENGINE_NAMES, LbfgsEngine
 from fuse_ext.report import LOG, NEW_LOG, check_log
 
 ADAM, LBFGS_PHASE = "adam", "lbfgs"
+# In the L-BFGS phase, where there is such a thing: the loss that a watched closure returned last
+# (NaN before); the batch of a pair in waiting.
+WATCH_NAMES = ("watched_loss", "batch_id")
 
 
 class TwoPhases(FlatOptimizer):
@@ -24,7 +28,7 @@ class TwoPhases(FlatOptimizer):
 
     _switch: Switchover
     _adam: AdamEngine | None = None
-    _lbfgs: LbfgsEngine | None = None
+    _lbfgs: LbfgsEngine | AveragedEngine | None = None
 
     @property
     def phase(self) -> str:
@@ -61,6 +65,7 @@ class TwoPhases(FlatOptimizer):
             # Until then a switch at once is still to come.
             if groups[0].get("lr_at_switch") is not None or first.keys() - {LOG}:
                 check_lbfgs_state(first, size + 1, self.flat)
+                check_averaged_state(first, self.flat)
         else:  # torch.optim.Adam's checkpoints have no phase and are welcome
             ours = (LOG, *ENGINE_NAMES)
             moments = {name: value for name, value in first.items() if name not in ours}
@@ -108,13 +113,15 @@ class TwoPhases(FlatOptimizer):
     def _make_adam(self) -> AdamEngine:
         return AdamEngine(self.flat, self._ops, self.state, self.param_groups)
 
-    def _make_lbfgs(self) -> LbfgsEngine:
-        group = self.param_groups[0]
-        return LbfgsEngine(
-            self.flat, self._ops, self._entry, group["history_size"], group["history_dtype"]
-        )
+    def _make_lbfgs(self, legacy: AdamLegacy | None = None) -> LbfgsEngine | AveragedEngine:
+        """The engine of the state at hand; with Adam's legacy, the one on averages."""
+        first, entry = self.param_groups[0], self._entry
+        known = self.flat, self._ops, entry, first["history_size"], first["history_dtype"]
+        if legacy is not None or VECTORS[0] in entry:
+            return AveragedEngine(*known, legacy)
+        return LbfgsEngine(*known)
 
     def _drop_lbfgs_state(self) -> None:
-        for name in (*STATE_NAMES, *ENGINE_NAMES):
+        for name in (*STATE_NAMES, *ENGINE_NAMES, *AVERAGED_NAMES, *WATCH_NAMES):
             if name not in COUNTERS:
                 self._entry.pop(name, None)

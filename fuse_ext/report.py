@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fuse_ext.averaged import AveragedEngine
     from fuse_ext.lbfgs_engine import LbfgsEngine
 
 # FusePV keeps its own counts in this entry of the first parameter's state;
@@ -43,7 +44,8 @@ class Progress:
             "progress" (a decrease of at most rtol times the loss),
             "precision" (rounding or noise of the loss hides any further decrease), "line_search"
             (it found no step that lowers the loss), "no_descent" (the gradient is 0, or so small
-            that its square is), "non_finite", or "lr" (which is 0).
+            that its square is), "non_finite", "watch" (the step was given to finding out whether
+            the closure is the same function at every call), or "lr" (which is 0).
         step_length: Of the last step taken.
         line_search: Why the last search ended.
     """
@@ -116,7 +118,9 @@ class Report:
         return "\n".join(f"{f.name:<{width}}  {getattr(self, f.name)}" for f in fields(self))
 
 
-def lbfgs_fields(engine: LbfgsEngine | None, entry: dict[str, Any]) -> dict[str, Any]:
+def lbfgs_fields(
+    engine: LbfgsEngine | AveragedEngine | None, entry: dict[str, Any]
+) -> dict[str, Any]:
     """What every report says of L-BFGS; of its past alone where there is no engine."""
     counted = {
         "lbfgs_iterations": entry.get("n_iter", 0),
@@ -138,6 +142,6 @@ def lbfgs_fields(engine: LbfgsEngine | None, entry: dict[str, Any]) -> dict[str,
         "line_search": engine.progress.line_search,
         "loss_noise": engine.precision.noise,
         "stop_reason": engine.progress.reason,
-        "state_bytes": engine.history.nbytes,
+        "state_bytes": engine.nbytes,
         "workspace_bytes": engine.workspace_nbytes,
     }

@@ -89,7 +89,7 @@ def test_with_the_switch_at_once_it_is_lbfgs(
     common = {"curvature_tol": 1e-4, "max_iter": 1, "max_eval": 25, "backend": backend, **common}
     # LBFGS does not evaluate after its last fixed step: torch's does not.
     fuse = Fit(
-        switch=AtOnce(), lbfgs_lr=0.3, line_search=line_search, same_batch_pairs=False, **common
+        switch=AtOnce(), lbfgs_lr=0.3, line_search=line_search, pairs="consecutive", **common
     )
     if "groups" in common:
         common["groups"] = [
@@ -107,7 +107,8 @@ def test_with_the_switch_at_once_it_is_lbfgs(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_adam_up_to_the_switch_and_lbfgs_from_there(backend: str) -> None:
-    fuse = Fit(switch=7, lr=1e-2, history_size=4, backend=backend)
+    search = {"line_search": "strong_wolfe"}
+    fuse = Fit(switch=7, lr=1e-2, history_size=4, backend=backend, **search)
     adam = Fit(Adam, lr=1e-2, backend=backend)
     losses = fuse.step(20)
     assert losses[:7] == adam.step(7)
@@ -284,7 +285,7 @@ def test_on_switch_is_called_after_each_switch() -> None:
 
 
 def test_switching_by_hand() -> None:
-    fit = Fit(switch=4, lr=1e-2)
+    fit = Fit(switch=4, lr=1e-2, line_search="strong_wolfe")
     optimizer = fit.optimizer
     fit.step(2)
     optimizer.switch_now()
@@ -380,7 +381,8 @@ def test_adams_moments_are_released_at_the_switch_and_the_history_on_the_way_bac
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_report_at_every_stage(deterministic: bool) -> None:
-    fit = Fit(switch=4, lr=1e-2, history_size=3, deterministic=deterministic)
+    search = {} if deterministic else {"line_search": "strong_wolfe"}
+    fit = Fit(switch=4, lr=1e-2, history_size=3, deterministic=deterministic, **search)
     optimizer = fit.optimizer
     report = optimizer.report()
     assert (report.phase, report.adam_steps, report.evaluations) == ("adam", 0, 0)
@@ -551,7 +553,8 @@ def test_both_phases_without_a_closure(line_search: str | None) -> None:
         before = snapshot(fit.optimizer), fit.flat
         with pytest.raises(
             ValueError,
-            match=r"closure=None in the L-BFGS phase needs line_search=None and max_iter=1, got "
+            match="closure=None in the L-BFGS phase needs line_search=None and max_iter=1, or "
+            "pairs='averaged', got "
             r"line_search='strong_wolfe' and max_iter=1",
         ):
             fit.optimizer.step()

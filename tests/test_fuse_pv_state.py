@@ -65,7 +65,7 @@ def assert_goes_on_alike(ours: Fit, theirs: Fit, steps: int = 10) -> None:
         {"backend": "reference"},
         {"deterministic": True},
         {"line_search": None, "lbfgs_lr": 0.1},
-        {"line_search": None, "lbfgs_lr": 0.1, "same_batch_pairs": False},
+        {"line_search": None, "lbfgs_lr": 0.1, "pairs": "consecutive"},
         {"history_dtype": torch.bfloat16, "deterministic": True},
         {"history_dtype": torch.int8},
         {"dtype": torch.bfloat16, "line_search": "approximate_wolfe"},
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_either_phase_loads_into_either_phase(
 def test_a_checkpoint_after_the_way_back() -> None:
     """With L-BFGS's counts left, but neither moments nor history."""
     for steps in (0, 2):
-        first, again = new(), new()
+        first, again = (new(line_search="strong_wolfe") for _ in range(2))
         first.step(9)
         first.optimizer.switch_back()
         first.step(steps)

@@ -133,7 +133,7 @@ def test_several_groups_of_several_dtypes():
     ]
     params = [p for group in groups for p in group["params"]]
     estimate = fuse_ext.estimate_memory(groups)
-    opt = fuse_ext.FusePV(groups, switch=2)
+    opt = fuse_ext.FusePV(groups, switch=2, line_search="strong_wolfe")
     closure = closure_of(params)
     opt.step(closure)
     assert estimate.numel == opt.flat.numel

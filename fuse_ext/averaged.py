@@ -1,0 +1,297 @@
+"""L-BFGS for minibatches: a step on the averaged gradient, with curvature from averages.
+
+Three things make quasi-Newton steps fail on minibatches: a direction that is mostly noise, pairs
+that mix two functions, and steps as long as a noisy model likes. Here
+
+- the direction is -H m, with m the moving average of the gradients that Adam has begun;
+- a pair is the difference of two successive block means, s of iterates and y of gradients, each
+  over ``BLOCK`` batches (as in SlimQN and mL-BFGS), with Powell's damping of y;
+- H grows out of Adam's metric: its initial diagonal is D^-1, D = sqrt(v) + eps at the switch, and
+  the length of a step in that metric is at most ``step_cap`` times that of Adam's last one, less
+  and less as steps go by.
+
+So without a pair a step is Adam's, and a step costs one gradient, as Adam's does. All vectors are
+kept in Adam's coordinates, x' = D^(1/2) x, where D is the identity: s' = D^(1/2) s,
+g' = D^(-1/2) g, and the ops of L-BFGS serve as they are.
+
+Memory, beside the history: 7 vectors of the state's dtype.
+
+References:
+    - Niu et al., SlimQN / mL-BFGS: A momentum-based L-BFGS for distributed large-scale neural
+      network optimization, TMLR 2023, arXiv 2307.13744.
+    - M. J. D. Powell, Algorithms for nonlinear constraints that use Lagrangian functions,
+      Mathematical Programming 14, 1978 (damping).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuse_ext.adam import AdamLegacy
+from fuse_ext.evaluations import effective_gradient
+from fuse_ext.flat import FlatParams
+from fuse_ext.history import History, memory_order
+from fuse_ext.lbfgs_options import LbfgsOptions
+from fuse_ext.ops import Ops
+from fuse_ext.precision import Precision
+from fuse_ext.report import Progress
+from fuse_ext.scalars import Header
+
+# Batches that one mean of iterates and gradients is taken over.
+BLOCK = 10
+# Powell's bound: y is moved towards B s until s.y >= DAMPING s.B s.
+DAMPING = 0.2
+# Where Adam has seen next to no gradient D is this much of its mean: what wakes up later must not
+# take steps beyond all measure.
+LEAST_METRIC = 1e-3
+# The cap falls as (k0 / (k0 + k))^CAP_DECAY, k0 Adam steps and k steps after them.
+CAP_DECAY = 0.5
+
+# Vectors in the state entry, in Adam's coordinates but for the first.
+VECTORS = ("root_metric", "grad_avg", "iterate_diff", "iterate_rise", "grad_sum", "grad_mean")
+# Numbers in it.
+NUMBERS = ("block_step", "blocks", "adam_steps", "adam_step_norm", "adam_lr", "averaged_steps")
+AVERAGED_NAMES = (*VECTORS, *NUMBERS)
+
+
+def check_averaged_state(entry: dict[str, Any], flat: FlatParams) -> None:
+    """Raises ValueError unless a state entry that holds averages holds all, of these parameters."""
+    if not entry.keys() & set(VECTORS):
+        return
+    for name in VECTORS:
+        vector = entry.get(name)
+        if not isinstance(vector, Tensor) or tuple(vector.shape) != (flat.numel,):
+            what = tuple(vector.shape) if isinstance(vector, Tensor) else repr(vector)
+            raise ValueError(f"state_dict does not fit: {name} is {what}, not {flat.numel} numbers")
+    for name in NUMBERS:
+        if not isinstance(entry.get(name), (int, float)):
+            raise ValueError(f"state_dict does not fit: {name} is {entry.get(name)!r}, no number")
+
+
+class AveragedEngine:
+    """L-BFGS on averages, one gradient a step.
+
+    Args:
+        flat: The parameters.
+        ops: Kernels to use.
+        entry: The optimizer's state entry; holds all tensors and counters.
+        history_size: m.
+        history_dtype: Storage of the pairs; None for the state's.
+        legacy: Adam's, at the switch; None to go on with what ``entry`` holds.
+    """
+
+    def __init__(
+        self,
+        flat: FlatParams,
+        ops: Ops,
+        entry: dict[str, Any],
+        history_size: int,
+        history_dtype: torch.dtype | None,
+        legacy: AdamLegacy | None = None,
+    ) -> None:
+        self._flat, self._ops, self._entry = flat, ops, entry
+        # The L-BFGS ops see one vector: the step in Adam's coordinates.
+        self._step = self._new_vector()
+        self._coords = FlatParams([{"params": [self._step]}])
+        self.history = History(self._coords, ops, entry, history_size, history_dtype)
+        strides = memory_order(flat)
+        if strides:
+            entry["strides"] = strides
+        self._scratch = self._new_vector()
+        for name in COUNTERS:
+            entry.setdefault(name, 0)
+        entry.setdefault("pair_step", None)
+        self.precision = Precision(entry, torch.finfo(flat.dtype).eps)
+        for name in VECTORS:
+            vector = self._new_vector()
+            if legacy is None:
+                vector.copy_(entry[name])
+            entry[name] = vector
+        if legacy is not None:
+            self._inherit(legacy)
+        self.progress = Progress()
+
+    def _new_vector(self) -> Tensor:
+        return torch.zeros(self._flat.numel, dtype=self._flat.dtype, device=self._flat.device)
+
+    def _inherit(self, legacy: AdamLegacy) -> None:
+        entry = self._entry
+        metric = legacy.metric
+        known = metric[(metric > 0.0) & (metric < math.inf)]
+        if known.numel():
+            metric = metric.clamp(min=LEAST_METRIC * float(known.mean()))
+        entry["root_metric"].copy_(metric.sqrt_())
+        torch.div(legacy.grad_avg, entry["root_metric"], out=entry["grad_avg"])
+        norm = legacy.lr * float(entry["grad_avg"].norm())
+        entry.update(
+            block_step=0,
+            blocks=0,
+            averaged_steps=0,
+            adam_steps=legacy.steps,
+            adam_step_norm=norm,
+            adam_lr=legacy.lr,
+        )
+
+    @property
+    def workspace_nbytes(self) -> int:
+        """Bytes of scratch vectors held between steps (not part of the state)."""
+        return self._step.nbytes + self._scratch.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state held."""
+        return self.history.nbytes + sum(self._entry[name].nbytes for name in VECTORS)
+
+    # --- one step ---------------------------------------------------------------------------
+
+    def step(
+        self, options: LbfgsOptions, beta: float, step_cap: float, shrink: list[float | None]
+    ) -> bool:
+        """One step on the gradients at hand.
+
+        Args:
+            options: lr is relative to 1 at the switch; it scales step and cap.
+            beta: Decay rate of the averaged gradient.
+            step_cap: Longest step, in lengths of Adam's last one, in Adam's metric.
+            shrink: What decoupled weight decay multiplies each parameter by, None where weight
+                decay is an L2 term; empty for None everywhere.
+
+        Returns:
+            Whether the gradients were finite; else nothing has changed.
+        """
+        flat, entry = self._flat, self._entry
+        flat.check_unchanged()
+        if shrink and options.weight_decay:
+            kept = zip(options.weight_decay, shrink, strict=True)
+            options = replace(options, weight_decay=[0.0 if f is not None else d for d, f in kept])
+        grad = self._scaled_gradient(options)
+        if not math.isfinite(float(grad.dot(grad))):
+            self.count_non_finite()
+            return False
+        entry["n_iter"] += 1
+        entry["grad_avg"].lerp_(grad, 1.0 - beta)
+        entry["grad_sum"].add_(grad)
+        header = self._direction(options)
+        if header is None:
+            self.progress.reason = "no_descent"
+            return True
+        length = self._length(header, options, step_cap)
+        # z = t p, whatever the rows' dtype.
+        self._step.zero_()
+        self.history.move(self._scratch, length, save=True)
+        self._advance_block()
+        self._move(options, shrink)
+        entry["averaged_steps"] += 1
+        if entry["block_step"] == BLOCK:
+            self._close_block(options)
+        self.progress.step_length = length
+        self.progress.reason, self.progress.line_search = "max_iter", "fixed"
+        return True
+
+    def _scaled_gradient(self, options: LbfgsOptions) -> Tensor:
+        """g' = D^(-1/2) g of the objective, in the scratch vector."""
+        flat = self._flat
+        grad = effective_gradient(flat, self._ops, flat.grads(), options, self._scratch)
+        return grad.div_(self._entry["root_metric"])
+
+    def _direction(self, options: LbfgsOptions) -> Header | None:
+        """-H m, with the history forgotten where that does not descend; None where m is 0."""
+        average = [self._entry["grad_avg"]]
+        while True:
+            self.history.update(average, [], False, None, options.curvature_tol)
+            header = self.history.direction(average, [], [], False)
+            if header.direction_dot_grad < 0.0 and math.isfinite(header.direction_sq):
+                return header
+            if header.count == 0:
+                return None
+            self._entry["resets"] += 1
+            self.history.reset()
+
+    def _length(self, header: Header, options: LbfgsOptions, step_cap: float) -> float:
+        """Adam's own step while there is no pair, then 1, times lr; at most the cap."""
+        entry = self._entry
+        length = options.lr * (1.0 if header.count > 0 else entry["adam_lr"])
+        begun = max(entry["adam_steps"], 1)
+        fall = (begun / (begun + entry["averaged_steps"])) ** CAP_DECAY
+        cap = step_cap * options.lr * fall * entry["adam_step_norm"]
+        return float(min(length, cap / math.sqrt(header.direction_sq)))
+
+    def _move(self, options: LbfgsOptions, shrink: list[float | None]) -> None:
+        flat = self._flat
+        moved = torch.div(self._step, self._entry["root_metric"], out=self._scratch)
+        for i, param in enumerate(flat.params):
+            factor = shrink[i] if shrink else None
+            if factor is not None:
+                param.mul_(factor)
+            share = options.lr_scale[i] if options.lr_scale else 1.0
+            if share:
+                param.add_(flat.piece(moved, i), alpha=share)
+
+    # --- curvature --------------------------------------------------------------------------
+
+    def _advance_block(self) -> None:
+        """Counts the step into the difference of block means that is under way, and the next one.
+
+        The i-th iterates of two blocks of L steps lie L steps apart; on average over i, the k-th
+        step of the first block counts k/L and that of the second (L - k)/L.
+        """
+        entry = self._entry
+        entry["block_step"] += 1
+        risen = entry["block_step"] / BLOCK
+        if risen < 1.0:
+            entry["iterate_diff"].add_(self._step, alpha=1.0 - risen)
+        entry["iterate_rise"].add_(self._step, alpha=risen)
+
+    def _close_block(self, options: LbfgsOptions) -> None:
+        """Offers the pair that the block completes and begins the next one."""
+        entry = self._entry
+        mean = entry["grad_sum"].div_(BLOCK)
+        if entry["blocks"] > 0:
+            y = torch.sub(mean, entry["grad_mean"], out=self._scratch)
+            self._offer(entry["iterate_diff"], y, options.curvature_tol)
+        for now, later in (("grad_mean", "grad_sum"), ("iterate_diff", "iterate_rise")):
+            entry[now], entry[later] = entry[later], entry[now]
+            entry[later].zero_()
+        entry["block_step"] = 0
+        entry["blocks"] += 1
+
+    def _offer(self, s: Tensor, y: Tensor, curvature_tol: float) -> None:
+        header = self.history.header()
+        if header.count > 0:
+            damp(s, y, 1.0 / header.gamma)
+        self.history.offer(s, y, curvature_tol)
+
+    # --- counts -----------------------------------------------------------------------------
+
+    def count_non_finite(self) -> None:
+        """Notes that a step was not taken for a NaN or infinite value."""
+        self._entry["non_finite"] += 1
+        self.progress.reason = "non_finite"
+
+
+COUNTERS = (
+    "n_iter",
+    "func_evals",
+    "resets",
+    "line_search_failures",
+    "step_cuts",
+    "non_finite",
+    "failing",
+)
+
+
+def damp(s: Tensor, y: Tensor, curvature: float, bound: float = DAMPING) -> None:
+    """Powell's damping, in place, with B = curvature * I.
+
+    Where s.y < bound s.B s, y becomes theta y + (1 - theta) B s with the theta that makes
+    s.y = bound s.B s.
+    """
+    sy, sbs = float(s.dot(y)), curvature * float(s.dot(s))
+    if sy < bound * sbs:
+        theta = (1.0 - bound) * sbs / (sbs - sy)
+        y.mul_(theta).add_(s, alpha=(1.0 - theta) * curvature)

@@ -1,0 +1,54 @@
+"""Which L-BFGS follows Adam: with a line search, with a fixed step, or on averages."""
+
+from __future__ import annotations
+
+from fuse_ext.flat import ParamGroup
+from fuse_ext.lbfgs import check_line_search
+
+AUTO = "auto"
+# How curvature pairs are made.
+AVERAGED, SAME_BATCH, CONSECUTIVE = "averaged", "same_batch", "consecutive"
+PAIRS = (AUTO, AVERAGED, SAME_BATCH, CONSECUTIVE)
+# The line search that "auto" means where the closure is the same function at every call.
+SEARCH = "approximate_wolfe"
+# Two calls of one function at one point differ by less than this, relative to the loss.
+SAME_LOSS = 1e-6
+
+
+def check_modes(group: ParamGroup) -> None:
+    """Raises for options of this choice that are unknown or contradict each other."""
+    pairs, search = group["pairs"], group["line_search"]
+    if pairs not in PAIRS:
+        raise ValueError(f"pairs must be one of {', '.join(PAIRS)}, got {pairs!r}")
+    if search != AUTO:
+        check_line_search("line_search", search)
+    if group["deterministic"] not in (True, False, None):
+        raise TypeError(
+            f"deterministic must be True, False or None, got {group['deterministic']!r}"
+        )
+    if pairs != AVERAGED:
+        return
+    for name, allowed in (
+        ("line_search", (AUTO, None)),
+        ("deterministic", (False, None)),
+        ("max_iter", (1,)),
+    ):
+        if group[name] not in allowed:
+            raise ValueError(f"pairs='averaged' goes with {name} in {allowed}, got {group[name]!r}")
+
+
+def averages(group: ParamGroup) -> bool:
+    """Whether L-BFGS is to begin on averages: asked for, or likely where nothing was asked."""
+    if group["pairs"] != AUTO:
+        return bool(group["pairs"] == AVERAGED)
+    return group["line_search"] == AUTO and group["max_iter"] == 1 and not group["deterministic"]
+
+
+def finds_out(group: ParamGroup) -> bool:
+    """Whether the closure will be watched to learn if it is the same function at every call."""
+    return averages(group) and group["pairs"] == AUTO and group["deterministic"] is None
+
+
+def same_loss(a: float, b: float) -> bool:
+    """Whether two losses could be one function's at one point."""
+    return abs(a - b) <= SAME_LOSS * max(abs(a), abs(b))
