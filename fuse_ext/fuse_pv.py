@@ -33,13 +33,14 @@ from fuse_ext.modes import (
     SEARCH,
     averages,
     check_modes,
+    default_switch,
     finds_out,
     same_loss,
 )
 from fuse_ext.overlap import overlap_step
 from fuse_ext.phases import ADAM, LBFGS_PHASE, TwoPhases
 from fuse_ext.report import Report, lbfgs_fields
-from fuse_ext.switchover import LossPlateau, WarmUp, as_switchover
+from fuse_ext.switchover import as_switchover
 
 # Curvature test without and with noise in the gradients.
 CURVATURE_TOL = {True: 1e-8, False: 1e-4}
@@ -71,8 +72,9 @@ class FusePV(TwoPhases):
             follows the same schedule: it is scaled by lr over the lr at the switch (or the first
             later one, if that was 0).
         switch: A :class:`~fuse_ext.Switchover`; an int for that many steps; a callable on an
-            :class:`~fuse_ext.Observation`; None for :class:`~fuse_ext.LossPlateau` and, if
-            ``deterministic``, a short :class:`~fuse_ext.WarmUp` or that.
+            :class:`~fuse_ext.Observation`; None for 50 steps where L-BFGS may go on on averages
+            (see ``pairs``), else :class:`~fuse_ext.LossPlateau` or, if ``deterministic``, a short
+            :class:`~fuse_ext.WarmUp`.
         betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root: As in
             :class:`~fuse_ext.Adam`. In the L-BFGS phase weight_decay is an L2 term of the
             objective, decoupled or not.
@@ -187,9 +189,6 @@ class FusePV(TwoPhases):
             curvature_tol = CURVATURE_TOL[bool(deterministic)]
         if max_eval is None and isinstance(max_iter, int):
             max_eval = MAX_LINE_SEARCH_EVALUATIONS * max(max_iter, 1)
-        if switch is None and deterministic:
-            switch = WarmUp() | LossPlateau()
-        self._switch = as_switchover(switch)
         self._on_switch = on_switch
         defaults = {
             "lr": lr,
@@ -214,10 +213,13 @@ class FusePV(TwoPhases):
             "pairs": pairs,
             "step_cap": step_cap,
             "check_finite": check_finite,
-            "phase": LBFGS_PHASE if self._switch.at_once else ADAM,
+            "phase": ADAM,
             "lr_at_switch": None,
         }
         self._check_group(defaults)
+        self._switch = default_switch(defaults) if switch is None else as_switchover(switch)
+        if self._switch.at_once:
+            defaults["phase"] = LBFGS_PHASE
         self._adam: AdamEngine | None = None
         self._lbfgs: LbfgsEngine | AveragedEngine | None = None
         super().__init__(params, defaults, backend)

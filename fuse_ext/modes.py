@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fuse_ext.flat import ParamGroup
 from fuse_ext.lbfgs import check_line_search
+from fuse_ext.switchover import AfterSteps, LossPlateau, Switchover, WarmUp
 
 AUTO = "auto"
 # How curvature pairs are made.
@@ -11,6 +12,9 @@ AVERAGED, SAME_BATCH, CONSECUTIVE = "averaged", "same_batch", "consecutive"
 PAIRS = (AUTO, AVERAGED, SAME_BATCH, CONSECUTIVE)
 # The line search that "auto" means where the closure is the same function at every call.
 SEARCH = "approximate_wolfe"
+# Adam steps that give the averaged gradient and its metric, and L-BFGS on averages a start; from
+# there it is ahead of Adam (python -m benchmarks.stochastic).
+FIRST_STEPS = 50
 # Two calls of one function at one point differ by less than this, relative to the loss.
 SAME_LOSS = 1e-6
 
@@ -47,6 +51,15 @@ def averages(group: ParamGroup) -> bool:
 def finds_out(group: ParamGroup) -> bool:
     """Whether the closure will be watched to learn if it is the same function at every call."""
     return averages(group) and group["pairs"] == AUTO and group["deterministic"] is None
+
+
+def default_switch(group: ParamGroup) -> Switchover:
+    """When to leave Adam if nothing is said."""
+    if averages(group):
+        return AfterSteps(FIRST_STEPS)
+    if group["deterministic"]:
+        return WarmUp() | LossPlateau()
+    return LossPlateau()
 
 
 def same_loss(a: float, b: float) -> bool:

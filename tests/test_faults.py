@@ -281,7 +281,8 @@ def test_adam_follows_a_state_that_was_cleared() -> None:
 def test_defaults() -> None:
     full, batches = Fit(deterministic=True).optimizer, Fit().optimizer
     assert repr(full._switch) == f"Any(WarmUp(n=100), {LossPlateau()!r})"
-    assert isinstance(batches._switch, LossPlateau)
+    assert repr(batches._switch) == "AfterSteps(n=50)"
+    assert isinstance(Fit(line_search="armijo").optimizer._switch, LossPlateau)
     searches = [optimizer._options().line_search for optimizer in (full, batches)]
     assert searches == ["approximate_wolfe"] * 2  # unless batches turn out to be batches
 

@@ -1,0 +1,473 @@
+"""L-BFGS on averages: beside a plain twin, its pairs, and when FusePV chooses it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from fuse_pv_cases import Fit, assert_same, snapshot
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from fuse_ext import AtOnce, FusePV, Never, averaged
+from fuse_ext.averaged import BLOCK, CAP_DECAY, DAMPING, damp
+
+BACKENDS = ("native", "reference")
+SHAPES = ((3, 5), (7,), (2, 2, 2))
+
+
+class Noisy:
+    """A quadratic 0.5 x.A x - b.x whose b is drawn anew for every batch; a closure to call."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, noise: float = 0.3) -> None:
+        self.params = [torch.randn(shape).to(dtype).requires_grad_() for shape in SHAPES]
+        n = sum(p.numel() for p in self.params)
+        root = torch.randn(n, n, dtype=torch.float64) / math.sqrt(n)
+        self.hessian = (root @ root.T + 0.1 * torch.eye(n, dtype=torch.float64)).to(dtype)
+        self.noise, self.batches = noise, torch.Generator().manual_seed(1)
+
+    @property
+    def x(self) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in self.params])
+
+    def __call__(self) -> Tensor:
+        for p in self.params:
+            p.grad = None
+        x = torch.cat([p.flatten() for p in self.params])
+        b = self.noise * torch.randn(x.numel(), generator=self.batches, dtype=x.dtype)
+        loss = 0.5 * x @ self.hessian @ x - b @ x
+        loss.backward()
+        return loss
+
+    def grad(self) -> Tensor:
+        """The next batch's gradient, at the parameters."""
+        self()
+        return torch.cat([p.grad.flatten() for p in self.params])
+
+
+def two_loop(grad: Tensor, pairs: list[tuple[Tensor, Tensor]], diagonal: Tensor) -> Tensor:
+    """-H g with H0 = gamma * diagonal, as textbooks have it."""
+    q, alphas = -grad.clone(), []
+    for s, y in reversed(pairs):
+        alphas.append(s @ q / (s @ y))
+        q -= alphas[-1] * y
+    if pairs:
+        s, y = pairs[-1]
+        q *= s @ y / (y @ (diagonal * y))
+    q *= diagonal
+    for (s, y), alpha in zip(pairs, reversed(alphas), strict=True):
+        q += s * (alpha - y @ q / (s @ y))
+    return q
+
+
+def twin(problem: Noisy, warm: int, steps: int, lr: float, m: int, cap: float) -> Tensor:
+    """``warm`` Adam steps and ``steps`` on averages, in the parameters' own coordinates."""
+    x = problem.x
+    exp_avg, exp_avg_sq = torch.zeros_like(x), torch.zeros_like(x)
+
+    def gradient() -> Tensor:
+        torch.nn.utils.vector_to_parameters(x, problem.params)
+        return problem.grad()
+
+    for k in range(1, warm + 1):
+        g = gradient()
+        exp_avg = 0.9 * exp_avg + 0.1 * g
+        exp_avg_sq = 0.999 * exp_avg_sq + 0.001 * g * g
+        metric = (exp_avg_sq / (1 - 0.999**k)).sqrt() + 1e-8
+        x = x - lr * exp_avg / (1 - 0.9**k) / metric
+    average = exp_avg / (1 - 0.9**warm)
+    longest = lr * (average**2 / metric).sum().sqrt()
+    pairs: list[tuple[Tensor, Tensor]] = []
+    block: list[tuple[Tensor, Tensor]] = []
+    before = None
+    for k in range(steps):
+        g = gradient()
+        average = 0.9 * average + 0.1 * g
+        p = two_loop(average, pairs, 1 / metric)
+        t = 1.0 if pairs else lr
+        limit = cap * longest * (warm / (warm + k)) ** CAP_DECAY
+        t = min(t, float(limit / (p * p * metric).sum().sqrt()))
+        block.append((x, g))
+        x = x + t * p
+        if len(block) < BLOCK:
+            continue
+        mean = [torch.stack(column).mean(0) for column in zip(*block, strict=True)]
+        if before is not None:
+            s, y = mean[0] - before[0], mean[1] - before[1]
+            if pairs:
+                s_last, y_last = pairs[-1]
+                gamma = s_last @ y_last / (y_last @ (y_last / metric))
+                bs = s * metric / gamma
+                if s @ y < DAMPING * (s @ bs):
+                    theta = (1 - DAMPING) * (s @ bs) / (s @ bs - s @ y)
+                    y = theta * y + (1 - theta) * bs
+            if s @ y > 0:
+                pairs = [*pairs, (s, y)][-m:]
+        before, block = mean, []
+    return x
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("noise", "cap"), [(0.0, 3.0), (0.3, 5.0), (3.0, 1e9)])
+def test_it_is_what_its_description_says(backend: str, noise: float, cap: float) -> None:
+    torch.manual_seed(4)
+    problem = Noisy(noise=noise)
+    again = copy.deepcopy(problem)
+    again.batches = torch.Generator().manual_seed(1)
+    opt = FusePV(
+        problem.params,
+        lr=0.05,
+        switch=6,
+        pairs="averaged",
+        step_cap=cap,
+        history_size=4,
+        backend=backend,
+    )
+    for _ in range(6 + 75):
+        opt.step(problem)
+    assert opt.report().pairs_held == 4  # the ring has gone round
+    expected = twin(again, 6, 75, 0.05, 4, cap)
+    torch.testing.assert_close(problem.x, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_pairs_are_differences_of_means() -> None:
+    """Without noise y = A s exactly, so that every pair must show the problem's Hessian."""
+    torch.manual_seed(0)
+    problem = Noisy(noise=0.0)
+    opt = FusePV(problem.params, lr=0.02, switch=3, pairs="averaged", history_size=3)
+    iterates = []
+    for _ in range(3 + 2 * BLOCK):
+        iterates.append(problem.x)
+        opt.step(problem)
+    blocks = [torch.stack(iterates[3 + i * BLOCK :][:BLOCK]).mean(0) for i in (0, 1)]
+    entry = opt.state[problem.params[0]]
+    root = entry["root_metric"]
+    s, y = entry["history"][0, 0] / root, entry["history"][1, 0] * root
+    torch.testing.assert_close(s, blocks[1] - blocks[0])
+    torch.testing.assert_close(y, problem.hessian @ s)
+
+
+def test_damping() -> None:
+    s, y = torch.randn(9, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    y -= (1.0 + y @ s) * s / (s @ s)  # s.y = -1
+    damp(s, y, 0.7)
+    assert float(s @ y) == pytest.approx(DAMPING * 0.7 * float(s @ s))
+    kept = y.clone()
+    damp(s, y, 0.7 - 1e-9)  # now it is fine
+    assert torch.equal(kept, y)
+
+
+@pytest.mark.parametrize("history_dtype", [None, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_dtypes(dtype: torch.dtype, history_dtype: torch.dtype | None) -> None:
+    problem = Noisy(dtype, noise=0.1)
+    start = problem.x @ problem.hessian @ problem.x
+    opt = FusePV(problem.params, lr=0.05, switch=10, pairs="averaged", history_dtype=history_dtype)
+    for _ in range(100):
+        opt.step(problem)
+    assert problem.x @ problem.hessian @ problem.x < 0.2 * start
+    assert opt.report().pairs_accepted >= 7
+
+
+def test_complex_parameters_and_a_gap_between_them() -> None:
+    real, pair = torch.ones(3).requires_grad_(), torch.ones(2, dtype=torch.complex64)
+    pair.requires_grad_()
+    opt = FusePV([real, pair], lr=0.05, switch=5, pairs="averaged")
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = real.square().sum() + (pair - 2j).abs().square().sum() + 0.01 * torch.randn(())
+        loss.backward()
+        return loss
+
+    for _ in range(200):
+        opt.step(closure)
+    assert real.abs().max() < 0.1
+    assert (pair - 2j).abs().max() < 0.1
+
+
+# --- the metric ----------------------------------------------------------------------------------
+
+
+def test_no_step_is_longer_than_the_cap() -> None:
+    torch.manual_seed(2)
+    problem = Noisy(noise=1.0)
+    opt = FusePV(problem.params, lr=0.05, switch=10, pairs="averaged", step_cap=2.0)
+    for _ in range(10):
+        opt.step(problem)
+    entry = opt.state[problem.params[0]]
+    for k in range(60):
+        before = problem.x
+        opt.step(problem)
+        length = float(((problem.x - before) * entry["root_metric"]).norm())
+        limit = 2.0 * entry["adam_step_norm"] * (10 / (10 + k)) ** CAP_DECAY
+        assert length <= limit * (1 + 1e-9)
+
+
+def test_a_schedule_scales_steps_and_cap() -> None:
+    whole, halved = (Fit(pairs="averaged", switch=10, lr=1e-2) for _ in range(2))
+    for fit in (whole, halved):
+        fit.step(40)
+    before = whole.flat
+    halved.optimizer.param_groups[0]["lr"] *= 0.5
+    whole.step()
+    halved.step()
+    torch.testing.assert_close(halved.flat - before, 0.5 * (whole.flat - before))
+
+
+def test_shares_of_lr_and_frozen_groups() -> None:
+    fit = Fit(pairs="averaged", switch=10, lr=1e-2, groups=[{"lr": 0.0}, {}])
+    frozen = [p.detach().clone() for p in fit.params[:2]]
+    losses = fit.step(60)
+    assert all(map(torch.equal, frozen, fit.params[:2]))
+    assert losses[-1] < losses[0]
+
+
+def test_elements_that_adam_has_not_seen_move_like_the_others() -> None:
+    late, always = torch.ones(4).requires_grad_(), torch.ones(4).requires_grad_()
+    opt = FusePV([late, always], lr=1e-2, switch=10, pairs="averaged")
+    for k in range(60):
+        opt.zero_grad()
+        loss = always.square().sum() + (late.square().sum() if k >= 10 else 0.0)
+        (loss + 0.0 * torch.randn(())).backward()
+        opt.step()
+    assert late.max() < 0.9
+    assert late.min() > -0.2
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_weight_decay(decoupled: bool) -> None:
+    """Decoupled decay shrinks by lr * weight_decay a step; an L2 term is part of the gradient."""
+    ours, plain = (
+        Fit(
+            pairs="averaged",
+            switch=10,
+            lr=1e-2,
+            weight_decay=decay,
+            decoupled_weight_decay=decoupled,
+        )
+        for decay in (0.1, 0.0)
+    )
+    plain.step(10)
+    ours.step(10)
+    plain.load(ours.flat)
+    plain.optimizer.state[plain.params[0]].update(
+        {
+            name: ours.optimizer.state[ours.params[0]][name].clone()
+            for name in ("root_metric", "grad_avg")
+        }
+    )
+    plain.optimizer._lbfgs._entry.update(
+        adam_step_norm=ours.optimizer._lbfgs._entry["adam_step_norm"]
+    )
+    before = ours.flat
+    ours.step()
+    if decoupled:
+        plain.step()
+        torch.testing.assert_close(ours.flat, plain.flat - 1e-2 * 0.1 * before)
+    else:
+        plain.closure()
+        for p, b in zip(plain.params, before.split([p.numel() for p in plain.params]), strict=True):
+            p.grad.add_(b.view_as(p), alpha=0.1)
+        plain.optimizer.step()
+        torch.testing.assert_close(ours.flat, plain.flat)
+
+
+# --- nothing is lost -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_what_is_not_finite_changes_nothing(bad: str) -> None:
+    fit = Fit(pairs="averaged", switch=5, lr=1e-2)
+    fit.step(30)
+    before = snapshot(fit.optimizer), fit.flat
+
+    def closure() -> Tensor:
+        loss = fit.closure()
+        if bad == "gradient":
+            fit.params[2].grad[0] = math.nan
+            return loss
+        return loss * math.nan
+
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        fit.optimizer.step(closure)
+    assert torch.equal(fit.flat, before[1])
+    assert fit.optimizer.report().non_finite == 1
+    assert fit.optimizer.report().stop_reason == "non_finite"
+    entry, held = fit.optimizer.state[fit.params[0]], before[0]["state"][0]
+    for name in averaged.VECTORS:
+        assert torch.equal(entry[name], held[name])
+    fit.step(30)
+    assert math.isfinite(fit.loss().item())
+
+
+def test_an_error_in_the_closure_changes_nothing() -> None:
+    fit = Fit(pairs="averaged", switch=5, lr=1e-2)
+    fit.step(30)
+    before = snapshot(fit.optimizer), fit.flat
+    with pytest.raises(KeyError, match="batch"):
+        fit.optimizer.step(lambda: {}["batch"])
+    assert torch.equal(fit.flat, before[1])
+    assert_same(snapshot(fit.optimizer), before[0])
+
+
+@pytest.mark.parametrize("at", [10, 13, 29, 30, 47])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_checkpoints(at: int, backend: str) -> None:
+    """In the middle of a block, at its end, before the first pair and after."""
+    options: dict[str, Any] = {"pairs": "averaged", "switch": 9, "lr": 1e-2, "backend": backend}
+    first, again = Fit(**options), Fit(**options)
+    first.step(at)
+    again.load(first.flat)
+    again.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    assert again.step(25) == first.step(25)
+    assert torch.equal(again.flat, first.flat)
+    assert_same(snapshot(again.optimizer), snapshot(first.optimizer))
+    copied = copy.deepcopy(first)
+    assert copied.step(12) == first.step(12)
+
+
+def test_a_state_dict_that_does_not_fit() -> None:
+    fit, other = Fit(pairs="averaged", switch=5), Fit(pairs="averaged", switch=5)
+    fit.step(9)
+    state = fit.optimizer.state_dict()
+    for name, value in (("grad_sum", torch.zeros(3)), ("root_metric", None), ("blocks", "two")):
+        damaged = copy.deepcopy(state)
+        damaged["state"][0][name] = value
+        with pytest.raises(ValueError, match=f"does not fit: {name}"):
+            other.optimizer.load_state_dict(damaged)
+    assert other.optimizer.phase == "adam"
+
+
+def test_back_to_adam_leaves_nothing_behind() -> None:
+    fit = Fit(pairs="averaged", switch=5, lr=1e-2)
+    fit.step(40)
+    fit.optimizer.switch_back()
+    assert fit.optimizer.phase == "adam"
+    assert not fit.optimizer.state[fit.params[0]].keys() & set(averaged.AVERAGED_NAMES)
+    fit.step(40)
+    assert fit.optimizer.phase == "lbfgs"
+
+
+def test_without_a_closure() -> None:
+    problem = Noisy()
+    opt = FusePV(problem.params, lr=0.02, switch=10, pairs="averaged")
+    before = problem().item()
+    for _ in range(80):
+        problem()
+        opt.step()
+    assert opt.report().evaluations == 0
+    assert opt.report().pairs_held > 0
+    assert problem().item() < before
+
+
+# --- which kind of L-BFGS ------------------------------------------------------------------------
+
+
+def test_one_function_gets_a_line_search() -> None:
+    fit = Fit(switch=5, lr=1e-2)
+    fit.step(5)
+    before = fit.flat
+    fit.step()
+    assert torch.equal(fit.flat, before)
+    assert fit.optimizer.report().stop_reason == "watch"
+    losses = fit.step(100)
+    report = fit.optimizer.report()
+    assert report.line_search == "wolfe"
+    assert report.evaluations == fit.calls
+    assert losses[-1] < 1e-2 * losses[0]
+
+
+def test_batches_get_averages() -> None:
+    problem = Noisy()
+    opt = FusePV(problem.params, lr=0.02, switch=5)
+    for _ in range(30):
+        opt.step(problem)
+    report = opt.report()
+    assert (report.lbfgs_iterations, report.evaluations) == (24, 30)
+    assert report.line_search == "fixed"
+    assert "root_metric" in opt.state[problem.params[0]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"line_search": "armijo"}, {"max_iter": 3}, {"deterministic": True}, {"pairs": "same_batch"}],
+    ids=str,
+)
+def test_who_asks_for_something_else_gets_it(options: dict[str, Any]) -> None:
+    problem = Noisy()
+    opt = FusePV(problem.params, lr=0.02, switch=5, **options)
+    for _ in range(7):
+        opt.step(problem)
+    assert "root_metric" not in opt.state[problem.params[0]]
+    assert opt.report().lbfgs_iterations >= 2
+
+
+def test_no_watching_where_it_is_known_to_be_batches() -> None:
+    problem = Noisy()
+    opt = FusePV(problem.params, lr=0.02, switch=5, deterministic=False)
+    for _ in range(8):
+        opt.step(problem)
+    assert opt.report().lbfgs_iterations == 3
+
+
+def test_a_checkpoint_while_watching() -> None:
+    first, again = Fit(switch=5, lr=1e-2), Fit(switch=5, lr=1e-2)
+    first.step(6)
+    again.load(first.flat)
+    again.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    assert again.step(8) == first.step(8)
+    assert again.optimizer.report().line_search == "wolfe"
+
+
+def test_averages_need_adam() -> None:
+    fit = Fit(pairs="averaged", switch=AtOnce())
+    with pytest.raises(RuntimeError, match="needs Adam's moments"):
+        fit.step()
+    fit = Fit(pairs="averaged", switch=9)
+    with pytest.raises(RuntimeError, match="needs Adam's moments"):
+        fit.optimizer.switch_now()
+    assert fit.optimizer.phase == "adam"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pairs": "mixed"}, "pairs must be one of auto, averaged"),
+        ({"pairs": "averaged", "line_search": "armijo"}, "goes with line_search"),
+        ({"pairs": "averaged", "deterministic": True}, "goes with deterministic"),
+        ({"pairs": "averaged", "max_iter": 2}, "goes with max_iter"),
+        ({"step_cap": -1.0}, "step_cap must be"),
+        ({"step_cap": math.nan}, "step_cap must be"),
+        ({"deterministic": "yes"}, "deterministic must be"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        Fit(**options)
+
+
+# --- what it is for ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_digits_in_batches_are_learnt_faster_than_by_adam(seed: int) -> None:
+    """Logistic regression, batches of 64: the loss over all images after five epochs."""
+    images, digits = load_digits(return_X_y=True)
+    x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(digits)
+    losses = []
+    for switch in (30, Never()):
+        torch.manual_seed(seed)
+        model = torch.nn.Linear(64, 10)
+        opt = FusePV(model.parameters(), lr=1e-3, switch=switch)
+        for _ in range(5):
+            for rows in torch.randperm(len(x)).split(64):
+                opt.zero_grad()
+                torch.nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+                opt.step()
+        losses.append(torch.nn.functional.cross_entropy(model(x), y).item())
+    assert losses[0] < 0.8 * losses[1]
