@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda"]
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # Small cases; the sanitizers slow kernels down by two orders of magnitude.
-SANITIZED_TESTS = "awkward_tensors or waits_for"
+SANITIZED_TESTS = "awkward_tensors or waits_for or wait_for"
 DEVICE = torch.device("cuda")
 # Parameters, and the tensors they are spread over.
 CASES = ((10_000_000, 1), (10_000_000, 300), (100_000_000, 1), (10_000, 8))
@@ -65,16 +66,43 @@ def parameters(numel: int, tensors: int) -> list[Tensor]:
     return made
 
 
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """The replay of a step, captured after a warm-up; the step itself where there is no GPU."""
+    if DEVICE.type != "cuda":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
 def adam_times(numel: int, tensors: int, repeats: int) -> dict[str, float]:
-    ours = fuse_ext.Adam(parameters(numel, tensors), lr=1e-3)
-    theirs = torch.optim.Adam(parameters(numel, tensors), lr=1e-3, fused=True)
-    return {"ours": milliseconds(ours.step, repeats), "torch": milliseconds(theirs.step, repeats)}
+    def both(**options: Any) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+        ours = fuse_ext.Adam(parameters(numel, tensors), lr=1e-3, **options)
+        return ours, torch.optim.Adam(parameters(numel, tensors), lr=1e-3, fused=True, **options)
+
+    ours, theirs = both()
+    times = {"ours": milliseconds(ours.step, repeats), "torch": milliseconds(theirs.step, repeats)}
+    # torch's own asks for an accelerator.
+    ours, theirs = both(capturable=True) if DEVICE.type == "cuda" else both()
+    times["ours, captured"] = milliseconds(captured(ours.step), repeats)
+    times["torch, captured"] = milliseconds(captured(theirs.step), repeats)
+    return times
 
 
 def lbfgs_times(numel: int, tensors: int, pairs: int, repeats: int) -> dict[str, float]:
     """One fixed-step iteration with a full history; the closure costs nothing."""
 
-    def one(make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> float:
+    def one(
+        make: Callable[[list[Tensor]], torch.optim.Optimizer],
+        again: Callable[[Callable[[], object]], Callable[[], object]] = lambda step: step,
+    ) -> float:
         params = parameters(numel, tensors)
         optimizer = make(params)
         curvatures = [torch.linspace(1, 2, p.numel(), device=DEVICE) for p in params]
@@ -88,19 +116,18 @@ def lbfgs_times(numel: int, tensors: int, pairs: int, repeats: int) -> dict[str,
 
         for _ in range(pairs + 2):
             optimizer.step(closure)
-        return milliseconds(lambda: optimizer.step(closure), repeats)
+        return milliseconds(again(lambda: optimizer.step(closure)), repeats)
 
-    def ours(dtype: torch.dtype | None) -> float:
-        return one(
-            lambda params: fuse_ext.LBFGS(
-                params,
-                lr=0.5,
-                history_size=pairs,
-                max_iter=1,
-                tolerance_change=0,
-                tolerance_grad=0,
-                history_dtype=dtype,
-            )
+    def make(dtype: torch.dtype | None, **options: Any) -> Any:
+        return lambda params: fuse_ext.LBFGS(
+            params,
+            lr=0.5,
+            history_size=pairs,
+            max_iter=1,
+            tolerance_change=0,
+            tolerance_grad=0,
+            history_dtype=dtype,
+            **options,
         )
 
     def torchs(params: list[Tensor]) -> torch.optim.Optimizer:
@@ -109,9 +136,10 @@ def lbfgs_times(numel: int, tensors: int, pairs: int, repeats: int) -> dict[str,
         )
 
     return {
-        "ours": ours(None),
-        "ours, bf16 history": ours(torch.bfloat16),
-        "ours, int8 history": ours(torch.int8),
+        "ours": one(make(None)),
+        "ours, captured": one(make(None, capturable=True), captured),
+        "ours, bf16 history": one(make(torch.bfloat16)),
+        "ours, int8 history": one(make(torch.int8)),
         "torch": one(torchs),
     }
 
@@ -124,7 +152,9 @@ def benchmark(quick: bool) -> str:
     for numel, tensors in CASES:
         moved = {
             "Adam": cuda_model.adam().bytes,
+            "Adam, captured": cuda_model.adam().bytes,
             "L-BFGS": cuda_model.lbfgs(10).bytes,
+            "L-BFGS, captured": cuda_model.lbfgs(10).bytes,
             "L-BFGS, bf16 history": cuda_model.lbfgs(10, "bfloat16").bytes,
             "L-BFGS, int8 history": cuda_model.lbfgs(10, "int8").bytes,
         }

@@ -31,7 +31,7 @@ struct AdamOptions {
 // With eps_in_root = a and eps = 0 this is Eq. 2c:
 //   x -= lr sqrt(1-beta2^k)/(1-beta1^k) m / sqrt(v + a).
 template <class T>
-AdamCoefficients<T> adam_coefficients(const AdamOptions& options) {
+FUSE_INLINE AdamCoefficients<T> adam_coefficients(const AdamOptions& options) {
   const double step = static_cast<double>(options.step);
   const double decay = options.lr * options.weight_decay;
   AdamCoefficients<T> c;
@@ -42,8 +42,8 @@ AdamCoefficients<T> adam_coefficients(const AdamOptions& options) {
   c.beta2 = static_cast<T>(options.beta2);
   c.one_minus_beta1 = static_cast<T>(1.0 - options.beta1);
   c.one_minus_beta2 = static_cast<T>(1.0 - options.beta2);
-  c.step_size = static_cast<T>(options.lr / (1.0 - std::pow(options.beta1, step)));
-  c.root_scale = static_cast<T>(1.0 / std::sqrt(1.0 - std::pow(options.beta2, step)));
+  c.step_size = static_cast<T>(options.lr / (1.0 - pow(options.beta1, step)));
+  c.root_scale = static_cast<T>(1.0 / sqrt(1.0 - pow(options.beta2, step)));
   c.eps_in_root = static_cast<T>(options.eps_in_root);
   c.eps = static_cast<T>(options.eps);
   return c;

@@ -123,6 +123,27 @@ void check_flat(const at::Tensor& tensor, const char* name, std::int64_t numel,
                    "; expected ", dtype);
 }
 
+void check_steps(const at::Tensor& steps, const char* name, const at::Device& device) {
+  TORCH_CHECK_VALUE(steps.numel() > 0 && steps.is_contiguous(), name, " has shape ", steps.sizes(),
+                    " and strides ", steps.strides(), "; expected contiguous step counts");
+  TORCH_CHECK_VALUE(steps.device() == device, name, " is on ", steps.device(),
+                    " but the op runs on ", device);
+  state_dtype_of(steps, name);
+}
+
+void check_number(const at::Tensor& tensor, const char* name, const at::Device& device) {
+  TORCH_CHECK_VALUE(tensor.numel() == 1, name, " has ", tensor.numel(), " elements, not one");
+  TORCH_CHECK_VALUE(tensor.device() == device, name, " is on ", tensor.device(),
+                    " but the op runs on ", device);
+  state_dtype_of(tensor, name);
+}
+
+double* control_data(const std::optional<at::Tensor>& control) {
+  if (!control) return nullptr;
+  check_flat(*control, "control", kControlSize, at::kDouble);
+  return control->data_ptr<double>();
+}
+
 at::ScalarType state_dtype_of(const at::Tensor& tensor, const char* name) {
   const at::ScalarType dtype = tensor.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, name, " has dtype ", dtype,
@@ -189,8 +210,11 @@ History::History(const at::Tensor& history, const std::optional<at::Tensor>& sca
   scalars_ = lbfgs_scalars(scalars, history.size(1), reader);
 }
 
-PreviousGradient::PreviousGradient(const History& ring,
-                                   const std::optional<at::Tensor>& grad_prev) {
+PreviousGradient::PreviousGradient(const History& ring, const std::optional<at::Tensor>& grad_prev,
+                                   bool apart) {
+  TORCH_CHECK_VALUE(
+      grad_prev || !apart,
+      "grad_prev is missing: with control it must outlive a gradient that is refused");
   if (grad_prev) {
     dtype = state_dtype_of(*grad_prev, "grad_prev");
     check_flat(*grad_prev, "grad_prev", ring.numel(), dtype);

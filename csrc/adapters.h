@@ -7,9 +7,9 @@
 #include <optional>
 #include <vector>
 
+#include "fixed_step.h"
 #include "row.h"
 #include "segments.h"
-#include "two_loop.h"
 
 namespace fuse_ext {
 
@@ -67,6 +67,17 @@ class TensorSegments {
 void check_flat(const at::Tensor& tensor, const char* name, std::int64_t numel,
                 at::ScalarType dtype);
 
+// Checks that a tensor is a contiguous vector of float32 or float64 on a device: the step counts of
+// parameters that have taken as many steps, which an op reads and advances.
+void check_steps(const at::Tensor& steps, const char* name, const at::Device& device);
+
+// Checks that a tensor is one number of float32 or float64 on a device, which an op reads, and
+// perhaps writes, where it lies.
+void check_number(const at::Tensor& tensor, const char* name, const at::Device& device);
+
+// The numbers of a fixed step (fixed_step.h); null where there is no such tensor.
+double* control_data(const std::optional<at::Tensor>& control);
+
 // The dtype of a state tensor, which must be float32 or float64.
 at::ScalarType state_dtype_of(const at::Tensor& tensor, const char* name);
 
@@ -115,10 +126,11 @@ class History {
 };
 
 // Where the previous gradient lives: in `grad_prev`, or without one in the open
-// slot's Y row (then history and state have one dtype).
+// slot's Y row (then history and state have one dtype), unless it must lie apart.
 // `data` is null where only kernels read which slot is open.
 struct PreviousGradient {
-  PreviousGradient(const History& ring, const std::optional<at::Tensor>& grad_prev);
+  PreviousGradient(const History& ring, const std::optional<at::Tensor>& grad_prev,
+                   bool apart = false);
 
   void* data;
   at::ScalarType dtype;  // the state's

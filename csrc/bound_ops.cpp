@@ -150,16 +150,17 @@ void adam_step(const Layout& layout, const Tensors& grads, const at::Tensor& exp
                const at::Tensor& stats, const MaybeTensor& grad_scale, std::int64_t step, double lr,
                double beta1, double beta2, double eps, double eps_in_root, double weight_decay,
                bool decoupled_weight_decay, bool maximize) {
-  static const auto op =
-      find<void(at::TensorList, at::TensorList, at::IntArrayRef, at::Tensor, at::Tensor,
-                const MaybeTensor&, at::Tensor, std::int64_t, double, double, double, double,
-                double, double, bool, bool, const MaybeTensor&, const MaybeTensor&)>(
-          "fuse_ext::adam_step");
+  static const auto op = find<void(
+      at::TensorList, at::TensorList, at::IntArrayRef, at::Tensor, at::Tensor, const MaybeTensor&,
+      at::Tensor, std::int64_t, double, double, double, double, double, double, bool, bool,
+      const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
+      const MaybeTensor&, const MaybeTensor&, const MaybeTensor&)>("fuse_ext::adam_step");
   const Tensors params = layout.params();
   const InOp scope;
   op.call(params, grads, layout.offsets(), exp_avg, exp_avg_sq, max_exp_avg_sq, stats, step, lr,
           beta1, beta2, eps, eps_in_root, weight_decay, decoupled_weight_decay, maximize,
-          grad_scale, std::nullopt);
+          grad_scale, std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt,
+          std::nullopt);
 }
 
 std::array<double, kGradStats> grad_stats(const Layout& layout, const Tensors& grads,
@@ -184,14 +185,14 @@ void lbfgs_update(const Layout& layout, const Tensors& grads, const Numbers& wei
                   std::optional<double> pair_step, double curvature_tol) {
   static const auto update =
       find<void(at::TensorList, at::TensorList, at::IntArrayRef, at::ArrayRef<double>, bool,
-                at::Tensor, const MaybeTensor&, at::Tensor, bool, const MaybeTensor&)>(
-          "fuse_ext::lbfgs_update");
+                at::Tensor, const MaybeTensor&, at::Tensor, bool, const MaybeTensor&,
+                const MaybeTensor&)>("fuse_ext::lbfgs_update");
   static const auto two_loop =
       find<void(at::Tensor, std::int64_t, bool, double, double)>("fuse_ext::lbfgs_two_loop");
   const Tensors params = layout.params();
   const InOp scope;
   update.call(params, grads, layout.offsets(), weight_decay, maximize, history, grad_prev, scalars,
-              pair_step.has_value(), history_scale);
+              pair_step.has_value(), history_scale, std::nullopt);
   two_loop.call(scalars, history.size(1), pair_step.has_value(), pair_step.value_or(0.0),
                 curvature_tol);
 }
@@ -203,11 +204,11 @@ std::array<double, kPairCosine + 1> lbfgs_direction(
   static const auto op =
       find<void(at::TensorList, at::TensorList, at::IntArrayRef, at::ArrayRef<double>,
                 at::ArrayRef<double>, bool, at::Tensor, const MaybeTensor&, at::Tensor,
-                const MaybeTensor&)>("fuse_ext::lbfgs_direction");
+                const MaybeTensor&, const MaybeTensor&)>("fuse_ext::lbfgs_direction");
   const Tensors params = layout.params();
   const InOp scope;
   op.call(params, grads, layout.offsets(), weight_decay, lr_scale, maximize, history, grad_prev,
-          scalars, history_scale);
+          scalars, history_scale, std::nullopt);
   return first_numbers<kPairCosine + 1>(scalars);
 }
 
@@ -216,10 +217,11 @@ void lbfgs_move(const Layout& layout, const at::Tensor& origin, const at::Tensor
                 bool save) {
   static const auto op =
       find<void(at::TensorList, at::IntArrayRef, at::Tensor, at::Tensor, at::Tensor, double, bool,
-                const MaybeTensor&)>("fuse_ext::lbfgs_move");
+                const MaybeTensor&, const MaybeTensor&)>("fuse_ext::lbfgs_move");
   const Tensors params = layout.params();
   const InOp scope;
-  op.call(params, layout.offsets(), origin, history, scalars, step, save, history_scale);
+  op.call(params, layout.offsets(), origin, history, scalars, step, save, history_scale,
+          std::nullopt);
 }
 
 // Whether a profiler or anything else listens to torch's ranges and ops.

@@ -4,7 +4,7 @@
 
 #include "bound_ops.h"
 #include "cpu/kernels.h"
-#include "two_loop.h"
+#include "fixed_step.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -21,10 +21,12 @@ TORCH_LIBRARY(fuse_ext, m) {
       "float lr, float beta1, float beta2, float eps, float eps_in_root, "
       "float weight_decay, "
       "bool decoupled_weight_decay, bool maximize, Tensor? grad_scale=None, "
-      "Tensor? found_inf=None) -> ()");
+      "Tensor? found_inf=None, Tensor(f!)? step_tensor=None, Tensor? lr_tensor=None, "
+      "Tensor? loss=None, Tensor? grad_square=None, Tensor(g!)? counts=None) -> ()");
   // The L-BFGS ops share: history [2, slots, numel] and, where it is int8,
   // history_scale [2, slots, numel / 128], grad_prev (absent: the open slot's Y
-  // row), scalars (two_loop.h), weight_decay per tensor.
+  // row), scalars (two_loop.h), weight_decay per tensor; and control
+  // (fixed_step.h), with which the device decides what the host would say.
   m.def(
       "grad_stats(Tensor[] params, Tensor[] grads, int[] offsets, float[] "
       "weight_decay, "
@@ -35,22 +37,27 @@ TORCH_LIBRARY(fuse_ext, m) {
       "weight_decay, "
       "bool maximize, Tensor(a!) history, Tensor? grad_prev, Tensor(b!) "
       "scalars, "
-      "bool form_pair, *, Tensor(c!)? history_scale=None) -> ()");
+      "bool form_pair, *, Tensor(c!)? history_scale=None, Tensor(d!)? control=None) -> ()");
   m.def(
       "lbfgs_two_loop(Tensor(a!) scalars, int slots, bool commit, float "
       "step_length, "
       "float curvature_tol) -> ()");
   m.def(
+      "lbfgs_decide(Tensor(a!) scalars, int slots, Tensor(b!) control, *, "
+      "float lr, float lr_unit, Tensor? lr_tensor, Tensor? loss, float curvature_tol, "
+      "float tolerance_grad, float tolerance_change, float eps, int patience, "
+      "bool closes_pair) -> ()");
+  m.def(
       "lbfgs_direction(Tensor[] params, Tensor[] grads, int[] offsets, "
       "float[] weight_decay, "
       "float[] lr_scale, bool maximize, Tensor(a!) history, Tensor(b!)? "
       "grad_prev, "
-      "Tensor(c!) scalars, *, Tensor(d!)? history_scale=None) -> ()");
+      "Tensor(c!) scalars, *, Tensor(d!)? history_scale=None, Tensor? control=None) -> ()");
   m.def(
       "lbfgs_move(Tensor(a!)[] params, int[] offsets, Tensor(b!) origin, "
       "Tensor history, "
-      "Tensor scalars, float step, bool save, *, Tensor? history_scale=None) "
-      "-> ()");
+      "Tensor scalars, float step, bool save, *, Tensor? history_scale=None, "
+      "Tensor(c!)? control=None) -> ()");
   m.def(
       "fuse_blend(Tensor(a!)[] params, int[] offsets, Tensor origin, "
       "Tensor(b!) history, "
@@ -105,6 +112,18 @@ py::dict scalar_layout(std::int64_t slots) {
   return layout;
 }
 
+// Where the named numbers of fixed_step.h lie in `control`: name -> index.
+py::dict control_layout() {
+  py::dict layout;
+  const char* names[] = {
+      "pair_step", "move",        "step_length", "slope_tolerance", "reset",         "taken",
+      "reason",    "grad_square", "grad_sum",    "grad_largest",    "param_largest", "bad_starts",
+      "cuts",      "n_iter",      "non_finite",  "resets",          "step_cuts"};
+  static_assert(sizeof names / sizeof *names == kControlSize);
+  for (int i = 0; i < kControlSize; ++i) layout[names[i]] = i;
+  return layout;
+}
+
 // Asks the system for large pages under [address, address + bytes): fewer TLB
 // misses when 2 m rows stream at once. Advice only; false where there is none
 // to give.
@@ -126,6 +145,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Build facts of fuse_ext; importing it registers torch.ops.fuse_ext.";
   m.def("build_info", &build_info);
   m.def("scalar_layout", &scalar_layout, py::arg("slots"));
+  m.def("control_layout", &control_layout);
   m.def("advise_large_pages", &advise_large_pages, py::arg("address"), py::arg("bytes"));
   define_bound_ops(m);
 }

@@ -10,6 +10,9 @@ def build_info() -> dict[str, str | None]:
 def scalar_layout(slots: int) -> dict[str, Any]:
     """Where csrc/two_loop.h keeps each scalar (index) and array (offset, length)."""
 
+def control_layout() -> dict[str, int]:
+    """Where csrc/fixed_step.h keeps each number of a control."""
+
 def advise_large_pages(address: int, bytes: int) -> bool:
     """Ask the system for large pages under a buffer; False where it takes no advice."""
 

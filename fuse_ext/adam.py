@@ -1,22 +1,16 @@
-"""Adam (Eq. 2): the engine that FusePV and Fuse share, and the drop-in optimizer."""
+"""Adam (Eq. 2), drop-in for ``torch.optim.Adam`` and ``AdamW``."""
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from fuse_ext.bound_ops import AdamNumbers, bind
-from fuse_ext.checks import check_betas, check_grads, check_number
-from fuse_ext.flat import Closure, FlatOptimizer, FlatParams, ParamGroup
+from fuse_ext.adam_engine import AdamEngine, check_adam_state
+from fuse_ext.captured_adam import make_adam
+from fuse_ext.checks import check_betas, check_number
+from fuse_ext.flat import Closure, FlatOptimizer, ParamGroup
 from fuse_ext.hooks import with_grad, without_grad
-from fuse_ext.ops import Ops
-
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 def check_adam_group(group: ParamGroup) -> None:
@@ -27,308 +21,6 @@ def check_adam_group(group: ParamGroup) -> None:
     check_number("weight_decay", group["weight_decay"], 0.0)
     if group.get("differentiable"):
         raise ValueError("differentiable=True is not supported: the step is one fused kernel")
-
-
-def check_adam_state(
-    state: dict[Any, Any], params: list[Tensor], where: list[Any], source: str = "state_dict"
-) -> None:
-    """Raises ValueError unless ``state`` holds Adam's moments in the parameters' shapes."""
-    for i, (param, key) in enumerate(zip(params, where, strict=True)):
-        entry = state.get(key)
-        if not entry:
-            continue
-        for name in ("step", *MOMENTS[:2]):
-            if name not in entry:
-                raise ValueError(
-                    f"{source} is not Adam's: the state of params[{i}] has no {name!r}, "
-                    f"only {sorted(map(str, entry))}"
-                )
-        step = entry["step"]
-        if not _is_count(step):
-            raise ValueError(f"{source} does not fit: step of params[{i}] is {step!r}, no count")
-        for name in MOMENTS:
-            moment = entry.get(name)
-            if moment is None:
-                continue
-            if not isinstance(moment, Tensor) or moment.is_complex() != param.is_complex():
-                what = moment.dtype if isinstance(moment, Tensor) else type(moment).__name__
-                raise ValueError(
-                    f"{source} does not fit: {name} of params[{i}] is {what}, the parameter "
-                    f"{param.dtype}"
-                )
-            if moment.shape != param.shape:
-                raise ValueError(
-                    f"{source} does not fit: {name} of params[{i}] has shape "
-                    f"{tuple(moment.shape)}, the parameter {tuple(param.shape)}"
-                )
-
-
-def _is_count(step: Any) -> bool:
-    if isinstance(step, Tensor) and step.numel() == 1:
-        step = step.item()
-    return isinstance(step, (int, float)) and step >= 0 and math.isfinite(step) and step % 1 == 0
-
-
-class AdamLegacy(NamedTuple):
-    """What Adam leaves to the phase after it; flat vectors.
-
-    Attributes:
-        grad_avg: The bias-corrected average of the gradients.
-        metric: D = sqrt(v) + eps, bias-corrected, over the parameter's share of the largest lr;
-            0 where nothing is known, inf where nothing moves.
-        steps: Adam steps taken.
-        lr: The largest of the groups.
-    """
-
-    grad_avg: Tensor
-    metric: Tensor
-    steps: int
-    lr: float
-
-
-class AdamEngine:
-    """Adam's moments for a flat vector of parameters, and the fused step.
-
-    ``state`` is ``Optimizer.state``: each parameter that has had a gradient gets torch's own
-    entries (step, exp_avg, exp_avg_sq and, for amsgrad, max_exp_avg_sq), as views of the flat
-    buffers, so that checkpoints are those of torch.optim.Adam.
-
-    Memory: 8 bytes a parameter (12 with amsgrad) in float32, twice that in float64.
-    """
-
-    def __init__(
-        self, flat: FlatParams, ops: Ops, state: dict[Any, Any], groups: list[ParamGroup]
-    ) -> None:
-        self._flat, self._ops, self._state = flat, ops, state
-        self._bound = bind(ops, flat)
-        self._group_amsgrad = [group["amsgrad"] for group in groups]
-        self._amsgrad = [group["amsgrad"] for group in groups for _ in group["params"]]
-        names = MOMENTS if any(self._amsgrad) else MOMENTS[:2]
-        self._moments = {
-            name: torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device) for name in names
-        }
-        # Steps of each parameter, on the host and in the dtype that torch gives them.
-        double = torch.get_default_dtype() == torch.float64
-        self._steps = torch.zeros(
-            len(flat.params), dtype=torch.float64 if double else torch.float32, device="cpu"
-        )
-        self._one = torch.ones((), dtype=self._steps.dtype)
-        self._exposed = [False] * len(flat.params)
-        self._stats = torch.zeros(1, dtype=torch.float64, device=flat.device)
-        self._grad_norm_sq: float | None = 0.0
-        # The step count that all parameters share, or None when they differ; and what it was
-        # read from: users may write to the step counts in ``state``.
-        self._shared_step: int | None = 0
-        self._steps_version = 0
-        self._adopt_moments()
-
-    def _adopt_moments(self) -> None:
-        """Takes over whatever moments ``state`` holds and points it at the flat buffers."""
-        for i, param in enumerate(self._flat.params):
-            entry = self._state.get(param)
-            if not entry or "exp_avg" not in entry:
-                continue
-            self._steps[i] = float(entry["step"])
-            for name, moment in self._moments.items():
-                if name in entry:
-                    self._flat.piece(moment, i).copy_(entry[name])
-            self._expose(i)
-        self._entries = list(self._state.values())
-        self._all_exposed = all(self._exposed)
-        self._read_shared_step()
-
-    def _expose(self, i: int) -> None:
-        entry = self._state[self._flat.params[i]]
-        entry["step"] = self._steps[i]
-        for name in MOMENTS if self._amsgrad[i] else MOMENTS[:2]:
-            entry[name] = self._flat.piece(self._moments[name], i)
-        self._exposed[i] = True
-
-    def _read_shared_step(self) -> None:
-        steps = set(self._steps.tolist())
-        self._shared_step = int(steps.pop()) if len(steps) == 1 else None
-        self._steps_version = self._steps._version
-
-    def outdated(self, state: dict[Any, Any]) -> bool:
-        """Whether the user has replaced parameters in the groups, or entries of ``state``."""
-        same = len(state) == len(self._entries)
-        same = same and all(map(operator.is_, state.values(), self._entries))
-        return not same or self._flat.replaced()
-
-    @property
-    def grad_norm_sq(self) -> float:
-        """||g||^2 of the last step (Eq. 3's summand), out of the kernel that made it."""
-        if self._grad_norm_sq is None:
-            self._grad_norm_sq = float(self._stats)
-        return self._grad_norm_sq
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of state held."""
-        return sum(moment.nbytes for moment in self._moments.values()) + self._steps.nbytes
-
-    def legacy(self, groups: list[ParamGroup]) -> AdamLegacy:
-        """What the last step was made of: lr times ``grad_avg / metric``, element by element."""
-        grad_avg = self._moments["exp_avg"].clone()
-        metric = torch.zeros_like(grad_avg)
-        largest = max(float(group["lr"]) for group in groups)
-        for group, place in zip(groups, self._flat.group_slices, strict=True):
-            beta1, beta2 = group["betas"]
-            source = MOMENTS[2] if group["amsgrad"] else MOMENTS[1]
-            share = float(group["lr"]) / largest if largest > 0.0 else 0.0
-            for i in range(place.start, place.stop):
-                steps = float(self._steps[i])
-                begin, size = self._flat.offsets[i], self._flat.sizes[i]
-                m, d = grad_avg[begin : begin + size], metric[begin : begin + size]
-                if not (share and steps):
-                    d.fill_(0.0 if share else math.inf)
-                    continue
-                eps = float(group["eps"])
-                inside, outside = (eps, 0.0) if group["eps_inside_root"] else (0.0, eps)
-                m.div_(1.0 - beta1**steps)
-                v = self._moments[source][begin : begin + size]
-                torch.sqrt((v + inside).div_(1.0 - beta2**steps), out=d)
-                d.add_(outside).div_(share)
-        return AdamLegacy(grad_avg, metric, int(self._steps.max()), largest)
-
-    def step(
-        self,
-        groups: list[ParamGroup],
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """One step on every parameter that has a gradient.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: A gradient or parameter that the kernels cannot
-                take; nothing has changed then.
-        """
-        flat = self._flat
-        flat.check_unchanged()
-        self._check_amsgrad(groups)
-        if self._steps._version != self._steps_version:
-            self._read_shared_step()
-        plain = flat.layout.grads()
-        if plain is not None and self._shared_step is not None and len(groups) == 1:
-            self._step_all(groups[0], self._shared_step + 1, plain, grad_scale, found_inf)
-            return
-        grads = [p.grad for p in flat.params]
-        calls = self._buckets(groups, grads)
-        check_grads(flat.params, grads)  # no call may fail after another has changed things
-        options = [_numbers(group, step) for group, _, step in calls]
-        if found_inf is not None and float(found_inf) != 0.0:
-            return
-        norms = []
-        for (group, members, _), numbers in zip(calls, options, strict=True):
-            self._call(members, grads, group["amsgrad"], numbers, grad_scale)
-            if len(calls) > 1:
-                norms.append(float(self._stats))
-        self._grad_norm_sq = None if len(calls) == 1 else sum(norms)  # read when asked for
-        self._advance([i for _, members, _ in calls for i in members])
-
-    def _step_all(
-        self,
-        group: ParamGroup,
-        step: int,
-        grads: list[Tensor],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        """The common case: one group, all of whose parameters have taken as many steps."""
-        numbers = _numbers(group, step)
-        if found_inf is not None and float(found_inf) != 0.0:
-            return
-        moments = self._moments
-        self._bound.adam_step(
-            grads,
-            moments["exp_avg"],
-            moments["exp_avg_sq"],
-            moments.get("max_exp_avg_sq"),
-            self._stats,
-            grad_scale,
-            *numbers,
-        )
-        self._grad_norm_sq = None  # read when asked for
-        self._steps.add_(self._one)
-        self._shared_step, self._steps_version = step, self._steps._version
-        if not self._all_exposed:
-            self._expose_new(range(len(grads)))
-
-    def _check_amsgrad(self, groups: list[ParamGroup]) -> None:
-        if [group["amsgrad"] for group in groups] == self._group_amsgrad:
-            return
-        for i, (group, place) in enumerate(zip(groups, self._flat.group_slices, strict=True)):
-            if place.start < place.stop and group["amsgrad"] != self._amsgrad[place.start]:
-                raise ValueError(
-                    f"amsgrad of param_groups[{i}] became {group['amsgrad']!r} after the first "
-                    "step; make a new optimizer"
-                )
-
-    def _call(
-        self,
-        members: list[int],
-        grads: list[Tensor | None],
-        amsgrad: bool,
-        numbers: AdamNumbers,
-        grad_scale: Tensor | None,
-    ) -> None:
-        flat = self._flat
-        chosen: list[Any] = [grads[i] for i in members]
-        self._ops.adam_step(
-            flat.reals([flat.params[i] for i in members]),
-            flat.reals(chosen),
-            [flat.offsets[i] for i in members],
-            self._moments["exp_avg"],
-            self._moments["exp_avg_sq"],
-            self._moments["max_exp_avg_sq"] if amsgrad else None,
-            self._stats,
-            grad_scale=grad_scale,
-            **numbers._asdict(),
-        )
-
-    def _buckets(
-        self, groups: list[ParamGroup], grads: list[Tensor | None]
-    ) -> list[tuple[ParamGroup, list[int], int]]:
-        """(group, parameters, step) for every kernel call: those of one group and step count."""
-        steps = [int(step) for step in self._steps.tolist()]
-        buckets: dict[tuple[int, int], list[int]] = {}
-        for which, place in enumerate(self._flat.group_slices):
-            for i in range(place.start, place.stop):
-                if grads[i] is not None:
-                    buckets.setdefault((which, steps[i] + 1), []).append(i)
-        return [(groups[which], members, step) for (which, step), members in buckets.items()]
-
-    def _advance(self, stepped: list[int]) -> None:
-        """Counts the step for every parameter that took part."""
-        if stepped:
-            self._steps[stepped] += 1
-            self._read_shared_step()
-            self._expose_new(stepped)
-
-    def _expose_new(self, stepped: Iterable[int]) -> None:
-        """Gives parameters that took their first step their state."""
-        new = [i for i in stepped if not self._exposed[i]]
-        for i in new:
-            self._expose(i)
-        if new:
-            self._entries = list(self._state.values())
-            self._all_exposed = all(self._exposed)
-
-
-def _numbers(group: ParamGroup, step: int) -> AdamNumbers:
-    beta1, beta2 = group["betas"]
-    eps, inside = float(group["eps"]), group["eps_inside_root"]
-    return AdamNumbers(
-        step,
-        float(group["lr"]),
-        float(beta1),
-        float(beta2),
-        0.0 if inside else eps,
-        eps if inside else 0.0,
-        float(group["weight_decay"]),
-        bool(group["decoupled_weight_decay"]),
-        bool(group["maximize"]),
-    )
 
 
 class Adam(FlatOptimizer):
@@ -361,7 +53,10 @@ class Adam(FlatOptimizer):
         eps_inside_root: Eq. 2c as the paper prints it: the constant stands inside the root,
             :math:`x \leftarrow x - \mathrm{lr} \sqrt{1 - \beta_2^k} / (1 - \beta_1^k)\; m /
             \sqrt{v + \epsilon}`.
-        foreach, fused, capturable: Accepted for torch's sake; there is one, fused, way here.
+        capturable: The step reads nothing from the device: step counts lie there, and ``lr`` may
+            (a tensor on the parameters' device), so that a CUDA graph can repeat it. Take a step
+            before the capture.
+        foreach, fused: Accepted for torch's sake; there is one, fused, way here.
         differentiable: Not supported.
         backend: "auto" (C++ kernels where there are some), "native" or "reference" (plain
             PyTorch).
@@ -376,6 +71,7 @@ class Adam(FlatOptimizer):
         Kingma and Ba, Adam: A method for stochastic optimization, ICLR 2015. FUSE, Eq. 2.
     """
 
+    _shared_options = ("capturable",)
     _required_options = ("lr", "betas")
     # GradScaler then leaves unscaling to the kernel.
     _step_supports_amp_scaling = True
@@ -428,7 +124,7 @@ class Adam(FlatOptimizer):
         self._engine = self._make_engine() if self.state else None
 
     def _make_engine(self) -> AdamEngine:
-        return AdamEngine(self.flat, self._ops, self.state, self.param_groups)
+        return make_adam(self.flat, self._ops, self.state, self.param_groups)
 
     @without_grad
     def step(self, closure: Closure | None = None) -> Any:
@@ -458,5 +154,8 @@ class Adam(FlatOptimizer):
 
     @property
     def grad_norm_sq(self) -> float:
-        """Sum of the squared gradients of the last step, free of charge (Eq. 3's summand)."""
+        """Sum of the squared gradients of the last step, free of charge (Eq. 3's summand).
+
+        It is read from the device.
+        """
         return self._engine.grad_norm_sq if self._engine else 0.0

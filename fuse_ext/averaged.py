@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse_ext.adam import AdamLegacy
+from fuse_ext.adam_engine import AdamLegacy
 from fuse_ext.evaluations import effective_gradient
 from fuse_ext.flat import FlatParams
 from fuse_ext.history import History, memory_order

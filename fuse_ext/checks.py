@@ -100,8 +100,8 @@ def check_betas(betas: Any) -> tuple[float, float]:
     return float(betas[0]), float(betas[1])
 
 
-def loss_value(loss: Any) -> float:
-    """The closure's loss as a float.
+def check_loss(loss: Any) -> None:
+    """Raises unless the closure's loss is one number, without reading it.
 
     Raises:
         TypeError: The closure returned no number.
@@ -112,7 +112,11 @@ def loss_value(loss: Any) -> float:
             raise ValueError(
                 f"closure must return a scalar loss, got a tensor of shape {tuple(loss.shape)}"
             )
-        return float(loss.item())
-    if isinstance(loss, Real):
-        return float(loss)
-    raise TypeError(f"closure must return the loss, got {loss!r}; end it with `return loss`")
+    elif not isinstance(loss, Real):
+        raise TypeError(f"closure must return the loss, got {loss!r}; end it with `return loss`")
+
+
+def loss_value(loss: Any) -> float:
+    """The closure's loss as a float; raises as :func:`check_loss` does."""
+    check_loss(loss)
+    return float(loss.item() if isinstance(loss, Tensor) else loss)

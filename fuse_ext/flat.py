@@ -235,6 +235,15 @@ class FlatOptimizer(Optimizer):
         """Rebuilds flat buffers from ``self.state``."""
         raise NotImplementedError
 
+    def _settle(self) -> None:
+        """Writes into ``self.state`` what is counted on the device alone."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch."""
+        self._settle()
+        return super().state_dict()
+
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError, naming the entry, for a state that is not of this optimizer."""
         raise NotImplementedError
@@ -286,9 +295,16 @@ class FlatOptimizer(Optimizer):
             raise ValueError(
                 f"state_dict has parameter groups of {theirs} tensors, the optimizer of {ours}"
             )
+        if "capturable" in self.defaults:  # how this process runs, not what was saved
+            groups = [
+                {**group, "capturable": own["capturable"]}
+                for group, own in zip(groups, self.param_groups, strict=True)
+            ]
+            state_dict["param_groups"] = groups
         self._check_groups([{**self.defaults, **group} for group in groups])
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         # pickle stores the whole storage of every tensor: views of a flat buffer would each take
         # all of it along.
         state = {key: _map_tensors(entry, _compact) for key, entry in self.state.items()}

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse_ext.adam import MOMENTS, AdamEngine, check_adam_group, check_adam_state
+from fuse_ext.adam import check_adam_group
+from fuse_ext.adam_engine import MOMENTS, AdamEngine, check_adam_state
 from fuse_ext.checks import check_integer, check_number
 from fuse_ext.flat import Closure, FlatOptimizer, ParamGroup
 from fuse_ext.fuse_pv import CURVATURE_TOL

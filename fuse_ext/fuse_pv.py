@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse_ext.adam import MOMENTS, AdamEngine, check_adam_group
+from fuse_ext.adam import check_adam_group
+from fuse_ext.adam_engine import MOMENTS, AdamEngine
 from fuse_ext.averaged import AveragedEngine
+from fuse_ext.averaged_phase import AveragedPhase
+from fuse_ext.capture import check_capturable
+from fuse_ext.captured_phases import check_switch
 from fuse_ext.checks import check_number, loss_value
 from fuse_ext.criterion import Observation, Switchover
 from fuse_ext.flat import Closure, ParamGroup
@@ -28,17 +32,13 @@ from fuse_ext.lbfgs_engine import (
 )
 from fuse_ext.modes import (
     AUTO,
-    AVERAGED,
     CONSECUTIVE,
     SEARCH,
-    averages,
     check_modes,
     default_switch,
-    finds_out,
-    same_loss,
 )
 from fuse_ext.overlap import overlap_step
-from fuse_ext.phases import ADAM, LBFGS_PHASE, TwoPhases
+from fuse_ext.phases import ADAM, LBFGS_PHASE
 from fuse_ext.report import Report, lbfgs_fields
 from fuse_ext.switchover import as_switchover
 
@@ -48,7 +48,7 @@ CURVATURE_TOL = {True: 1e-8, False: 1e-4}
 FAILING = 3.0
 
 
-class FusePV(TwoPhases):
+class FusePV(AveragedPhase):
     r"""Adam first, then L-BFGS, in one optimizer (FUSE-PV, Algorithm 4).
 
     Each call of ``step`` is an Adam step (Eq. 2) until ``switch`` says that Adam has done its
@@ -116,6 +116,10 @@ class FusePV(TwoPhases):
         check_finite: Before an Adam step, check loss and gradient, and skip the step if either is
             not finite: one read of the gradients more, 4 bytes a parameter beside 28. L-BFGS
             always checks.
+        capturable: Steps read nothing from the device, which decides instead, so that a CUDA graph
+            can repeat them: one graph for each phase (docs/cuda.md). Needs ``line_search=None``,
+            ``max_iter=1``, ``rtol=0`` and a criterion that looks at neither loss nor gradient; and
+            ``lr``, where it is a tensor, is one for all groups in the L-BFGS phase.
         on_switch: Called with the optimizer after each switch to L-BFGS.
         backend: "auto", "native" (C++) or "reference" (plain PyTorch).
 
@@ -147,6 +151,7 @@ class FusePV(TwoPhases):
         "pairs",
         "step_cap",
         "check_finite",
+        "capturable",
         "phase",
     )
     _required_options = ("lr", "betas")
@@ -180,6 +185,7 @@ class FusePV(TwoPhases):
         pairs: str = AUTO,
         step_cap: float = 5.0,
         check_finite: bool = True,
+        capturable: bool = False,
         on_switch: Callable[[FusePV], None] | None = None,
         backend: str = "auto",
     ) -> None:
@@ -213,11 +219,14 @@ class FusePV(TwoPhases):
             "pairs": pairs,
             "step_cap": step_cap,
             "check_finite": check_finite,
+            "capturable": capturable,
             "phase": ADAM,
             "lr_at_switch": None,
         }
         self._check_group(defaults)
         self._switch = default_switch(defaults) if switch is None else as_switchover(switch)
+        if capturable:
+            check_switch(self._switch)
         if self._switch.at_once:
             defaults["phase"] = LBFGS_PHASE
         self._adam: AdamEngine | None = None
@@ -232,6 +241,8 @@ class FusePV(TwoPhases):
         check_lbfgs_group(group)
         check_modes(group)
         check_number("step_cap", group["step_cap"], 0.0)
+        if group["capturable"]:
+            check_capturable(group, "line_search")
         if group["phase"] not in (ADAM, LBFGS_PHASE):
             raise ValueError(f"phase must be {ADAM!r} or {LBFGS_PHASE!r}, got {group['phase']!r}")
 
@@ -246,19 +257,13 @@ class FusePV(TwoPhases):
             self._begin_lbfgs(reason)
 
     def _begin_lbfgs(self, reason: str) -> None:
-        group, log = self.param_groups[0], self._log
-        legacy = None
-        if averages(group) and self._adam is not None and log["phase_steps"]:
-            legacy = self._adam.legacy(self.param_groups)
-        elif group["pairs"] == AVERAGED:
-            raise RuntimeError("pairs='averaged' needs Adam's moments: take an Adam step first")
-        engine = self._make_lbfgs(legacy)
-        if legacy is not None and finds_out(group):
-            self._entry["watched_loss"] = math.nan
+        self._settle()
+        log = self._log
+        engine = self._make_lbfgs(self._legacy())
         log["switches"] += 1
         log["switch_step"] = log["adam_steps"]
         log["switch_reason"] = reason
-        self._adam = None
+        self._adam = self._counts = None
         for param in self.flat.params:
             for name in ("step", *MOMENTS):
                 self.state[param].pop(name, None)
@@ -328,6 +333,8 @@ class FusePV(TwoPhases):
                 closure, parameters and state are as before the step (with ``max_iter`` > 1: as
                 after its last completed iteration).
         """
+        if self.param_groups[0]["capturable"]:
+            return self._captured_step(closure, loss)
         if self._adam is None and self._lbfgs is None:
             self._renew_layout()
         # torch.distributed.checkpoint makes the state with an empty step at lr = 0.
@@ -433,44 +440,6 @@ class FusePV(TwoPhases):
             self.switch_back()
         return loss
 
-    def _averaged_step(
-        self, engine: AveragedEngine, closure: Closure | None, options: LbfgsOptions
-    ) -> Any:
-        """One step on averages, unless the closure turns out to be one function all along."""
-        entry, loss = self._entry, None
-        if closure is not None:
-            loss = with_grad(closure)
-            value = loss_value(loss)
-            entry["func_evals"] += 1
-            before = entry.get("watched_loss")
-            if before is not None and math.isnan(before) and math.isfinite(value):
-                entry["watched_loss"] = value
-                engine.progress.reason = "watch"
-                return loss
-            entry.pop("watched_loss", None)
-            if before is not None and same_loss(before, value):
-                self._drop_lbfgs_state()
-                self._lbfgs = self._make_lbfgs()
-                assert isinstance(self._lbfgs, LbfgsEngine)
-                return self._lbfgs.step(closure, options)
-            if not math.isfinite(value):
-                engine.count_non_finite()
-                return loss
-        groups = self.param_groups
-        shrinks = [
-            1.0 - float(group["lr"]) * float(group["weight_decay"])
-            if group["decoupled_weight_decay"]
-            else None
-            for group in groups
-        ]
-        engine.step(
-            options,
-            float(groups[0]["betas"][0]),
-            float(groups[0]["step_cap"]),
-            self.flat.per_segment(shrinks, None),
-        )
-        return loss
-
     def _options(self) -> LbfgsOptions:
         groups = self.param_groups
         lrs = [_lbfgs_lr(group) for group in groups]
@@ -491,6 +460,7 @@ class FusePV(TwoPhases):
 
     def report(self) -> Report:
         """What was done, and why."""
+        self._settle()
         log, entry, adam = self._log, self._entry, self._adam
         fields = lbfgs_fields(self._lbfgs, entry)
         fields["evaluations"] += log["adam_evaluations"]

@@ -18,7 +18,7 @@ from fuse_ext import scalars as ring
 from fuse_ext.bound_ops import bind
 from fuse_ext.flat import FlatParams
 from fuse_ext.ops import Ops
-from fuse_ext.reference import SCALE_BLOCK
+from fuse_ext.reference_memory import SCALE_BLOCK
 from fuse_ext.scalars import Header
 
 # Rows are padded to an odd number of these, so that rows start on cache lines and no two rows
@@ -27,7 +27,7 @@ ROW_ALIGNMENT = 128
 
 
 # What a state entry of L-BFGS holds of its history; only some of it for some dtypes and layouts.
-STATE_NAMES = ("history", "history_scale", "grad_prev", "scalars", "strides")
+STATE_NAMES = ("history", "history_scale", "grad_prev", "scalars", "strides", "control")
 
 
 class GradStats(NamedTuple):
@@ -53,6 +53,24 @@ class GradStats(NamedTuple):
         return math.isfinite(self.square)
 
 
+def grad_stats_into(flat: FlatParams, ops: Ops, stats: Tensor) -> bool:
+    """``stats`` = :class:`GradStats` of the gradients at hand; False where there is none."""
+    members = [i for i, p in enumerate(flat.params) if p.grad is not None]
+    grads: list[Any] = [flat.params[i].grad for i in members]
+    if members:
+        ops.grad_stats(
+            flat.reals([flat.params[i] for i in members]),
+            flat.reals(grads),
+            [flat.offsets[i] for i in members],
+            [],
+            False,
+            None,
+            None,
+            stats,
+        )
+    return bool(members)
+
+
 def grads_are_finite(flat: FlatParams, ops: Ops) -> bool:
     """Whether all gradients at hand are; one read of them."""
     stats = torch.zeros(len(GradStats._fields), dtype=torch.float64, device=flat.device)
@@ -60,21 +78,7 @@ def grads_are_finite(flat: FlatParams, ops: Ops) -> bool:
     if plain is not None:
         numbers = bind(ops, flat).grad_stats(plain, [], False, None, None, stats, None)
         return GradStats._make(numbers).finite
-    members = [i for i, p in enumerate(flat.params) if p.grad is not None]
-    if not members:
-        return True
-    grads: list[Any] = [flat.params[i].grad for i in members]
-    ops.grad_stats(
-        flat.reals([flat.params[i] for i in members]),
-        flat.reals(grads),
-        [flat.offsets[i] for i in members],
-        [],
-        False,
-        None,
-        None,
-        stats,
-    )
-    return GradStats(*stats.tolist()).finite
+    return not grad_stats_into(flat, ops, stats) or GradStats(*stats.tolist()).finite
 
 
 def memory_order(flat: FlatParams) -> list[list[int]]:
@@ -96,6 +100,7 @@ class History:
         history_size: m, the number of pairs.
         dtype: Of the rows; None for the state's. int8 rows have one float32 scale per 128
             elements.
+        grad_prev_apart: Keep the previous gradient in a vector of its own in any case.
     """
 
     def __init__(
@@ -105,6 +110,7 @@ class History:
         entry: dict[str, Any],
         history_size: int,
         dtype: torch.dtype | None,
+        grad_prev_apart: bool = False,
     ) -> None:
         self._flat, self._ops = flat, ops
         self._bound = bind(ops, flat)
@@ -122,7 +128,7 @@ class History:
         self.scalars = ring.new_scalars(self.slots, kernels.scalars_device(ops, flat.device))
         self.grad_prev = (
             None
-            if self.dtype == flat.dtype
+            if self.dtype == flat.dtype and not grad_prev_apart
             else torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device)
         )
         blocks = (flat.numel + SCALE_BLOCK - 1) // SCALE_BLOCK

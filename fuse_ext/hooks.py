@@ -26,7 +26,7 @@ def noticed(func: Callable[..., Any]) -> Callable[..., Any]:
     It names the step in a profile and runs the hooks; and torch.compile is kept out of the step,
     which would have nothing to fuse with one op and would be traced anew for every step count.
     """
-    watched = Optimizer.profile_hook_step(_disable_dynamo(func))
+    watched = _disable_dynamo(Optimizer.profile_hook_step(func))
 
     @functools.wraps(func)
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:

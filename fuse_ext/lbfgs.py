@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fuse_ext.capture import check_capturable, shared_lr
+from fuse_ext.captured_lbfgs import CapturedLbfgs, make_lbfgs
 from fuse_ext.checks import FLOATING, check_integer, check_number
+from fuse_ext.fixed_step import PLACES
 from fuse_ext.flat import Closure, FlatOptimizer, FlatParams, ParamGroup
 from fuse_ext.history import memory_order
 from fuse_ext.hooks import without_grad
 from fuse_ext.lbfgs_engine import LbfgsEngine, LbfgsOptions, spread_lr
 from fuse_ext.line_search import make_line_search
-from fuse_ext.reference import SCALE_BLOCK
+from fuse_ext.reference_memory import SCALE_BLOCK
 from fuse_ext.report import Report, lbfgs_fields
 from fuse_ext.scalars import layout
 
@@ -55,6 +58,8 @@ def check_lbfgs_state(entry: dict[str, Any], slots: int, flat: FlatParams) -> No
     history = entry.get("history")
     if isinstance(history, Tensor) and history.element_size() < 4:
         shapes["grad_prev"] = (numel,)
+    if "control" in entry:  # with capturable=True
+        shapes |= {"grad_prev": (numel,), "control": (len(PLACES),)}
     if isinstance(history, Tensor) and history.dtype == torch.int8:
         shapes["history_scale"] = (2, slots, -(-numel // SCALE_BLOCK))
     for name, expected in shapes.items():
@@ -187,6 +192,10 @@ class LBFGS(FlatOptimizer):
             no dropout): a step then starts from the last evaluation instead of repeating it,
             unless parameters or gradients were touched in between (``p.data.add_(1)`` goes
             unseen), and evaluates nothing where the loss can fall no further.
+        capturable: The step reads nothing from the device, which decides instead, so that a CUDA
+            graph can repeat it. Needs ``line_search_fn=None``, ``max_iter=1`` and ``rtol=0``, and
+            an ``lr`` that is a tensor is one for all groups. Parameters must not be moved between
+            steps by anyone else. Of the tolerances on changes only that on -g.p counts.
         backend: "auto", "native" (C++) or "reference" (plain PyTorch).
 
     Memory: 2 m + 2 vectors of the history's dtype (and one of float32 if it is narrower), and one
@@ -212,6 +221,7 @@ class LBFGS(FlatOptimizer):
         "history_dtype",
         "curvature_tol",
         "deterministic",
+        "capturable",
     )
     _required_options = ("lr", "history_size")
 
@@ -232,6 +242,7 @@ class LBFGS(FlatOptimizer):
         history_dtype: torch.dtype | None = None,
         curvature_tol: float = 1e-8,
         deterministic: bool = False,
+        capturable: bool = False,
         backend: str = "auto",
     ) -> None:
         if max_eval is None and isinstance(max_iter, int):
@@ -250,6 +261,7 @@ class LBFGS(FlatOptimizer):
             "history_dtype": history_dtype,
             "curvature_tol": curvature_tol,
             "deterministic": deterministic,
+            "capturable": capturable,
         }
         self._check_group(defaults)
         self._engine: LbfgsEngine | None = None
@@ -260,6 +272,8 @@ class LBFGS(FlatOptimizer):
         check_number("lr", group["lr"], 0.0)
         check_lbfgs_group(group)
         check_line_search("line_search_fn", group["line_search_fn"])
+        if group["capturable"]:
+            check_capturable(group, "line_search_fn")
 
     @property
     def _entry(self) -> dict[str, Any]:
@@ -291,10 +305,7 @@ class LBFGS(FlatOptimizer):
         self._engine = self._make_engine()
 
     def _make_engine(self) -> LbfgsEngine:
-        group = self.param_groups[0]
-        return LbfgsEngine(
-            self.flat, self._ops, self._entry, group["history_size"], group["history_dtype"]
-        )
+        return make_lbfgs(self.flat, self._ops, self._entry, self.param_groups[0])
 
     def _options(self) -> LbfgsOptions:
         groups = self.param_groups
@@ -318,6 +329,8 @@ class LBFGS(FlatOptimizer):
         """
         if self._engine is None:
             self._renew_layout()
+        if self.param_groups[0]["capturable"]:
+            return self._captured_step(closure)
         options = self._options()
         if closure is None and (options.line_search is not None or options.max_iter > 1):
             raise ValueError(
@@ -328,8 +341,24 @@ class LBFGS(FlatOptimizer):
             self._engine = self._make_engine()
         return self._engine.step(closure, options)
 
+    def _captured_step(self, closure: Closure | None) -> Any:
+        groups = self.param_groups
+        check_capturable(groups[0], "line_search_fn")
+        lr = shared_lr(groups, self.flat.device)
+        lrs = [float(group["lr"]) if lr is None else 1.0 for group in groups]
+        options = step_options(self.flat, groups, lrs, "line_search_fn")
+        if not isinstance(self._engine, CapturedLbfgs):
+            self._engine = self._make_engine()
+        assert isinstance(self._engine, CapturedLbfgs)
+        return self._engine.step(closure, options, lr)
+
+    def _settle(self) -> None:
+        if isinstance(self._engine, CapturedLbfgs):
+            self._engine.settle()
+
     def report(self) -> Report:
         """What was done, and why it stopped."""
+        self._settle()
         if self._engine is None:
             return Report(phase="lbfgs")
         return Report(phase="lbfgs", **lbfgs_fields(self._engine, self._entry))

@@ -53,6 +53,8 @@ class LbfgsEngine(Evaluations):
     holds the history's tensors and the counters ``n_iter``, ``func_evals`` and so on.
     """
 
+    _grad_prev_apart = False
+
     def __init__(
         self,
         flat: FlatParams,
@@ -61,7 +63,9 @@ class LbfgsEngine(Evaluations):
         history_size: int,
         history_dtype: torch.dtype | None,
     ) -> None:
-        super().__init__(flat, entry, History(flat, ops, entry, history_size, history_dtype))
+        apart = self._grad_prev_apart
+        history = History(flat, ops, entry, history_size, history_dtype, apart)
+        super().__init__(flat, entry, history)
         self.ops = ops
         for name in (*COUNTERS, *_TALLIES):
             entry.setdefault(name, 0)

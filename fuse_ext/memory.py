@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fuse_ext import ops as kernels
-from fuse_ext.adam import Adam, AdamEngine
+from fuse_ext.adam import Adam
+from fuse_ext.adam_engine import AdamEngine
 from fuse_ext.checks import check_integer, check_params
 from fuse_ext.flat import FlatOptimizer
 from fuse_ext.fuse import Fuse

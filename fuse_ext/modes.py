@@ -33,6 +33,7 @@ def check_modes(group: ParamGroup) -> None:
     if pairs != AVERAGED:
         return
     for name, allowed in (
+        ("capturable", (False,)),
         ("line_search", (AUTO, None)),
         ("deterministic", (False, None)),
         ("max_iter", (1,)),

@@ -21,6 +21,7 @@ NAMES = (
     "grad_stats",
     "lbfgs_update",
     "lbfgs_two_loop",
+    "lbfgs_decide",
     "lbfgs_direction",
     "lbfgs_move",
     "fuse_blend",
@@ -58,8 +59,19 @@ class Ops(Protocol):
         maximize: bool,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        step_tensor: Tensor | None = None,
+        lr_tensor: Tensor | None = None,
+        loss: Tensor | None = None,
+        grad_square: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> None:
-        """Eq. 2 in place; ``stats[0]`` becomes the sum of squared gradients (Eq. 3)."""
+        """Eq. 2 in place; ``stats[0]`` becomes the sum of squared gradients (Eq. 3).
+
+        ``step_tensor`` holds the steps before this one, instead of ``step`` - 1, in each of its
+        elements, and counts it there; ``lr_tensor`` stands for ``lr``. Where ``found_inf`` is not
+        0, or ``loss`` or ``grad_square`` is not finite, nothing changes. ``counts`` (float64 [2])
+        counts the steps taken and those that were not.
+        """
 
     def grad_stats(
         self,
@@ -93,13 +105,40 @@ class Ops(Protocol):
         form_pair: bool,
         *,
         history_scale: Tensor | None = None,
+        control: Tensor | None = None,
     ) -> None:
-        """Pass 1: y = g - g_prev into the open slot, and the dots of g and y with every row."""
+        """Pass 1: y = g - g_prev into the open slot, and the dots of g and y with every row.
+
+        With ``control`` (:mod:`fuse_ext.fixed_step`) it says whether a pair is formed, and
+        receives the gradient's norms; ``grad_prev`` must be given then.
+        """
 
     def lbfgs_two_loop(
         self, scalars: Tensor, slots: int, commit: bool, step_length: float, curvature_tol: float
     ) -> None:
         """Algorithm 2 on the Gram matrix; with ``commit`` the open slot becomes a pair first."""
+
+    def lbfgs_decide(
+        self,
+        scalars: Tensor,
+        slots: int,
+        control: Tensor,
+        *,
+        lr: float,
+        lr_unit: float,
+        lr_tensor: Tensor | None,
+        loss: Tensor | None,
+        curvature_tol: float,
+        tolerance_grad: float,
+        tolerance_change: float,
+        eps: float,
+        patience: int,
+        closes_pair: bool,
+    ) -> None:
+        """:meth:`lbfgs_two_loop`, and whether, whence and how far to go, all decided there.
+
+        The step is ``lr`` (times ``lr_tensor`` / ``lr_unit``). See csrc/fixed_step.h.
+        """
 
     def lbfgs_direction(
         self,
@@ -114,8 +153,12 @@ class Ops(Protocol):
         scalars: Tensor,
         *,
         history_scale: Tensor | None = None,
+        control: Tensor | None = None,
     ) -> None:
-        """Pass 2: the direction into the open slot, g into g_prev, and g.p, p.p, max|p|."""
+        """Pass 2: the direction into the open slot, g into g_prev, and g.p, p.p, max|p|.
+
+        Does nothing where ``control`` says so.
+        """
 
     def lbfgs_move(
         self,
@@ -128,8 +171,12 @@ class Ops(Protocol):
         save: bool,
         *,
         history_scale: Tensor | None = None,
+        control: Tensor | None = None,
     ) -> None:
-        """param = origin + step * p; with ``save`` the origin is taken from param first."""
+        """param = origin + step * p; with ``save`` the origin is taken from param first.
+
+        With ``control`` it says both, and whether to move at all, and is told what was done.
+        """
 
     def fuse_blend(
         self,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fuse_ext.adam import AdamEngine, AdamLegacy, check_adam_state
+from fuse_ext.adam_engine import AdamEngine, AdamLegacy, check_adam_state
 from fuse_ext.averaged import AVERAGED_NAMES, VECTORS, AveragedEngine, check_averaged_state
+from fuse_ext.captured_adam import make_adam
+from fuse_ext.captured_lbfgs import make_lbfgs
 from fuse_ext.criterion import Switchover
 from fuse_ext.flat import FlatOptimizer
 from fuse_ext.history import STATE_NAMES
@@ -96,6 +98,7 @@ class TwoPhases(FlatOptimizer):
         """As in torch, in either phase; in the L-BFGS phase the curvature starts afresh."""
         if self.__dict__.get("_flat") is not None and isinstance(param_group, dict):
             param_group.setdefault("phase", self.phase)
+            self._settle()
         super().add_param_group(param_group)
 
     def _adopt_state(self) -> None:
@@ -111,17 +114,18 @@ class TwoPhases(FlatOptimizer):
             self._adam = self._make_adam()
 
     def _make_adam(self) -> AdamEngine:
-        return AdamEngine(self.flat, self._ops, self.state, self.param_groups)
+        return make_adam(self.flat, self._ops, self.state, self.param_groups)
 
     def _make_lbfgs(self, legacy: AdamLegacy | None = None) -> LbfgsEngine | AveragedEngine:
         """The engine of the state at hand; with Adam's legacy, the one on averages."""
-        first, entry = self.param_groups[0], self._entry
-        known = self.flat, self._ops, entry, first["history_size"], first["history_dtype"]
-        if legacy is not None or VECTORS[0] in entry:
-            return AveragedEngine(*known, legacy)
-        return LbfgsEngine(*known)
+        group, entry = self.param_groups[0], self._entry
+        if legacy is None and VECTORS[0] not in entry:
+            return make_lbfgs(self.flat, self._ops, entry, group)
+        size, dtype = group["history_size"], group["history_dtype"]
+        return AveragedEngine(self.flat, self._ops, entry, size, dtype, legacy)
 
     def _drop_lbfgs_state(self) -> None:
+        self._settle()
         for name in (*STATE_NAMES, *ENGINE_NAMES, *AVERAGED_NAMES, *WATCH_NAMES):
             if name not in COUNTERS:
                 self._entry.pop(name, None)

@@ -11,176 +11,22 @@ import math
 import torch
 from torch import Tensor
 
+from fuse_ext import fixed_step
 from fuse_ext import scalars as ring
-from fuse_ext.checks import FLOATING
-from fuse_ext.scalars import Header
-
-# Elements of an int8 row that share a scale (kScaleBlock in csrc/numeric.h).
-SCALE_BLOCK = 128
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one block of memory, in some order, without overlap."""
-    return bool(torch.ops.aten.is_non_overlapping_and_dense(tensor))
-
-
-def in_memory_order(tensor: Tensor, like: Tensor) -> Tensor:
-    """The elements as a vector, in the memory order of ``like`` (row-major if it is not dense).
-
-    A view of ``tensor`` where its own order is that one, else a copy.
-    """
-    if not is_dense(like):
-        return tensor.contiguous().view(-1)
-    if tensor.stride() != like.stride():
-        tensor = torch.empty_strided(
-            like.size(), like.stride(), dtype=tensor.dtype, device=tensor.device
-        ).copy_(tensor)
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def write_in_memory_order(tensor: Tensor, like: Tensor, values: Tensor) -> None:
-    """The reverse of :func:`in_memory_order`: ``tensor`` takes the vector's values."""
-    if is_dense(like):
-        shaped = values.as_strided(like.size(), like.stride(), values.storage_offset())
-    else:
-        shaped = values.view(like.size())
-    tensor.copy_(shaped)
-
-
-def _check_tensor(tensor: Tensor, name: str, device: torch.device) -> None:
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} has layout {tensor.layout}; only dense tensors are supported")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device} but params[0] is on {device}")
-    if tensor.dtype not in FLOATING:
-        raise TypeError(
-            f"{name} has dtype {tensor.dtype}; supported are float32, float64, bfloat16 and float16"
-        )
-
-
-def _check(
-    params: list[Tensor],
-    grads: list[Tensor] | None,
-    offsets: list[int],
-    numel: int,
-    dtype: torch.dtype,
-    **per_tensor: list[float],
-) -> None:
-    """The checks of csrc/adapters.cpp; ``numel`` and ``dtype`` are the flat state's."""
-    if len(offsets) != len(params):
-        raise ValueError(f"offsets has {len(offsets)} entries for {len(params)} params")
-    if grads is not None and len(grads) != len(params):
-        raise ValueError(f"grads has {len(grads)} entries for {len(params)} params")
-    for name, values in per_tensor.items():
-        if values and len(values) != len(params):
-            raise ValueError(f"{name} has {len(values)} entries for {len(params)} params")
-    free_from = 0
-    for i, (param, offset) in enumerate(zip(params, offsets, strict=True)):
-        _check_tensor(param, f"params[{i}]", params[0].device)
-        if param.dtype == torch.float64 and dtype != torch.float64:
-            raise TypeError(
-                f"params[{i}] has dtype float64 but the state float32, which would round it"
-            )
-        if not free_from <= offset <= numel - param.numel():
-            raise ValueError(
-                f"offsets[{i}]={offset} does not fit: params[{i}] has {param.numel()} elements, "
-                f"the state {numel}, taken up to {free_from}"
-            )
-        free_from = offset + param.numel()
-        if grads is not None:
-            _check_tensor(grads[i], f"grads[{i}]", params[0].device)
-            if grads[i].shape != param.shape:
-                raise ValueError(
-                    f"grads[{i}] has shape {tuple(grads[i].shape)} but params[{i}] has "
-                    f"{tuple(param.shape)}"
-                )
-
-
-def _flat(tensors: list[Tensor], params: list[Tensor], offsets: list[int], out: Tensor) -> Tensor:
-    for tensor, param, offset in zip(tensors, params, offsets, strict=True):
-        out[offset : offset + param.numel()] = in_memory_order(tensor, param)
-    return out
-
-
-def _effective_gradient(
-    params: list[Tensor],
-    grads: list[Tensor],
-    offsets: list[int],
-    weight_decay: list[float],
-    maximize: bool,
-    numel: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """g = sign * grad + weight_decay * param, flat."""
-    device = params[0].device if params else None
-    g = _flat(grads, params, offsets, torch.zeros(numel, dtype=dtype, device=device))
-    if maximize:
-        g.neg_()
-    for i, decay in enumerate(weight_decay):
-        if decay:
-            piece = g[offsets[i] : offsets[i] + params[i].numel()]
-            piece.add_(in_memory_order(params[i], params[i]).to(dtype), alpha=decay)
-    return g
-
-
-def _sum(values: Tensor) -> float:
-    # MPS has no float64.
-    exact = torch.float32 if values.device.type == "mps" else torch.float64
-    return float(values.sum(dtype=exact))
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return _sum(a * b.to(a.dtype))
-
-
-def _state_dtype(history: Tensor, grad_prev: Tensor | None) -> torch.dtype:
-    if grad_prev is not None:
-        return grad_prev.dtype
-    if history.dtype not in (torch.float32, torch.float64):
-        raise TypeError("grad_prev is missing: only a float32 or float64 history can hold it")
-    return history.dtype
-
-
-class _Rows:
-    """The rows of a history, read as they were stored; an int8 history has scales."""
-
-    def __init__(self, history: Tensor, scales: Tensor | None, dtype: torch.dtype) -> None:
-        if (scales is not None) != (history.dtype == torch.int8):
-            raise ValueError(
-                "history_scale belongs to an int8 history, and only to it; history has dtype "
-                f"{history.dtype}"
-            )
-        self._history, self._scales, self._dtype = history, scales, dtype
-
-    def read(self, side: int, slot: int) -> Tensor:
-        row = self._history[side, slot].to(self._dtype)
-        if self._scales is None:
-            return row
-        return row * self._spread(self._scales[side, slot])
-
-    def write(self, side: int, slot: int, values: Tensor) -> Tensor:
-        """Stores the values, rounded; returns what was stored."""
-        if self._scales is not None:
-            padded = torch.nn.functional.pad(values, (0, -len(values) % SCALE_BLOCK))
-            blocks = padded.view(-1, SCALE_BLOCK)
-            # The product is NaN, and with it the scale, where a value is not finite.
-            self._scales[side, slot] = blocks.abs().amax(1) / 127 + (blocks * 0).sum(1)
-            scale = self._spread(self._scales[side, slot])
-            values = torch.where(scale > 0, values / scale, 0).round().clamp(-127, 127)
-        self._history[side, slot] = values
-        return self.read(side, slot)
-
-    def _spread(self, scales: Tensor) -> Tensor:
-        spread = scales.to(self._dtype).repeat_interleave(SCALE_BLOCK)
-        return spread[: self._history.size(2)]
-
-
-def _ring(scalars: Tensor, history: Tensor) -> tuple[Header, list[int]]:
-    """The header, and the ring's slots, newest pair first."""
-    slots = history.size(1)
-    header = ring.read_header(scalars)
-    newest = int(header.open) + slots - 1
-    return header, [(newest - age) % slots for age in range(int(header.count))]
+from fuse_ext.reference_memory import (
+    Rows,
+    check,
+    dot,
+    effective_gradient,
+    fill_flat,
+    first_step,
+    in_memory_order,
+    number_of,
+    ring_slots,
+    state_dtype,
+    sum_of,
+    write_in_memory_order,
+)
 
 
 def adam_step(
@@ -203,13 +49,29 @@ def adam_step(
     maximize: bool,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    step_tensor: Tensor | None = None,
+    lr_tensor: Tensor | None = None,
+    loss: Tensor | None = None,
+    grad_square: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> None:
     """See :class:`fuse_ext.ops.Ops`."""
+    if step_tensor is not None:
+        step = int(first_step(step_tensor, exp_avg.device)) + 1
+    if lr_tensor is not None:
+        lr = number_of("lr_tensor", lr_tensor, exp_avg.device)
     if step < 1:
         raise ValueError(f"step={step} must be at least 1")
-    _check(params, grads, offsets, exp_avg.numel(), exp_avg.dtype)
-    if found_inf is not None and found_inf.item() != 0.0:
+    check(params, grads, offsets, exp_avg.numel(), exp_avg.dtype)
+    numbers = [number.item() for number in (loss, grad_square) if number is not None]
+    skips = found_inf is not None and found_inf.item() != 0.0
+    skips = skips or not all(map(math.isfinite, numbers))
+    if counts is not None:
+        counts[int(skips)] += 1
+    if skips:
         return
+    if step_tensor is not None:
+        step_tensor.add_(1)
     scale = (-1.0 if maximize else 1.0) / (1.0 if grad_scale is None else grad_scale.item())
     step_size = lr / (1.0 - beta1**step)
     root_scale = 1.0 / math.sqrt(1.0 - beta2**step)
@@ -219,7 +81,7 @@ def adam_step(
         m, v = exp_avg[place], exp_avg_sq[place]
         x = in_memory_order(param, param).to(m.dtype, copy=True)
         g = in_memory_order(grad, param).to(m.dtype) * scale
-        sum_sq += _dot(g, g)
+        sum_sq += dot(g, g)
         if decoupled_weight_decay:
             x.mul_(1.0 - lr * weight_decay)
         elif weight_decay:
@@ -254,18 +116,18 @@ def grad_stats(
     dtype = torch.float64 if double else torch.float32
     ends = [offset + param.numel() for param, offset in zip(params, offsets, strict=False)]
     numel = max(ends, default=0) if history is None else history.size(2)
-    _check(params, grads, offsets, numel, dtype, weight_decay=weight_decay)
-    g = _effective_gradient(params, grads, offsets, weight_decay, maximize, numel, dtype)
+    check(params, grads, offsets, numel, dtype, weight_decay=weight_decay)
+    g = effective_gradient(params, grads, offsets, weight_decay, maximize, numel, dtype)
     penalty = 0.0
     for param, decay in zip(params, weight_decay, strict=False):
         x = in_memory_order(param, param).to(dtype)
-        penalty += 0.5 * decay * _dot(x, x)
+        penalty += 0.5 * decay * dot(x, x)
     slope = 0.0
     if history is not None and scalars is not None:
-        rows = _Rows(history, history_scale, dtype)
-        slope = _dot(g, rows.read(0, int(ring.read_header(scalars).open)))
+        rows = Rows(history, history_scale, dtype)
+        slope = dot(g, rows.read(0, int(ring.read_header(scalars).open)))
     largest = float(g.abs().max()) if numel else 0.0
-    values = [slope, _dot(g, g), _sum(g.abs()), penalty, largest]
+    values = [slope, dot(g, g), sum_of(g.abs()), penalty, largest]
     stats.copy_(torch.tensor(values, dtype=torch.float64))
 
 
@@ -281,14 +143,23 @@ def lbfgs_update(
     form_pair: bool,
     *,
     history_scale: Tensor | None = None,
+    control: Tensor | None = None,
 ) -> None:
     """See :class:`fuse_ext.ops.Ops`."""
-    dtype, numel = _state_dtype(history, grad_prev), history.size(2)
-    _check(params, grads, offsets, numel, dtype, weight_decay=weight_decay)
-    g = _effective_gradient(params, grads, offsets, weight_decay, maximize, numel, dtype)
-    header, pairs = _ring(scalars, history)
+    dtype, numel = state_dtype(history, grad_prev, control), history.size(2)
+    check(params, grads, offsets, numel, dtype, weight_decay=weight_decay)
+    g = effective_gradient(params, grads, offsets, weight_decay, maximize, numel, dtype)
+    header, pairs = ring_slots(scalars, history)
+    if control is not None:
+        numbers = fixed_step.Control(control)
+        form_pair = numbers.pair_step != 0.0
+        numbers.grad_square, numbers.grad_sum = dot(g, g), sum_of(g.abs())
+        numbers.grad_largest = float(g.abs().max()) if numel else 0.0
+        if not pairs:
+            largest = [float(p.abs().max()) for p in params if p.numel()]
+            numbers.param_largest = max(largest, default=0.0)
     slots, opened = history.size(1), int(header.open)
-    rows = _Rows(history, history_scale, dtype)
+    rows = Rows(history, history_scale, dtype)
     grad_s, grad_y = ring.array(scalars, "grad_s", slots), ring.array(scalars, "grad_y", slots)
     if form_pair:
         # As stored: a rounded pair is the pair.
@@ -296,10 +167,10 @@ def lbfgs_update(
         pairs = [*pairs, opened]
         y_s, y_y = ring.array(scalars, "y_s", slots), ring.array(scalars, "y_y", slots)
         for slot in pairs:
-            y_s[slot], y_y[slot] = _dot(y, rows.read(0, slot)), _dot(y, rows.read(1, slot))
+            y_s[slot], y_y[slot] = dot(y, rows.read(0, slot)), dot(y, rows.read(1, slot))
         scalars[ring.index("y_dot_y", slots)] = y_y[opened]
     for slot in pairs:
-        grad_s[slot], grad_y[slot] = _dot(g, rows.read(0, slot)), _dot(g, rows.read(1, slot))
+        grad_s[slot], grad_y[slot] = dot(g, rows.read(0, slot)), dot(g, rows.read(1, slot))
 
 
 def _commit_pair(scalars: Tensor, slots: int, step_length: float, curvature_tol: float) -> None:
@@ -338,6 +209,10 @@ def lbfgs_two_loop(
     """See :class:`fuse_ext.ops.Ops`."""
     if commit:
         _commit_pair(scalars, slots, step_length, curvature_tol)
+    _recursion(scalars, slots)
+
+
+def _recursion(scalars: Tensor, slots: int) -> None:
     header = ring.read_header(scalars)
     newest_first = [
         (int(header.open) + slots - 1 - age) % slots for age in range(int(header.count))
@@ -363,6 +238,42 @@ def lbfgs_two_loop(
     ring.array(scalars, "coef_g", slots)[0] = -gamma
 
 
+def lbfgs_decide(
+    scalars: Tensor,
+    slots: int,
+    control: Tensor,
+    *,
+    lr: float,
+    lr_unit: float,
+    lr_tensor: Tensor | None,
+    loss: Tensor | None,
+    curvature_tol: float,
+    tolerance_grad: float,
+    tolerance_change: float,
+    eps: float,
+    patience: int,
+    closes_pair: bool,
+) -> None:
+    """See :class:`fuse_ext.ops.Ops`."""
+    if lr_tensor is not None:
+        lr *= number_of("lr_tensor", lr_tensor, lr_tensor.device) / lr_unit
+    fixed_step.decide(
+        scalars,
+        slots,
+        control,
+        lr=lr,
+        loss=0.0 if loss is None else loss.item(),
+        curvature_tol=curvature_tol,
+        tolerance_grad=tolerance_grad,
+        tolerance_change=tolerance_change,
+        eps=eps,
+        patience=patience,
+        closes_pair=closes_pair,
+        commit=lambda t: _commit_pair(scalars, slots, t, curvature_tol),
+        recursion=lambda: _recursion(scalars, slots),
+    )
+
+
 def lbfgs_direction(
     params: list[Tensor],
     grads: list[Tensor],
@@ -375,15 +286,18 @@ def lbfgs_direction(
     scalars: Tensor,
     *,
     history_scale: Tensor | None = None,
+    control: Tensor | None = None,
 ) -> None:
     """See :class:`fuse_ext.ops.Ops`."""
-    dtype, numel = _state_dtype(history, grad_prev), history.size(2)
-    _check(params, grads, offsets, numel, dtype, weight_decay=weight_decay, lr_scale=lr_scale)
-    g = _effective_gradient(params, grads, offsets, weight_decay, maximize, numel, dtype)
-    header, pairs = _ring(scalars, history)
+    dtype, numel = state_dtype(history, grad_prev, control), history.size(2)
+    check(params, grads, offsets, numel, dtype, weight_decay=weight_decay, lr_scale=lr_scale)
+    if control is not None and fixed_step.Control(control).move != fixed_step.GO:
+        return
+    g = effective_gradient(params, grads, offsets, weight_decay, maximize, numel, dtype)
+    header, pairs = ring_slots(scalars, history)
     slots, opened = history.size(1), int(header.open)
     coef_s, coef_y = ring.array(scalars, "coef_s", slots), ring.array(scalars, "coef_y", slots)
-    rows = _Rows(history, history_scale, dtype)
+    rows = Rows(history, history_scale, dtype)
     p = g * float(ring.array(scalars, "coef_g", slots))
     for slot in pairs:
         p.add_(rows.read(0, slot), alpha=float(coef_s[slot]))
@@ -392,8 +306,8 @@ def lbfgs_direction(
         p[offsets[i] : offsets[i] + params[i].numel()] *= share
     p = rows.write(0, opened, p)
     (history[1, opened] if grad_prev is None else grad_prev).copy_(g)
-    scalars[ring.index("direction_dot_grad", slots)] = _dot(g, p)
-    scalars[ring.index("direction_sq", slots)] = _dot(p, p)
+    scalars[ring.index("direction_dot_grad", slots)] = dot(g, p)
+    scalars[ring.index("direction_sq", slots)] = dot(p, p)
     scalars[ring.index("direction_max", slots)] = float(p.abs().max()) if numel else 0.0
 
 
@@ -407,17 +321,23 @@ def lbfgs_move(
     save: bool,
     *,
     history_scale: Tensor | None = None,
+    control: Tensor | None = None,
 ) -> None:
     """See :class:`fuse_ext.ops.Ops`."""
-    _check(params, None, offsets, history.size(2), origin.dtype)
-    header, _ = _ring(scalars, history)
+    check(params, None, offsets, history.size(2), origin.dtype)
+    header, _ = ring_slots(scalars, history)
+    if control is not None:
+        order = fixed_step.ordered_move(scalars, control)
+        if order is None:
+            return
+        step, save = order
     if save:
-        _flat(params, params, offsets, origin)
+        fill_flat(params, params, offsets, origin)
         if step == 0.0:
             return
     target = origin
     if step != 0.0:
-        target = origin + step * _Rows(history, history_scale, origin.dtype).read(
+        target = origin + step * Rows(history, history_scale, origin.dtype).read(
             0, int(header.open)
         )
     for param, offset in zip(params, offsets, strict=True):
@@ -436,30 +356,30 @@ def fuse_blend(
     history_scale: Tensor | None = None,
 ) -> None:
     """See :class:`fuse_ext.ops.Ops`."""
-    _check(params, None, offsets, history.size(2), origin.dtype)
-    header, _ = _ring(scalars, history)
-    rows, opened = _Rows(history, history_scale, origin.dtype), int(header.open)
-    adam_point = _flat(params, params, offsets, origin.clone())
+    check(params, None, offsets, history.size(2), origin.dtype)
+    header, _ = ring_slots(scalars, history)
+    rows, opened = Rows(history, history_scale, origin.dtype), int(header.open)
+    adam_point = fill_flat(params, params, offsets, origin.clone())
     lbfgs_point = origin + step * rows.read(0, opened)
     point = adam_point.lerp(lbfgs_point, 1.0 - theta)
     for param, offset in zip(params, offsets, strict=True):
         write_in_memory_order(param, param, point[offset : offset + param.numel()])
-    taken = rows.write(0, opened, _flat(params, params, offsets, origin.clone()) - origin)
-    scalars[ring.index("direction_sq", history.size(1))] = _dot(taken, taken)
+    taken = rows.write(0, opened, fill_flat(params, params, offsets, origin.clone()) - origin)
+    scalars[ring.index("direction_sq", history.size(1))] = dot(taken, taken)
 
 
 def grad_gather(
     params: list[Tensor], grads: list[Tensor], offsets: list[int], flat: Tensor
 ) -> None:
     """See :class:`fuse_ext.ops.Ops`."""
-    _check(params, grads, offsets, flat.numel(), flat.dtype)
-    _flat(grads, params, offsets, flat)
+    check(params, grads, offsets, flat.numel(), flat.dtype)
+    fill_flat(grads, params, offsets, flat)
 
 
 def grad_scatter(
     params: list[Tensor], grads: list[Tensor], offsets: list[int], flat: Tensor
 ) -> None:
     """See :class:`fuse_ext.ops.Ops`."""
-    _check(params, grads, offsets, flat.numel(), flat.dtype)
+    check(params, grads, offsets, flat.numel(), flat.dtype)
     for param, grad, offset in zip(params, grads, offsets, strict=True):
         write_in_memory_order(grad, param, flat[offset : offset + param.numel()])

@@ -25,7 +25,9 @@ TYPES = {"f": "float", "d": "double"}
 INSTRUCTION = re.compile(
     r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE
 )
-KERNEL = re.compile(r"(adam|update|direction|two_loop|stats|move|blend|copy)_kernelI(.*?)EEv")
+KERNEL = re.compile(
+    r"(adam|update|direction|two_loop|decide|stats|move|blend|copy)_kernelI(.*?)EEv"
+)
 
 
 def tool(name: str) -> Path | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse_ext import ops
+from fuse_ext import fixed_step, ops
 from fuse_ext import scalars as ring
 
 CPU = torch.device("cpu")
@@ -126,12 +126,14 @@ class Ring:
         scalars: As in csrc/two_loop.h.
         grad_prev: The previous gradient, or None where it is the open slot's Y row.
         history_scale: [2, slots, blocks] beside an int8 history (tests/test_int8_history.py).
+        control: What a fixed step decides by (fuse_ext/fixed_step.py), if it does.
     """
 
     history: Tensor
     scalars: Tensor
     grad_prev: Tensor | None
     history_scale: Tensor | None = None
+    control: Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -298,7 +300,8 @@ def adam_arguments(
 ) -> dict[str, Any]:
     """Arguments of adam_step in the middle of a run."""
     exp_avg_sq = draw(tensors.numel).square()
-    options = {"grad_scale": None, "found_inf": None} | options
+    absent = ("grad_scale", "found_inf", "step_tensor", "lr_tensor", "loss", "grad_square")
+    options = dict.fromkeys((*absent, "counts")) | options
     return {
         "params": tensors.params,
         "grads": tensors.grads,
@@ -361,6 +364,7 @@ def update_arguments(
         "grad_prev": history.grad_prev,
         "scalars": history.scalars,
         "form_pair": form_pair,
+        "control": history.control,
     }
 
 
@@ -378,6 +382,7 @@ def direction_arguments(
         "history_scale": history.history_scale,
         "grad_prev": history.grad_prev,
         "scalars": history.scalars,
+        "control": history.control,
     }
 
 
@@ -393,6 +398,43 @@ def point_arguments(tensors: Tensors, history: Ring, origin: Tensor) -> dict[str
     }
 
 
+def move_arguments(
+    tensors: Tensors, history: Ring, origin: Tensor, step: float = 0.5, save: bool = True
+) -> dict[str, Any]:
+    """Arguments of lbfgs_move."""
+    told = {"step": step, "save": save, "control": history.control}
+    return point_arguments(tensors, history, origin) | told
+
+
+def decide_arguments(history: Ring, **options: Any) -> dict[str, Any]:
+    """Arguments of lbfgs_decide; the ring must have a control."""
+    return {
+        "scalars": history.scalars,
+        "slots": history.slots,
+        "control": history.control,
+        "lr": 0.5,
+        "lr_unit": 1.0,
+        "lr_tensor": None,
+        "loss": None,
+        "curvature_tol": 1e-8,
+        "tolerance_grad": 0.0,
+        "tolerance_change": 0.0,
+        "eps": unit_roundoff(F32) * 2,
+        "patience": 3,
+        "closes_pair": False,
+    } | options
+
+
+def give_control(history: Ring, **numbers: float) -> Tensor:
+    """A control for the ring, with grad_prev apart; the numbers are put in by name."""
+    if history.grad_prev is None:
+        history.grad_prev = history.previous.clone()
+    history.control = fixed_step.new_control(CPU)
+    for name, value in numbers.items():
+        setattr(fixed_step.Control(history.control), name, value)
+    return history.control
+
+
 def copy_arguments(tensors: Tensors, flat: Tensor) -> dict[str, Any]:
     """Arguments of grad_gather and grad_scatter."""
     return {
@@ -403,10 +445,10 @@ def copy_arguments(tensors: Tensors, flat: Tensor) -> dict[str, Any]:
     }
 
 
-def every_op(awkward: bool, int8: bool = False) -> dict[str, dict[str, Any]]:
+def every_op(awkward: bool, int8: bool = False, decided: bool = False) -> dict[str, dict[str, Any]]:
     """Arguments for each op: one float32 tensor, or several of all kinds and every optional.
 
-    ``int8`` makes the history one of 8 bits.
+    ``int8`` makes the history one of 8 bits; ``decided``: the device decides what it can.
     """
     numel = 300
     if awkward:
@@ -435,6 +477,16 @@ def every_op(awkward: bool, int8: bool = False) -> dict[str, dict[str, Any]]:
     history.scalars[ring.index("y_dot_y", history.slots)] = 1.0
     history.scalars[ring.index("gamma", history.slots)] = 1.0
     history.array("y_s").fill_(0.5)
+    going = {"pair_step": 0.5, "move": fixed_step.GO, "step_length": 0.25, "grad_square": 2.0}
+    undecided = history.grad_prev
+    give_control(history, **going, grad_sum=20.0, grad_largest=1.0, param_largest=2.0)
+    history.scalars[ring.index("direction_dot_grad", history.slots)] = -1.0
+    decide = decide_arguments(history)
+    if awkward:
+        given = {"loss": torch.tensor(3.0), "lr_tensor": torch.tensor(0.5), "lr_unit": 2.0}
+        decide |= given
+    if not decided:
+        history.control, history.grad_prev = None, undecided
 
     adam = adam_arguments(tensors)
     if awkward:
@@ -447,6 +499,14 @@ def every_op(awkward: bool, int8: bool = False) -> dict[str, dict[str, Any]]:
             found_inf=torch.tensor(0.0),
         )
     adam["stats"].zero_()
+    if decided:
+        adam |= {
+            "step_tensor": torch.full((4,), 4.0),
+            "lr_tensor": torch.tensor(0.05),
+            "loss": torch.tensor(2.0),
+            "grad_square": torch.ones(1, dtype=F64),
+            "counts": torch.zeros(2, dtype=F64),
+        }
     stats = stats_arguments(tensors, history if awkward else None, decay, awkward)
     stats["stats"].zero_()
     point = point_arguments(tensors, history, torch.randn(numel))
@@ -461,8 +521,9 @@ def every_op(awkward: bool, int8: bool = False) -> dict[str, dict[str, Any]]:
             "step_length": 0.5,
             "curvature_tol": 1e-8,
         },
+        "lbfgs_decide": decide,
         "lbfgs_direction": direction_arguments(tensors, history, decay, lr_scale, awkward),
-        "lbfgs_move": point | {"step": 0.5, "save": awkward},
+        "lbfgs_move": move_arguments(tensors, history, point["origin"], 0.5, awkward),
         "fuse_blend": point | {"theta": 0.25, "step": 0.5},
         "grad_gather": copy_arguments(tensors, torch.zeros(numel)),
         "grad_scatter": copy_arguments(tensors, torch.randn(numel)),

@@ -8,7 +8,7 @@ import torch
 from adam_cases import frozen, snapshot
 from lbfgs_cases import NEVER_STOP
 
-from fuse_ext import _C, LBFGS, Adam, Fuse, FusePV, adam, bound_ops, history
+from fuse_ext import _C, LBFGS, Adam, Fuse, FusePV, adam_engine, bound_ops, history
 from fuse_ext.flat import FlatParams
 
 OPTIMIZERS = {
@@ -257,7 +257,7 @@ def test_both_ways_of_calling_the_ops_do_the_same(kind, monkeypatch):
         return losses, frozen(params), frozen(optimizer.state_dict())
 
     direct = run()
-    for module in (adam, history):
+    for module in (adam_engine, history):
         monkeypatch.setattr(module, "bind", bound_ops._Listed)
     assert run() == direct
 

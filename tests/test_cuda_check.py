@@ -24,8 +24,8 @@ def test_the_benchmark_runs_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_check, "CASES", ((90, 3),))
     # torch's fused Adam, as on a GPU, wants float tensors of one device; the CPU has it too.
     text = cuda_check.benchmark(quick=True)
-    assert len(calls) == 1 + 2 + 4
-    assert text.count("| 90 | 3 |") == 6
+    assert len(calls) == 1 + 4 + 5
+    assert text.count("| 90 | 3 |") == 9
 
 
 def test_the_model_counts_what_torch_does() -> None:
@@ -45,3 +45,4 @@ def test_the_model_counts_what_torch_does() -> None:
 def test_bytes_of_an_iteration(rows: str, row_bytes: float) -> None:
     """4 m + 4 accesses to rows, and 7 to gradients, parameters and their copies."""
     assert cuda_model.lbfgs(10, rows).bytes == 44 * row_bytes + 7 * 4
+    assert cuda_model.lbfgs(10, rows, capturable=False).bytes == 44 * row_bytes + 8 * 4

@@ -130,18 +130,20 @@ def test_every_op_as_on_the_cpu(numel: int, dtype: torch.dtype, row: torch.dtype
 
 
 @cuda_only
+@pytest.mark.parametrize("decided", [False, True])
 @pytest.mark.parametrize("awkward", [False, True])
 @pytest.mark.parametrize("name", ops.NAMES)
-def test_awkward_tensors(name: str, awkward: bool) -> None:
-    compare(name, every_op(awkward)[name], CUDA)
+def test_awkward_tensors(name: str, awkward: bool, decided: bool) -> None:
+    compare(name, every_op(awkward, decided=decided)[name], CUDA)
 
 
 def test_the_comparisons_themselves() -> None:
     for dtype in DTYPES:
         for name, arguments in cases(300, dtype, dtype).items():
             compare(name, arguments, CPU)
-    for name, arguments in every_op(True).items():
-        compare(name, arguments, CPU)
+    for decided in (False, True):
+        for name, arguments in every_op(True, decided=decided).items():
+            compare(name, arguments, CPU)
 
 
 @contextmanager
@@ -156,12 +158,13 @@ def no_synchronisation() -> Iterator[None]:
 
 @cuda_only
 def test_no_op_waits_for_the_device() -> None:
-    arguments = {name: moved(a, CUDA) for name, a in every_op(True).items()}
-    arguments["lbfgs_two_loop"]["commit"] = True
+    arguments = [(name, moved(a, CUDA)) for name, a in every_op(True).items()]
+    arguments += [(name, moved(a, CUDA)) for name, a in every_op(True, decided=True).items()]
+    dict(arguments)["lbfgs_two_loop"]["commit"] = True
     torch.cuda.synchronize()
     with no_synchronisation():
         for _ in range(2):
-            for name, a in arguments.items():
+            for name, a in arguments:
                 getattr(NATIVE, name)(**a)
     torch.cuda.synchronize()
 

@@ -14,6 +14,7 @@ from itertools import product
 from typing import Any
 
 import pytest
+import test_fixed_step as fixed
 import test_int8_history as int8
 import test_ops_adam as adam
 import test_ops_errors as errors
@@ -44,7 +45,7 @@ from ops_cases import (
 )
 from torch import Tensor
 
-from fuse_ext import ops
+from fuse_ext import LBFGS, Adam, FusePV, Never, ops
 from fuse_ext import scalars as ring
 
 pytestmark = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
@@ -322,6 +323,125 @@ def test_damaged_scalars_never_index(cuda: Any, entry: str, value: float) -> Non
         scalars = arguments["scalars"]
     assert scalars is not None
     assert bool(ring.array(scalars, "coef_g", 4).isnan())
+
+
+# --- steps that are decided on the device ----------------------------------------------------
+
+
+@pytest.mark.usefixtures("in_every_order")
+@pytest.mark.parametrize("told", fixed.TOLD if PLAIN else fixed.TOLD[:2], ids=str)
+def test_decisions(told: dict[str, Any]) -> None:
+    fixed.check_decisions("cuda", told, fixed.STATES[:: 7 if PLAIN else 30])
+
+
+@not_tsan
+def test_decisions_on_scalars_too_many_for_shared_memory(cuda: Any) -> None:
+    made = make_ring(10, 59, 30, 40)
+    fixed.give_control(made, **fixed.NORMS, pair_step=0.5)
+    made.scalars.copy_(gram_scalars(60, 30, 40))
+    arguments = fixed.decide_arguments(made)
+    for name, value in results("lbfgs_decide", cuda, arguments).items():
+        expected = results("lbfgs_decide", NATIVE, arguments)[name]
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+
+
+@plain_only
+@pytest.mark.usefixtures("cuda")
+def test_what_a_decision_leads_to() -> None:
+    fixed.test_the_first_step_is_visible_and_of_1_norm_one("cuda")
+    fixed.test_a_direction_that_would_ascend_is_foreseen("cuda")
+    for move in (fixed.STAY, fixed.RETURN):
+        fixed.test_no_direction_where_none_is_wanted("cuda", move)
+
+
+@pytest.mark.usefixtures("in_every_order")
+def test_moves_that_the_device_decides() -> None:
+    fixed.test_moves("cuda")
+
+
+@pytest.mark.usefixtures("in_every_order")
+@pytest.mark.parametrize("numel", [n for n in SIZES if n > 0])
+def test_norms_at_every_size(numel: int) -> None:
+    for pieces, state in product(PIECES, (F32, F64)):
+        fixed.check_norms("cuda", state, split(numel, pieces))
+
+
+@pytest.mark.usefixtures("in_every_order")
+@pytest.mark.parametrize("number", [F32, F64])
+def test_adam_with_its_numbers_on_the_device(cuda: Any, number: torch.dtype) -> None:
+    fixed.check_adam_on_the_device("cuda", F32, number)
+    numel = 1281 if TSAN else 5123  # more than one round of the grid
+    tensors = make_tensors(split(numel, 3))
+    numbers = {"step_tensor": torch.tensor(4.0, dtype=number), "counts": torch.zeros(2, dtype=F64)}
+    arguments = adam_arguments(tensors, lr_tensor=torch.tensor(0.1, dtype=number), **numbers)
+    ours, cpus = results("adam_step", cuda, arguments), results("adam_step", NATIVE, arguments)
+    for name, value in ours.items():
+        if name != "stats":
+            assert same_bits(value, cpus[name]), name
+
+
+@plain_only
+@pytest.mark.usefixtures("cuda")
+def test_adam_skips_and_counts() -> None:
+    for bad in ({"found_inf": 1.0}, {"loss": math.nan}, {"grad_square": math.inf}):
+        fixed.test_adam_skips_and_counts("cuda", {k: torch.tensor(v) for k, v in bad.items()})
+
+
+@plain_only
+@pytest.mark.parametrize("history_dtype", [None, BF16, torch.int8])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_whole_iterations_in_four_launches(
+    cuda: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    weight_decay: float,
+    history_dtype: torch.dtype | None,
+) -> None:
+    """LBFGS(capturable=True) on the simulated device: as on the CPU, wrong gradients included."""
+    options = {"max_iter": 1, "history_size": 3, "tolerance_grad": 0, "tolerance_change": 0}
+    options |= {"history_dtype": history_dtype, "weight_decay": weight_decay, "capturable": True}
+    h, iterates, launches = torch.linspace(1, 10, 700), [], set()
+    for kernels in (cuda, NATIVE):
+        monkeypatch.setattr(ops, "select", lambda *_, kernels=kernels: kernels)
+        torch.manual_seed(0)
+        xs = [torch.randn(300).requires_grad_(), torch.randn(20, 20).requires_grad_()]
+        optimizer = LBFGS(xs, lr=0.5, **options)
+        for step in range(25):
+            g = h * torch.cat([x.detach().flatten() for x in xs])
+            g[5] = math.nan if step in (2, 9, 10, 11, 12) else g[5]
+            xs[0].grad, xs[1].grad = g[:300].clone(), g[300:].view(20, 20).clone()
+            before = cuda.launches()
+            optimizer.step()
+            launches.add(cuda.launches() - before)
+        iterates.append(torch.cat([x.detach().flatten() for x in xs]))
+        report = optimizer.report()
+        assert (report.non_finite, report.history_resets, report.step_cuts) == (5, 1, 0)
+    assert launches == {0, 4}  # none in the second run, on the CPU
+    assert iterates[1].norm() < 1e-1
+    torch.testing.assert_close(iterates[0], iterates[1], rtol=1e-3, atol=1e-3)
+
+
+@plain_only
+def test_launches_of_every_step(cuda: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As benchmarks/cuda_model.py has them."""
+    monkeypatch.setattr(ops, "select", lambda *_: cuda)
+    fixed_step = {"line_search": None, "capturable": True}
+    for make, expected in (
+        (lambda p: Adam(p), 1),
+        (lambda p: Adam(p, capturable=True), 1),
+        (lambda p: FusePV(p, switch=Never(), **fixed_step), 2),
+        (lambda p: FusePV(p, switch=Never(), check_finite=False, **fixed_step), 1),
+        (lambda p: LBFGS(p, lr=0.5, max_iter=1), 5),
+        (lambda p: LBFGS(p, lr=0.5, max_iter=1, capturable=True), 4),
+        (lambda p: FusePV(p, switch=0, lbfgs_lr=0.5, **fixed_step), 4),
+    ):
+        xs = [torch.randn(300).requires_grad_(), torch.randn(7).requires_grad_()]
+        optimizer = make(xs)
+        for _ in range(4):
+            for x in xs:
+                x.grad = x.detach().clone()
+            before = cuda.launches()
+            optimizer.step()
+            assert cuda.launches() == before + expected
 
 
 # --- rows in 8 bits -------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import Tensor
 from fuse_ext import LBFGS, Fuse, FusePV, ops
 from fuse_ext.flat import FlatParams
 from fuse_ext.history import History
-from fuse_ext.reference import SCALE_BLOCK
+from fuse_ext.reference_memory import SCALE_BLOCK
 
 CPU = torch.device("cpu")
 SIZES = (1, 2, 127, 128, 129, 4095, 4097, 9001)

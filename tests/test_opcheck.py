@@ -13,11 +13,16 @@ from torch.utils._pytree import tree_map_only
 from fuse_ext import ops
 
 OPS = {name: getattr(torch.ops.fuse_ext, name).default for name in ops.NAMES}
-KINDS = {"plain": (False, False), "awkward": (True, False), "int8": (True, True)}
+KINDS = {
+    "plain": (False, False, False),
+    "awkward": (True, False, False),
+    "int8": (True, True, False),
+    "decided": (True, False, True),
+}
+WITH_CONTROL = ("adam_step", "lbfgs_update", "lbfgs_direction", "lbfgs_move")
 WITH_HISTORY = ("grad_stats", "lbfgs_update", "lbfgs_direction", "lbfgs_move", "fuse_blend")
-CASES = [
-    (name, kind) for name in ops.NAMES for kind in KINDS if kind != "int8" or name in WITH_HISTORY
-]
+ONLY = {"int8": WITH_HISTORY, "decided": WITH_CONTROL}
+CASES = [(name, kind) for name in ops.NAMES for kind in KINDS if name in ONLY.get(kind, ops.NAMES)]
 each_case = pytest.mark.parametrize(("name", "kind"), CASES)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,15 +12,19 @@ import torch
 from ops_cases import (
     BACKENDS,
     BF16,
+    CPU,
     F16,
     F32,
     F64,
     Watch,
     adam_arguments,
     copy_arguments,
+    decide_arguments,
     direction_arguments,
+    give_control,
     make_ring,
     make_tensors,
+    move_arguments,
     point_arguments,
     stats_arguments,
     tensors_of,
@@ -27,13 +32,13 @@ from ops_cases import (
 )
 from torch import Tensor
 
-from fuse_ext import ops
+from fuse_ext import fixed_step, ops
 from fuse_ext import scalars as ring
 
 Arguments = dict[str, Any]
 SIZES = [6, 4]
 NUMEL = sum(SIZES)
-LISTS = [name for name in ops.NAMES if name != "lbfgs_two_loop"]
+LISTS = [name for name in ops.NAMES if name not in ("lbfgs_two_loop", "lbfgs_decide")]
 WITH_GRADS = [name for name in LISTS if name not in ("lbfgs_move", "fuse_blend")]
 
 
@@ -44,6 +49,8 @@ def good(name: str) -> Arguments:
     tensors.grads = [g.view(-1, 2) for g in tensors.grads]
     made = make_ring(NUMEL, 3, 1, 2)
     point = point_arguments(tensors, made, torch.randn(NUMEL))
+    decided = replace(made)
+    give_control(decided)
     return {
         "adam_step": lambda: adam_arguments(tensors, amsgrad=True),
         "grad_stats": lambda: stats_arguments(tensors, made),
@@ -55,8 +62,9 @@ def good(name: str) -> Arguments:
             "step_length": 1.0,
             "curvature_tol": 0.0,
         },
+        "lbfgs_decide": lambda: decide_arguments(decided),
         "lbfgs_direction": lambda: direction_arguments(tensors, made),
-        "lbfgs_move": lambda: point | {"step": 0.5, "save": True},
+        "lbfgs_move": lambda: move_arguments(tensors, made, point["origin"]),
         "fuse_blend": lambda: point | {"theta": 0.5, "step": 0.5},
         "grad_gather": lambda: copy_arguments(tensors, torch.randn(NUMEL)),
         "grad_scatter": lambda: copy_arguments(tensors, torch.randn(NUMEL)),
@@ -195,6 +203,8 @@ BAD_STATE: list[tuple[str, Callable[[Arguments], None], type[Exception], str]] =
     ),
     ("adam_step", argument("stats", Tensor.float), TypeError, "stats has dtype"),
     ("adam_step", argument("stats", torch.zeros(2, dtype=F64)), ValueError, "stats has shape [2]"),
+    ("adam_step", argument("counts", torch.zeros(2)), TypeError, "counts has dtype"),
+    ("adam_step", argument("counts", torch.zeros(3, dtype=F64)), ValueError, "counts has shape"),
     ("grad_stats", argument("stats", Tensor.float), TypeError, "stats has dtype"),
     ("grad_stats", argument("stats", torch.zeros(4, dtype=F64)), ValueError, "stats has shape [4]"),
     ("lbfgs_two_loop", argument("slots", 5), ValueError, "scalars has shape"),
@@ -202,6 +212,13 @@ BAD_STATE: list[tuple[str, Callable[[Arguments], None], type[Exception], str]] =
     ("lbfgs_two_loop", argument("slots", 0), ValueError, "slots=0 must be at least 2"),
     ("lbfgs_two_loop", argument("slots", -3), ValueError, "slots=-3 must be at least 2"),
     ("lbfgs_two_loop", argument("scalars", Tensor.float), TypeError, "scalars has dtype"),
+    ("lbfgs_decide", argument("slots", 5), ValueError, "scalars has shape"),
+    ("lbfgs_decide", argument("control", Tensor.float), TypeError, "control has dtype"),
+    ("lbfgs_decide", argument("loss", torch.zeros(2)), ValueError, "loss has 2 elements, not one"),
+    *(
+        (name, argument("control", torch.zeros(3, dtype=F64)), ValueError, "control has shape [3]")
+        for name in ("lbfgs_decide", "lbfgs_move")
+    ),
     ("lbfgs_move", argument("origin", Tensor.half), TypeError, "origin has dtype"),
     ("lbfgs_move", argument("origin", torch.zeros(9)), ValueError, "origin has shape [9]"),
     ("fuse_blend", argument("origin", Tensor.bfloat16), TypeError, "origin has dtype"),
@@ -261,7 +278,7 @@ def test_bad_state(
     check_refused("native", name, arguments, kind, message)
 
 
-@pytest.mark.parametrize("name", [*RING_OPS, "lbfgs_two_loop"])
+@pytest.mark.parametrize("name", [*RING_OPS, "lbfgs_two_loop", "lbfgs_decide"])
 @pytest.mark.parametrize("entry_", ["open", "count"])
 @pytest.mark.parametrize("value", [-1.0, 4.0, 1e30, math.nan, math.inf])
 def test_damaged_scalars_never_index(name: str, entry_: str, value: float) -> None:
@@ -274,6 +291,26 @@ def test_damaged_scalars_never_index(name: str, entry_: str, value: float) -> No
 BAD_EITHER: list[tuple[str, Callable[[Arguments], None], type[Exception], str]] = [
     ("adam_step", argument("step", 0), ValueError, "step=0 must be at least 1"),
     ("adam_step", argument("step", -2), ValueError, "step=-2 must be at least 1"),
+    *(
+        ("adam_step", argument(name, made), kind, f"{name} has {message}")
+        for name, made, kind, message in (
+            ("lr_tensor", torch.ones(2), ValueError, "2 elements, not one"),
+            ("lr_tensor", torch.ones(1, dtype=F16), TypeError, "dtype"),
+            ("step_tensor", torch.ones(1, dtype=F16), TypeError, "dtype"),
+            ("step_tensor", torch.ones(0), ValueError, "shape [0] and strides [1]; expected cont"),
+            ("step_tensor", torch.ones(4)[::2], ValueError, "shape [2] and strides [2]; expected"),
+        )
+    ),
+    ("adam_step", argument("step_tensor", torch.tensor(-1.0)), ValueError, "step=0 must be at"),
+    *(
+        (
+            name,
+            argument("control", fixed_step.new_control(CPU)),
+            ValueError,
+            "grad_prev is missing: with control it must outlive a gradient that is refused",
+        )
+        for name in ("lbfgs_update", "lbfgs_direction")
+    ),
     (
         "adam_step",
         argument("found_inf", torch.zeros(2)),

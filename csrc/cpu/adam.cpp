@@ -1,6 +1,8 @@
 // adam_step for CPU tensors.
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "../adapters.h"
 #include "parallel.h"
 
@@ -24,22 +26,60 @@ void step(const TensorSegments& segments, const at::Tensor& exp_avg, const at::T
   });
 }
 
+void count_one(const std::optional<at::Tensor>& counts, std::size_t which) {
+  if (!counts) return;
+  counts->data_ptr<double>()[which] += 1.0;
+  bump_version(*counts);
+}
+
+double first_of(const at::Tensor& steps) {
+  return steps.scalar_type() == at::kDouble ? *steps.const_data_ptr<double>()
+                                            : static_cast<double>(*steps.const_data_ptr<float>());
+}
+
+void count_step(const at::Tensor& steps, std::int64_t step) {
+  if (steps.scalar_type() == at::kDouble) {
+    std::fill_n(steps.data_ptr<double>(), steps.numel(), static_cast<double>(step));
+  } else {
+    std::fill_n(steps.data_ptr<float>(), steps.numel(), static_cast<float>(step));
+  }
+  bump_version(steps);
+}
+
 void adam_step(at::TensorList params, at::TensorList grads, at::IntArrayRef offsets,
                at::Tensor exp_avg, at::Tensor exp_avg_sq,
                const std::optional<at::Tensor>& max_exp_avg_sq, at::Tensor stats,
                std::int64_t step_count, double lr, double beta1, double beta2, double eps,
                double eps_in_root, double weight_decay, bool decoupled_weight_decay, bool maximize,
                const std::optional<at::Tensor>& grad_scale,
-               const std::optional<at::Tensor>& found_inf) {
+               const std::optional<at::Tensor>& found_inf,
+               const std::optional<at::Tensor>& step_tensor,
+               const std::optional<at::Tensor>& lr_tensor, const std::optional<at::Tensor>& loss,
+               const std::optional<at::Tensor>& grad_square,
+               const std::optional<at::Tensor>& counts) {
   const std::int64_t numel = exp_avg.numel();
   const at::ScalarType dtype = state_dtype_of(exp_avg, "exp_avg");
   check_flat(exp_avg, "exp_avg", numel, dtype);
   check_flat(exp_avg_sq, "exp_avg_sq", numel, dtype);
   if (max_exp_avg_sq) check_flat(*max_exp_avg_sq, "max_exp_avg_sq", numel, dtype);
   check_flat(stats, "stats", 1, at::kDouble);
+  if (step_tensor) {
+    check_steps(*step_tensor, "step_tensor", exp_avg.device());
+    step_count = static_cast<std::int64_t>(first_of(*step_tensor)) + 1;
+  }
   TORCH_CHECK_VALUE(step_count >= 1, "step=", step_count, " must be at least 1");
+  if (lr_tensor) {
+    check_number(*lr_tensor, "lr_tensor", exp_avg.device());
+    lr = lr_tensor->item<double>();
+  }
+  if (counts) check_flat(*counts, "counts", 2, at::kDouble);
   TensorSegments segments(params, grads, offsets, numel, dtype, {});
-  if (found_inf && found_inf->item<double>() != 0.0) return;
+  const auto is_bad = [](const std::optional<at::Tensor>& number) {
+    return number && !is_finite(number->item<double>());
+  };
+  const bool skips =
+      (found_inf && found_inf->item<double>() != 0.0) || is_bad(loss) || is_bad(grad_square);
+  if (skips) return count_one(counts, 1);
   const AdamOptions options{step_count,   lr,
                             beta1,        beta2,
                             eps,          eps_in_root,
@@ -54,6 +94,8 @@ void adam_step(at::TensorList params, at::TensorList grads, at::IntArrayRef offs
   segments.params_changed();
   for (const at::Tensor& state : {exp_avg, exp_avg_sq, stats}) bump_version(state);
   if (max_exp_avg_sq) bump_version(*max_exp_avg_sq);
+  if (step_tensor) count_step(*step_tensor, step_count);
+  count_one(counts, 0);
 }
 
 }  // namespace

@@ -39,6 +39,10 @@ struct StateKernels {
   void (*grad_stats)(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sign,
                      const Row* direction, double* out);
 
+  // out[0] = max |x| over the parameters.
+  void (*largest_param)(const SegmentTable& table, std::int64_t begin, std::int64_t end,
+                        double* out);
+
   // Pass 1. With y_row (not null): y = g - grad_prev, rounded to the row's
   // dtype and stored. out = [g . row, for all rows][y . row, for all rows][g .
   // y][y . y]. grad_prev may be the same memory as y_row.

@@ -8,7 +8,8 @@ namespace {
 
 template <class T>
 constexpr StateKernels<T> state_kernels() {
-  return {adam<T>, grad_stats<T>, dots<T>, combine<T>, move<T>, blend<T>, gather<T>, scatter<T>};
+  return {adam<T>, grad_stats<T>, largest_param<T>, dots<T>,   combine<T>,
+          move<T>, blend<T>,      gather<T>,        scatter<T>};
 }
 
 }  // namespace

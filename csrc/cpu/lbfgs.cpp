@@ -19,6 +19,20 @@ void with_state_type(at::ScalarType dtype, Function&& function) {
   }
 }
 
+// kGradStats numbers; `direction` may be null.
+void stats_of(const TensorSegments& segments, at::ScalarType dtype, bool maximize,
+              const Row* direction, double* out) {
+  with_state_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T sign = maximize ? T(-1) : T(1);
+    const Pass pass{.vectors = direction ? 2 : 1, .width = kGradStats, .maxima = 1};
+    run_chunks(segments.begin(), segments.end(), pass, out,
+               [&](std::int64_t begin, std::int64_t end, double* part) {
+      cpu_kernels().of<T>().grad_stats(segments.table(), begin, end, sign, direction, part);
+    });
+  });
+}
+
 void grad_stats(at::TensorList params, at::TensorList grads, at::IntArrayRef offsets,
                 at::ArrayRef<double> weight_decay, bool maximize,
                 const std::optional<at::Tensor>& history, const std::optional<at::Tensor>& scalars,
@@ -38,16 +52,7 @@ void grad_stats(at::TensorList params, at::TensorList grads, at::IntArrayRef off
                           std::any_of(grads.begin(), grads.end(), is_double);
   const at::ScalarType dtype = any_double ? at::kDouble : at::kFloat;
   const TensorSegments segments(params, grads, offsets, numel, dtype, {weight_decay, {}});
-  with_state_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const T sign = maximize ? T(-1) : T(1);
-    const Pass pass{.vectors = direction ? 2 : 1, .width = kGradStats, .maxima = 1};
-    run_chunks(segments.begin(), segments.end(), pass, stats.data_ptr<double>(),
-               [&](std::int64_t begin, std::int64_t end, double* out) {
-      cpu_kernels().of<T>().grad_stats(segments.table(), begin, end, sign,
-                                       direction ? &*direction : nullptr, out);
-    });
-  });
+  stats_of(segments, dtype, maximize, direction ? &*direction : nullptr, stats.data_ptr<double>());
   bump_version(stats);
 }
 
@@ -76,15 +81,37 @@ struct RingRows {
   }
 };
 
+// The norms that decide_step wants.
+void measure(const TensorSegments& segments, at::ScalarType dtype, bool maximize,
+             const LbfgsScalars& state, double* control) {
+  double stats[kGradStats];
+  stats_of(segments, dtype, maximize, nullptr, stats);
+  control[kGradSquare] = stats[kGradSq];
+  control[kGradSum] = stats[kGradAbsSum];
+  control[kGradLargest] = stats[kGradAbsMax];
+  if (state.count() > 0) return;
+  with_state_type(dtype, [&](auto zero) {
+    const Pass pass{.vectors = 1, .width = 1, .maxima = 1};
+    run_chunks(segments.begin(), segments.end(), pass, control + kParamLargest,
+               [&](std::int64_t begin, std::int64_t end, double* out) {
+      cpu_kernels().of<decltype(zero)>().largest_param(segments.table(), begin, end, out);
+    });
+  });
+}
+
 void lbfgs_update(at::TensorList params, at::TensorList grads, at::IntArrayRef offsets,
                   at::ArrayRef<double> weight_decay, bool maximize, at::Tensor history,
                   const std::optional<at::Tensor>& grad_prev, at::Tensor scalars, bool form_pair,
-                  const std::optional<at::Tensor>& history_scale) {
+                  const std::optional<at::Tensor>& history_scale,
+                  const std::optional<at::Tensor>& control) {
   const History ring(history, history_scale, scalars);
-  const PreviousGradient previous(ring, grad_prev);
+  const PreviousGradient previous(ring, grad_prev, control.has_value());
+  double* const decided = control_data(control);
+  if (decided != nullptr) form_pair = decided[kPairStep] != 0.0;
   const TensorSegments segments(params, grads, offsets, ring.numel(), previous.dtype,
                                 {weight_decay, {}});
   const LbfgsScalars state = ring.scalars();
+  if (decided != nullptr) measure(segments, previous.dtype, maximize, state, decided);
   const std::int64_t open = state.open();
   RingRows list(ring);
   const std::int64_t in_ring = static_cast<std::int64_t>(list.rows.size());
@@ -123,6 +150,7 @@ void lbfgs_update(at::TensorList params, at::TensorList grads, at::IntArrayRef o
   bump_version(history);
   bump_version(scalars);
   if (history_scale) bump_version(*history_scale);
+  if (control) bump_version(*control);
 }
 
 // Scalars only: the recursion on the Gram matrix, after closing the open pair if asked to.
@@ -134,14 +162,37 @@ void lbfgs_two_loop(at::Tensor scalars, std::int64_t slots, bool commit, double 
   bump_version(scalars);
 }
 
+void lbfgs_decide(at::Tensor scalars, std::int64_t slots, at::Tensor control, double lr,
+                  double lr_unit, const std::optional<at::Tensor>& lr_tensor,
+                  const std::optional<at::Tensor>& loss, double curvature_tol,
+                  double tolerance_grad, double tolerance_change, double eps, std::int64_t patience,
+                  bool closes_pair) {
+  const LbfgsScalars state = lbfgs_scalars(scalars, slots);
+  double* const numbers = control_data(control);
+  if (lr_tensor) {
+    check_number(*lr_tensor, "lr_tensor", scalars.device());
+    lr *= lr_tensor->item<double>() / lr_unit;
+  }
+  TORCH_CHECK_VALUE(!loss || loss->numel() == 1, "loss has ", loss ? loss->numel() : 0,
+                    " elements, not one");
+  decide_step(state, numbers,
+              {lr, curvature_tol, tolerance_grad, tolerance_change, eps,
+               static_cast<double>(patience), closes_pair, loss ? loss->item<double>() : 0.0});
+  bump_version(scalars);
+  bump_version(control);
+}
+
 void lbfgs_direction(at::TensorList params, at::TensorList grads, at::IntArrayRef offsets,
                      at::ArrayRef<double> weight_decay, at::ArrayRef<double> lr_scale,
                      bool maximize, at::Tensor history, const std::optional<at::Tensor>& grad_prev,
-                     at::Tensor scalars, const std::optional<at::Tensor>& history_scale) {
+                     at::Tensor scalars, const std::optional<at::Tensor>& history_scale,
+                     const std::optional<at::Tensor>& control) {
   const History ring(history, history_scale, scalars);
-  const PreviousGradient previous(ring, grad_prev);
+  const PreviousGradient previous(ring, grad_prev, control.has_value());
+  const double* const decided = control_data(control);
   const TensorSegments segments(params, grads, offsets, ring.numel(), previous.dtype,
                                 {weight_decay, lr_scale});
+  if (decided != nullptr && decided[kMove] != kGo) return;
   const LbfgsScalars state = ring.scalars();
   const RingRows list(ring);
   const Rows rows = list.view(ring.slot_bytes());
@@ -172,22 +223,34 @@ void lbfgs_direction(at::TensorList params, at::TensorList grads, at::IntArrayRe
 
 void lbfgs_move(at::TensorList params, at::IntArrayRef offsets, at::Tensor origin,
                 at::Tensor history, at::Tensor scalars, double step, bool save,
-                const std::optional<at::Tensor>& history_scale) {
+                const std::optional<at::Tensor>& history_scale,
+                const std::optional<at::Tensor>& control) {
   const History ring(history, history_scale, scalars);
+  double* const decided = control_data(control);
   const at::ScalarType dtype = state_dtype_of(origin, "origin");
   check_flat(origin, "origin", ring.numel(), dtype);
   TensorSegments segments(params, offsets, ring.numel(), dtype);
-  with_state_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    double none;
-    const Pass pass{.vectors = save ? 4 : 3};
-    run_chunks(0, ring.numel(), pass, &none, [&](std::int64_t begin, std::int64_t end, double*) {
-      cpu_kernels().of<T>().move(segments.table(), begin, end, origin.data_ptr<T>(),
-                                 ring.open_row(), step, save);
+  bool stay = false;
+  if (decided != nullptr) {
+    const MoveOrder order = move_order(ring.scalars(), decided);
+    stay = order.stay, step = order.step, save = order.save;
+  }
+  if (!stay) {
+    with_state_type(dtype, [&](auto zero) {
+      using T = decltype(zero);
+      double none;
+      const Pass pass{.vectors = save ? 4 : 3};
+      run_chunks(0, ring.numel(), pass, &none, [&](std::int64_t begin, std::int64_t end, double*) {
+        cpu_kernels().of<T>().move(segments.table(), begin, end, origin.data_ptr<T>(),
+                                   ring.open_row(), step, save);
+      });
     });
-  });
-  if (!save || step != 0.0) segments.params_changed();
-  if (save) bump_version(origin);
+    if (!save || step != 0.0) segments.params_changed();
+    if (save) bump_version(origin);
+  }
+  if (decided == nullptr) return;
+  note_move(ring.scalars(), decided);
+  bump_version(*control);
 }
 
 void fuse_blend(at::TensorList params, at::IntArrayRef offsets, at::Tensor origin,
@@ -252,6 +315,7 @@ void register_ops(torch::Library& m) {
   m.impl("grad_stats", &grad_stats);
   m.impl("lbfgs_update", &lbfgs_update);
   m.impl("lbfgs_two_loop", &lbfgs_two_loop);
+  m.impl("lbfgs_decide", &lbfgs_decide);
   m.impl("lbfgs_direction", &lbfgs_direction);
   m.impl("lbfgs_move", &lbfgs_move);
   m.impl("fuse_blend", &fuse_blend);

@@ -51,6 +51,24 @@ void grad_stats(const SegmentTable& table, std::int64_t begin, std::int64_t end,
 }
 
 template <class T>
+void largest_param(const SegmentTable& table, std::int64_t begin, std::int64_t end, double* out) {
+  T scratch[kRun], largest = 0;
+  table.for_each_piece(
+      begin, end, [&](const Segment& s, std::int64_t first, std::int64_t, std::int64_t length) {
+    for (std::int64_t done = 0; done < length; done += kRun) {
+      const std::int64_t n = length - done < kRun ? length - done : kRun;
+      const T* x = read<T>(s.param_dtype, s.param, first + done, n, scratch);
+#pragma omp simd reduction(max : largest)
+      for (std::int64_t i = 0; i < n; ++i) {
+        const T magnitude = x[i] < 0 ? -x[i] : x[i];
+        largest = magnitude > largest ? magnitude : largest;
+      }
+    }
+  });
+  out[0] = static_cast<double>(largest);
+}
+
+template <class T>
 void dots(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sign,
           const T* grad_prev, const Row* y_row, const Rows& rows, double* out) {
   double *out_g = out, *out_y = out + rows.count, *out_gy = out + 2 * rows.count;

@@ -16,22 +16,55 @@ struct AdamArguments {
   T *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
   bool together;  // the flat vectors' addresses allow whole packs
   double* sum_sq;
-  Number grad_scale, found_inf;
+  Number grad_scale, found_inf, step, lr, loss, grad_square;
+  Index steps;
+  double* counts;
   double sign;
   AdamCoefficients<T> coefficients;
+  AdamOptions options;
   Workspace workspace;
 };
 
-__device__ __forceinline__ double read(Number number) {
-  return load_one<double>(number.dtype, number.data);
+template <class T>
+__device__ __forceinline__ bool skips(const AdamArguments<T>& a) {
+  const auto is_bad = [](const Number& number) {
+    return number.data != nullptr && !is_finite(read(number));
+  };
+  return (a.found_inf.data != nullptr && read(a.found_inf) != 0.0) || is_bad(a.loss) ||
+         is_bad(a.grad_square);
+}
+
+// The coefficients of a step whose number or rate lies on the device. Powers in float64 are dear:
+// one thread takes them for its block.
+template <class T>
+__device__ __forceinline__ void step_coefficients(const AdamArguments<T>& a, double* shared,
+                                                  AdamCoefficients<T>& c) {
+  if (threadIdx.x == 0) {
+    AdamOptions options = a.options;
+    if (a.step.data != nullptr) options.step = static_cast<std::int64_t>(read(a.step)) + 1;
+    if (a.lr.data != nullptr) options.lr = read(a.lr);
+    const AdamCoefficients<T> now = adam_coefficients<T>(options);
+    shared[0] = static_cast<double>(now.step_size);
+    shared[1] = static_cast<double>(now.root_scale);
+    shared[2] = static_cast<double>(now.keep);
+  }
+  __syncthreads();
+  c.step_size = static_cast<T>(shared[0]);
+  c.root_scale = static_cast<T>(shared[1]);
+  c.keep = static_cast<T>(shared[2]);
+  __syncthreads();
 }
 
 template <class T, bool amsgrad>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 2)
     adam_kernel(const AdamArguments<T> a) {
   FUSE_SHARED(double, shared);
-  if (a.found_inf.data != nullptr && read(a.found_inf) != 0.0) return;
+  if (skips(a)) {
+    if (a.counts != nullptr && blockIdx.x == 0 && threadIdx.x == 0) a.counts[1] += 1.0;
+    return;
+  }
   AdamCoefficients<T> c = a.coefficients;
+  if (a.step.data != nullptr || a.lr.data != nullptr) step_coefficients(a, shared, c);
   if (a.grad_scale.data != nullptr) {
     c.grad_scale = static_cast<T>(a.sign / read(a.grad_scale));
   }
@@ -82,7 +115,16 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 2)
   }
   sum = warp_sum(sum);
   if (lane_of_thread() == 0) sums.cell(0) = sum;
-  sums.finish([&](int, double total) { *a.sum_sq = total; });
+  const bool is_last = sums.finish([&](int, double total) {
+    *a.sum_sq = total;
+    if (a.counts != nullptr) a.counts[0] += 1.0;
+  });
+  if (!is_last || a.step.data == nullptr) return;
+  // All blocks have read the number of the step by now.
+  for (Index i = threadIdx.x; i < a.steps; i += kThreads) {
+    void* const count = byte_offset(const_cast<void*>(a.step.data), i * size_of(a.step.dtype));
+    store_one(a.step.dtype, count, load_one<double>(a.step.dtype, count) + 1.0);
+  }
 }
 
 template <class T>
@@ -99,6 +141,13 @@ void launch(const Segments& segments, const AdamState& state, const AdamOptions&
   a.sum_sq = state.sum_sq;
   a.grad_scale = state.grad_scale;
   a.found_inf = state.found_inf;
+  a.step = state.step;
+  a.lr = state.lr;
+  a.steps = state.steps;
+  a.loss = state.loss;
+  a.grad_square = state.grad_square;
+  a.counts = state.counts;
+  a.options = options;
   a.sign = options.maximize ? -1.0 : 1.0;
   a.coefficients = adam_coefficients<T>(options);
   a.workspace = workspace;

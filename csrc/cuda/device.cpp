@@ -186,6 +186,8 @@ Workspace DeviceCall::workspace(std::int64_t width) const {
   return workspaces().find(workspace_size(width), place_of(device_, stream_), device_);
 }
 
+bool DeviceCall::is_capturing() const { return place_of(device_, stream_).capture != 0; }
+
 void DeviceCall::check_launch() const { C10_CUDA_KERNEL_LAUNCH_CHECK(); }
 
 }  // namespace fuse_ext::cuda

@@ -25,6 +25,9 @@ class DeviceCall {
   // Memory for the sums of one launch of this width, of the current stream.
   Workspace workspace(std::int64_t width) const;
 
+  // Whether what is launched now becomes part of a graph instead.
+  bool is_capturing() const;
+
   // Raises RuntimeError where the launch just made was refused.
   void check_launch() const;
 

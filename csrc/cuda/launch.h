@@ -6,10 +6,10 @@
 #pragma once
 
 #include "../adam.h"
+#include "../fixed_step.h"
 #include "../row.h"
 #include "../segments.h"
 #include "../stats.h"
-#include "../two_loop.h"
 
 namespace fuse_ext::cuda {
 
@@ -24,7 +24,7 @@ struct Workspace {
 std::int64_t workspace_size(std::int64_t width);
 
 // Sums of lbfgs_update; the passes below have one, three or kGradStats.
-inline std::int64_t update_width(std::int64_t slots) { return 4 * slots; }
+inline std::int64_t update_width(std::int64_t slots) { return 4 * slots + kNorms; }
 
 // Most slots for which the sums of one warp fit into its block's shared memory.
 std::int64_t most_slots();
@@ -55,9 +55,14 @@ struct AdamState {
   void *exp_avg, *exp_avg_sq, *max_exp_avg_sq;  // max_exp_avg_sq may be null: no amsgrad
   double* sum_sq;                               // sum of squared gradients
   Number grad_scale, found_inf;                 // GradScaler's
+  Number step, lr;                              // if given, instead of the options'
+  std::int64_t steps;                           // equal step counts from `step` on, all advanced
+  Number loss, grad_square;                     // must be finite, if given
+  double* counts;                               // steps taken and skipped; may be null
 };
 
-// Eq. 2. Does nothing at all where found_inf is not zero.
+// Eq. 2. Does nothing but count where found_inf is not zero or the loss or grad_square is not
+// finite.
 void launch_adam(const Segments& segments, const AdamState& state, const AdamOptions& options,
                  Workspace workspace, void* stream);
 
@@ -65,19 +70,27 @@ void launch_adam(const Segments& segments, const AdamState& state, const AdamOpt
 void launch_grad_stats(const Segments& segments, DType dtype, bool maximize, const Ring* ring,
                        double* stats, Workspace workspace, void* stream);
 
+// `control` of the passes (fixed_step.h) may be null; if not, it says what the host otherwise does.
+
 // Pass 1 of L-BFGS. grad_prev may be null: the open slot's Y row.
 void launch_lbfgs_update(const Segments& segments, DType dtype, bool maximize, const Ring& ring,
-                         const void* grad_prev, bool form_pair, Workspace workspace, void* stream);
+                         const void* grad_prev, bool form_pair, double* control,
+                         Workspace workspace, void* stream);
 
 void launch_lbfgs_two_loop(LbfgsScalars scalars, bool commit, double step_length,
                            double curvature_tol, void* stream);
 
+// told.lr counts in units of lr_unit of `lr`, and told.loss is `loss`, where they are given.
+void launch_lbfgs_decide(LbfgsScalars scalars, double* control, const FixedStep& told, Number lr,
+                         double lr_unit, Number loss, void* stream);
+
 // Pass 2 of L-BFGS. `scaled`: whether any segment's lr_scale differs from 1.
 void launch_lbfgs_direction(const Segments& segments, DType dtype, bool maximize, bool scaled,
-                            const Ring& ring, void* grad_prev, Workspace workspace, void* stream);
+                            const Ring& ring, void* grad_prev, const double* control,
+                            Workspace workspace, void* stream);
 
 void launch_lbfgs_move(const Segments& segments, DType dtype, void* origin, const Ring& ring,
-                       double step, bool save, void* stream);
+                       double step, bool save, double* control, void* stream);
 
 void launch_fuse_blend(const Segments& segments, DType dtype, const void* origin, const Ring& ring,
                        double theta, double step, Workspace workspace, void* stream);

@@ -6,7 +6,8 @@
 //                    8 + (2 n + 2) r
 //   lbfgs_direction  reads grad and 2 n rows, writes the direction and the previous gradient:
 //                    8 + (2 n + 1) r
-// lbfgs_two_loop touches scalars only.
+// lbfgs_two_loop and lbfgs_decide touch scalars only. With a control, lbfgs_update also reads the
+// parameters, 4 bytes more, while the history is empty.
 #include "rows.cuh"
 
 namespace fuse_ext::cuda {
@@ -99,10 +100,12 @@ struct PassArguments {
   bool flag;     // form_pair, or whether directions are scaled by segment
   bool aligned;  // rows and grad_prev start where whole packs may
   int warps;     // of a block that take part
+  double* control;
   Workspace workspace;
 };
 
-// The columns of the sums are the scalars' arrays kGradS, kGradY, kYS, kYY end to end.
+// The columns of the sums are the scalars' arrays kGradS, kGradY, kYS, kYY end to end; with a
+// control, its norms follow.
 template <class T, DType row>
 __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, row>)
     update_kernel(const PassArguments<T> a) {
@@ -111,10 +114,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, row>)
   const LbfgsScalars state = a.ring.scalars;
   const RingPosition ring(state);
   const Index numel = a.ring.numel;
-  const bool form_pair = a.flag;
+  const bool decides = a.control != nullptr;
+  const bool form_pair = decides ? a.control[kPairStep] != 0.0 : a.flag;
+  const bool first_steps = decides && ring.count == 0;
   const int slots = static_cast<int>(ring.slots), arrays = form_pair ? 4 : 2;
-  const int lane = lane_of_thread();
-  const GridSums sums(shared, arrays * slots, 0, a.workspace, a.warps);
+  const int lane = lane_of_thread(), dots = arrays * slots;
+  const GridSums sums(shared, dots + (decides ? kNorms : 0), decides ? kLargestNorms : 0,
+                      a.workspace, a.warps);
+  T largest = 0, largest_x = 0;
   // One lane for each of the four arrays.
   const auto add_dots = [&](Index slot, T gs, T gy, T ys, T yy) {
     const T sum = warp_sum_of_four(gs, gy, ys, yy);
@@ -129,6 +136,26 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, row>)
     const bool whole = a.aligned && (tile + 1) * Pass::kLength <= numel;
     typename Pass::Values g, y, s_values, y_values;
     Pass::gradient(a.segments.table, tile, numel, a.sign, g);
+    if (decides) {
+      T magnitudes = 0;
+#pragma unroll
+      for (int u = 0; u < Pass::kPacks; ++u) {
+#pragma unroll
+        for (int k = 0; k < Pass::kPack; ++k) {
+          magnitudes += magnitude_of(g[u][k]);
+          largest = larger(largest, magnitude_of(g[u][k]));
+        }
+      }
+      const T sum = warp_sum_of_four(dot(g, g), magnitudes, T(0), T(0));
+      if (lane < kNorms - kLargestNorms) sums.cell(dots + lane) += static_cast<double>(sum);
+    }
+    if (first_steps) {
+#pragma unroll
+      for (int u = 0; u < Pass::kPacks; ++u) {
+        largest_x = larger(
+            largest_x, largest_param<T, Pass::kPack>(a.segments.table, Pass::pack(tile, u), numel));
+      }
+    }
     if (form_pair) {
       const Row y_open = row_of(a.ring, row, 1, ring.open);
       if (a.grad_prev != nullptr) {
@@ -157,7 +184,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, row>)
       }
     }
   }
+  if (decides && warp < a.warps) {
+    largest = warp_max(largest);
+    largest_x = warp_max(largest_x);
+    static_assert(kGradSquare + 2 == kGradLargest && kGradLargest + 1 == kParamLargest);
+    if (lane == 0) {
+      sums.cell(dots + 2) = static_cast<double>(largest);
+      sums.cell(dots + 3) = static_cast<double>(largest_x);
+    }
+  }
   sums.finish([&](int column, double total) {
+    if (column >= dots) {
+      const int norm = kGradSquare + column - dots;
+      if (norm != kParamLargest || first_steps) a.control[norm] = total;
+      return;
+    }
     const Index slot = column % slots;
     const bool opened = slot == ring.open;
     if (!ring.holds(slot) && !(form_pair && opened)) return;
@@ -171,6 +212,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, row>)
     direction_kernel(const PassArguments<T> a) {
   using Pass = Tile<T, row>;
   FUSE_SHARED(double, shared);
+  if (a.control != nullptr && a.control[kMove] != kGo) return;
   const LbfgsScalars state = a.ring.scalars;
   const RingPosition ring(state);
   const Index numel = a.ring.numel;
@@ -246,12 +288,11 @@ struct Block {
   __device__ __forceinline__ void sync() const { __syncthreads(); }
 };
 
+// Calls work(scalars), which the threads of the block share, and after it every write is done.
 // `staged`: the scalars are worked on in shared memory, as the recursion waits for every number
 // that it reads.
-template <bool staged>
-__global__ void __launch_bounds__(kThreads, 1)
-    two_loop_kernel(LbfgsScalars scalars, bool commit, double step_length, double curvature_tol) {
-  FUSE_SHARED(double, shared);
+template <bool staged, class Work>
+__device__ __forceinline__ void on_scalars(LbfgsScalars scalars, double* shared, Work&& work) {
   const Block block;
   const Index size = scalar_offset(kScalarArrays, scalars.slots);
   LbfgsScalars state = scalars;
@@ -264,12 +305,33 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (block.rank() == 0) *scalars.array(kCoefG) = nan("");
     return;
   }
-  if (commit) commit_pair(state, step_length, curvature_tol, block);
-  two_loop(state, block);
+  work(state, block);
   if constexpr (staged) {
     __syncthreads();
     for (Index i = block.rank(); i < size; i += block.size()) scalars.data[i] = shared[i];
   }
+}
+
+template <bool staged>
+__global__ void __launch_bounds__(kThreads, 1)
+    two_loop_kernel(LbfgsScalars scalars, bool commit, double step_length, double curvature_tol) {
+  FUSE_SHARED(double, shared);
+  on_scalars<staged>(scalars, shared, [&](LbfgsScalars state, const Block& block) {
+    if (commit) commit_pair(state, step_length, curvature_tol, block);
+    two_loop(state, block);
+  });
+}
+
+template <bool staged>
+__global__ void __launch_bounds__(kThreads, 1)
+    decide_kernel(LbfgsScalars scalars, double* control, FixedStep told, Number lr, double lr_unit,
+                  Number loss) {
+  FUSE_SHARED(double, shared);
+  if (lr.data != nullptr) told.lr *= read(lr) / lr_unit;
+  if (loss.data != nullptr) told.loss = read(loss);
+  on_scalars<staged>(scalars, shared, [&](LbfgsScalars state, const Block& block) {
+    decide_step(state, control, told, block);
+  });
 }
 
 // Calls function with the arithmetic type and, as a tag, the rows' dtype.
@@ -293,8 +355,10 @@ Index tiles_of(Index numel) {
 
 template <class T>
 PassArguments<T> pass_arguments(const Segments& segments, bool maximize, bool flag,
-                                const Ring& ring, const void* grad_prev, Workspace workspace) {
+                                const Ring& ring, const void* grad_prev, double* control,
+                                Workspace workspace) {
   PassArguments<T> a{};
+  a.control = control;
   a.segments = segments;
   a.ring = ring;
   a.grad_prev = static_cast<T*>(const_cast<void*>(grad_prev));
@@ -305,19 +369,28 @@ PassArguments<T> pass_arguments(const Segments& segments, bool maximize, bool fl
   return a;
 }
 
+// Bytes of the scalars where shared memory holds them, else 0.
+Index staged_bytes(LbfgsScalars scalars) {
+  const Index bytes =
+      scalar_offset(kScalarArrays, scalars.slots) * static_cast<Index>(sizeof(double));
+  return bytes <= kSharedBytes ? bytes : 0;
+}
+
 }  // namespace
 
 std::int64_t most_slots() {
-  return kSharedBytes / (update_width(1) * static_cast<Index>(sizeof(double)));
+  const Index columns = kSharedBytes / static_cast<Index>(sizeof(double));
+  return (columns - update_width(0)) / (update_width(1) - update_width(0));
 }
 
 void launch_lbfgs_update(const Segments& segments, DType dtype, bool maximize, const Ring& ring,
-                         const void* grad_prev, bool form_pair, Workspace workspace, void* stream) {
+                         const void* grad_prev, bool form_pair, double* control,
+                         Workspace workspace, void* stream) {
   with_types(dtype, ring.row_dtype, [&](auto zero, auto row) {
     using T = decltype(zero);
     constexpr DType kRow = decltype(row)::value;
     PassArguments<T> a =
-        pass_arguments<T>(segments, maximize, form_pair, ring, grad_prev, workspace);
+        pass_arguments<T>(segments, maximize, form_pair, ring, grad_prev, control, workspace);
     // A long history leaves shared memory for the sums of few warps.
     const Index width = update_width(ring.scalars.slots);
     const Index fit = kSharedBytes / (width * static_cast<Index>(sizeof(double)));
@@ -329,9 +402,8 @@ void launch_lbfgs_update(const Segments& segments, DType dtype, bool maximize, c
 
 void launch_lbfgs_two_loop(LbfgsScalars scalars, bool commit, double step_length,
                            double curvature_tol, void* stream) {
-  const Index bytes =
-      scalar_offset(kScalarArrays, scalars.slots) * static_cast<Index>(sizeof(double));
-  if (bytes <= kSharedBytes) {
+  const Index bytes = staged_bytes(scalars);
+  if (bytes > 0) {
     FUSE_LAUNCH((two_loop_kernel<true>), 1, bytes, stream, scalars, commit, step_length,
                 curvature_tol);
   } else {
@@ -340,13 +412,24 @@ void launch_lbfgs_two_loop(LbfgsScalars scalars, bool commit, double step_length
   }
 }
 
+void launch_lbfgs_decide(LbfgsScalars scalars, double* control, const FixedStep& told, Number lr,
+                         double lr_unit, Number loss, void* stream) {
+  const Index bytes = staged_bytes(scalars);
+  if (bytes > 0) {
+    FUSE_LAUNCH((decide_kernel<true>), 1, bytes, stream, scalars, control, told, lr, lr_unit, loss);
+  } else {
+    FUSE_LAUNCH((decide_kernel<false>), 1, 0, stream, scalars, control, told, lr, lr_unit, loss);
+  }
+}
+
 void launch_lbfgs_direction(const Segments& segments, DType dtype, bool maximize, bool scaled,
-                            const Ring& ring, void* grad_prev, Workspace workspace, void* stream) {
+                            const Ring& ring, void* grad_prev, const double* control,
+                            Workspace workspace, void* stream) {
   with_types(dtype, ring.row_dtype, [&](auto zero, auto row) {
     using T = decltype(zero);
     constexpr DType kRow = decltype(row)::value;
-    const PassArguments<T> a =
-        pass_arguments<T>(segments, maximize, scaled, ring, grad_prev, workspace);
+    const PassArguments<T> a = pass_arguments<T>(segments, maximize, scaled, ring, grad_prev,
+                                                 const_cast<double*>(control), workspace);
     const Index coefs = 2 * ring.scalars.slots * static_cast<Index>(sizeof(T));
     FUSE_LAUNCH((direction_kernel<T, kRow>), blocks_for(tiles_of<T, kRow>(ring.numel)),
                 sums_bytes(3) + coefs, stream, a);

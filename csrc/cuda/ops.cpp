@@ -32,13 +32,31 @@ Number device_number(const std::optional<at::Tensor>& given, const char* name,
   return {kept.const_data_ptr(), kernel_dtype(dtype)};
 }
 
+// A number that the kernel reads in the tensor itself.
+Number number_in_place(const std::optional<at::Tensor>& given, const char* name,
+                       const at::Device& device) {
+  if (!given) return {nullptr, DType::f32};
+  check_number(*given, name, device);
+  return {given->data_ptr(), kernel_dtype(given->scalar_type())};
+}
+
+Number steps_in_place(const std::optional<at::Tensor>& given, const at::Device& device) {
+  if (!given) return {nullptr, DType::f32};
+  check_steps(*given, "step_tensor", device);
+  return {given->data_ptr(), kernel_dtype(given->scalar_type())};
+}
+
 void adam_step(at::TensorList params, at::TensorList grads, at::IntArrayRef offsets,
                at::Tensor exp_avg, at::Tensor exp_avg_sq,
                const std::optional<at::Tensor>& max_exp_avg_sq, at::Tensor stats, std::int64_t step,
                double lr, double beta1, double beta2, double eps, double eps_in_root,
                double weight_decay, bool decoupled_weight_decay, bool maximize,
                const std::optional<at::Tensor>& grad_scale,
-               const std::optional<at::Tensor>& found_inf) {
+               const std::optional<at::Tensor>& found_inf,
+               const std::optional<at::Tensor>& step_tensor,
+               const std::optional<at::Tensor>& lr_tensor, const std::optional<at::Tensor>& loss,
+               const std::optional<at::Tensor>& grad_square,
+               const std::optional<at::Tensor>& counts) {
   const std::int64_t numel = exp_avg.numel();
   const at::ScalarType dtype = state_dtype_of(exp_avg, "exp_avg");
   const at::Device device = device_of(params, exp_avg);
@@ -50,17 +68,27 @@ void adam_step(at::TensorList params, at::TensorList grads, at::IntArrayRef offs
   on_device(exp_avg_sq, "exp_avg_sq", device);
   if (max_exp_avg_sq) on_device(*max_exp_avg_sq, "max_exp_avg_sq", device);
   on_device(stats, "stats", device);
-  TORCH_CHECK_VALUE(step >= 1, "step=", step, " must be at least 1");
+  TORCH_CHECK_VALUE(step_tensor || step >= 1, "step=", step, " must be at least 1");
+  if (counts) check_flat(on_device(*counts, "counts", device), "counts", 2, at::kDouble);
   const DeviceCall call(device);
+  TORCH_CHECK(step_tensor || !call.is_capturing(), "step=", step,
+              " would be the same whenever the graph that is being captured is replayed; use "
+              "capturable=True (step_tensor)");
   TensorSegments tensors(params, grads, offsets, numel, dtype, {});
-  at::Tensor scale_on_device, inf_on_device;
+  at::Tensor scale_on_device, inf_on_device, loss_on_device, square_on_device;
   const AdamState state{kernel_dtype(dtype),
                         exp_avg.data_ptr(),
                         exp_avg_sq.data_ptr(),
                         max_exp_avg_sq ? max_exp_avg_sq->data_ptr() : nullptr,
                         stats.data_ptr<double>(),
                         device_number(grad_scale, "grad_scale", device, scale_on_device),
-                        device_number(found_inf, "found_inf", device, inf_on_device)};
+                        device_number(found_inf, "found_inf", device, inf_on_device),
+                        steps_in_place(step_tensor, device),
+                        number_in_place(lr_tensor, "lr_tensor", device),
+                        step_tensor ? step_tensor->numel() : 0,
+                        device_number(loss, "loss", device, loss_on_device),
+                        device_number(grad_square, "grad_square", device, square_on_device),
+                        counts ? counts->data_ptr<double>() : nullptr};
   const AdamOptions options{step,     lr,          beta1,        beta2,
                             eps,      eps_in_root, weight_decay, decoupled_weight_decay,
                             maximize, 1.0};
@@ -69,6 +97,8 @@ void adam_step(at::TensorList params, at::TensorList grads, at::IntArrayRef offs
   tensors.params_changed();
   for (const at::Tensor& changed : {exp_avg, exp_avg_sq, stats}) bump_version(changed);
   if (max_exp_avg_sq) bump_version(*max_exp_avg_sq);
+  if (step_tensor) bump_version(*step_tensor);
+  if (counts) bump_version(*counts);
 }
 
 // The ring's tensors, checked. Only kernels read its scalars.
@@ -129,14 +159,16 @@ struct Pass {
   Pass(at::TensorList params, at::TensorList grads, at::IntArrayRef offsets,
        const TensorSegments::Options& options, const at::Tensor& history_tensor,
        const std::optional<at::Tensor>& history_scale, const std::optional<at::Tensor>& grad_prev,
-       const at::Tensor& scalars)
+       const at::Tensor& scalars, const std::optional<at::Tensor>& control_tensor)
       : device(device_of(params, history_tensor)),
         history(ring_of(history_tensor, history_scale, scalars, device)),
         ring(kernel_ring(history)),
-        previous(history, grad_prev),
+        previous(history, grad_prev, control_tensor.has_value()),
+        control(control_data(control_tensor)),
         call(device),
         tensors(params, grads, offsets, ring.numel, previous.dtype, options) {
     if (grad_prev) on_device(*grad_prev, "grad_prev", device);
+    if (control_tensor) on_device(*control_tensor, "control", device);
   }
   DType dtype() const { return kernel_dtype(previous.dtype); }
 
@@ -144,6 +176,7 @@ struct Pass {
   History history;
   Ring ring;
   PreviousGradient previous;
+  double* control;
   DeviceCall call;
   TensorSegments tensors;
 };
@@ -151,17 +184,19 @@ struct Pass {
 void lbfgs_update(at::TensorList params, at::TensorList grads, at::IntArrayRef offsets,
                   at::ArrayRef<double> weight_decay, bool maximize, at::Tensor history,
                   const std::optional<at::Tensor>& grad_prev, at::Tensor scalars, bool form_pair,
-                  const std::optional<at::Tensor>& history_scale) {
+                  const std::optional<at::Tensor>& history_scale,
+                  const std::optional<at::Tensor>& control) {
   const Pass pass(params, grads, offsets, {weight_decay, {}}, history, history_scale, grad_prev,
-                  scalars);
+                  scalars, control);
   const std::int64_t width = update_width(pass.ring.scalars.slots);
   launch_lbfgs_update(pass.call.segments(pass.tensors), pass.dtype(), maximize, pass.ring,
-                      pass.previous.data, form_pair, pass.call.workspace(width),
+                      pass.previous.data, form_pair, pass.control, pass.call.workspace(width),
                       pass.call.stream());
   pass.call.check_launch();
   bump_version(history);
   bump_version(scalars);
   if (history_scale) bump_version(*history_scale);
+  if (control) bump_version(*control);
 }
 
 void lbfgs_two_loop(at::Tensor scalars, std::int64_t slots, bool commit, double step_length,
@@ -173,16 +208,38 @@ void lbfgs_two_loop(at::Tensor scalars, std::int64_t slots, bool commit, double 
   bump_version(scalars);
 }
 
+void lbfgs_decide(at::Tensor scalars, std::int64_t slots, at::Tensor control, double lr,
+                  double lr_unit, const std::optional<at::Tensor>& lr_tensor,
+                  const std::optional<at::Tensor>& loss, double curvature_tol,
+                  double tolerance_grad, double tolerance_change, double eps, std::int64_t patience,
+                  bool closes_pair) {
+  const LbfgsScalars state = lbfgs_scalars(scalars, slots, Reader::kernels);
+  const at::Device device = scalars.device();
+  double* const numbers = control_data(on_device(control, "control", device));
+  const DeviceCall call(device);
+  at::Tensor loss_on_device;
+  launch_lbfgs_decide(state, numbers,
+                      {lr, curvature_tol, tolerance_grad, tolerance_change, eps,
+                       static_cast<double>(patience), closes_pair, 0.0},
+                      number_in_place(lr_tensor, "lr_tensor", device), lr_unit,
+                      device_number(loss, "loss", device, loss_on_device), call.stream());
+  call.check_launch();
+  bump_version(scalars);
+  bump_version(control);
+}
+
 void lbfgs_direction(at::TensorList params, at::TensorList grads, at::IntArrayRef offsets,
                      at::ArrayRef<double> weight_decay, at::ArrayRef<double> lr_scale,
                      bool maximize, at::Tensor history, const std::optional<at::Tensor>& grad_prev,
-                     at::Tensor scalars, const std::optional<at::Tensor>& history_scale) {
+                     at::Tensor scalars, const std::optional<at::Tensor>& history_scale,
+                     const std::optional<at::Tensor>& control) {
   const Pass pass(params, grads, offsets, {weight_decay, lr_scale}, history, history_scale,
-                  grad_prev, scalars);
+                  grad_prev, scalars, control);
   const bool scaled =
       std::any_of(lr_scale.begin(), lr_scale.end(), [](double share) { return share != 1.0; });
   launch_lbfgs_direction(pass.call.segments(pass.tensors), pass.dtype(), maximize, scaled,
-                         pass.ring, pass.previous.data, pass.call.workspace(3), pass.call.stream());
+                         pass.ring, pass.previous.data, pass.control, pass.call.workspace(3),
+                         pass.call.stream());
   pass.call.check_launch();
   bump_version(history);
   bump_version(scalars);
@@ -212,13 +269,17 @@ struct Point {
 
 void lbfgs_move(at::TensorList params, at::IntArrayRef offsets, at::Tensor origin,
                 at::Tensor history, at::Tensor scalars, double step, bool save,
-                const std::optional<at::Tensor>& history_scale) {
+                const std::optional<at::Tensor>& history_scale,
+                const std::optional<at::Tensor>& control) {
   Point point(params, offsets, origin, history, history_scale, scalars);
+  double* const numbers = control_data(control);
+  if (control) on_device(*control, "control", point.device);
   launch_lbfgs_move(point.call.segments(point.tensors), kernel_dtype(point.dtype),
-                    origin.data_ptr(), point.ring, step, save, point.call.stream());
+                    origin.data_ptr(), point.ring, step, save, numbers, point.call.stream());
   point.call.check_launch();
-  if (!save || step != 0.0) point.tensors.params_changed();
-  if (save) bump_version(origin);
+  if (control || !save || step != 0.0) point.tensors.params_changed();
+  if (control || save) bump_version(origin);
+  if (control) bump_version(*control);
 }
 
 void fuse_blend(at::TensorList params, at::IntArrayRef offsets, at::Tensor origin,
@@ -267,6 +328,7 @@ void register_ops(torch::Library& m) {
   m.impl("grad_stats", &grad_stats);
   m.impl("lbfgs_update", &lbfgs_update);
   m.impl("lbfgs_two_loop", &lbfgs_two_loop);
+  m.impl("lbfgs_decide", &lbfgs_decide);
   m.impl("lbfgs_direction", &lbfgs_direction);
   m.impl("lbfgs_move", &lbfgs_move);
   m.impl("fuse_blend", &fuse_blend);

@@ -187,6 +187,10 @@ __device__ __forceinline__ T load_one(DType dtype, const void* from) {
   }
 }
 
+__device__ __forceinline__ double read(Number number) {
+  return load_one<double>(number.dtype, number.data);
+}
+
 // Returns the value as stored.
 template <class T>
 __device__ __forceinline__ T store_one(DType dtype, void* to, T value) {
@@ -314,6 +318,23 @@ __device__ __forceinline__ void load_gradient(const SegmentTable& table, Index f
       for (int k = 0; k < N; ++k) g[k] = flat + k == at ? value[0] : g[k];
     }
   });
+}
+
+// max |x| over the parameters in a pack.
+template <class T, int N>
+__device__ __forceinline__ T largest_param(const SegmentTable& table, Index flat, Index end) {
+  T largest = 0;
+  visit_pack<T, N>(table, flat, end, true, [&](auto width, const Segment& s, Index first, Index) {
+    constexpr int W = decltype(width)::value;
+    T x[W];
+    load_elements<W>(s.param_dtype, param_at(s, first), x);
+#pragma unroll
+    for (int k = 0; k < W; ++k) {
+      const T magnitude = x[k] < T(0) ? -x[k] : x[k];
+      largest = magnitude > largest ? magnitude : largest;
+    }
+  });
+  return largest;
 }
 
 // Multiplies a pack by its segments' lr_scale.

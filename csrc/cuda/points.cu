@@ -95,7 +95,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 2)
 template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 2)
     move_kernel(const Segments segments, T* origin, const Ring ring, bool together, double step,
-                bool save) {
+                bool save, double* control) {
+  if (control != nullptr) {
+    const MoveOrder order = move_order(ring.scalars, control);
+    if (blockIdx.x == 0 && threadIdx.x == 0) note_move(ring.scalars, control);
+    if (order.stay) return;
+    step = order.step, save = order.save;
+  }
   const Row direction = open_s_row(ring);
   const T length = static_cast<T>(step);
   visit_segments<T>(segments, together, [&](auto width, const Segment& s, Index first, Index at) {
@@ -211,12 +217,12 @@ void launch_grad_stats(const Segments& segments, DType dtype, bool maximize, con
 }
 
 void launch_lbfgs_move(const Segments& segments, DType dtype, void* origin, const Ring& ring,
-                       double step, bool save, void* stream) {
+                       double step, bool save, double* control, void* stream) {
   const Segments all = from_whole_pack(segments);
   with_state_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     FUSE_LAUNCH((move_kernel<T>), blocks_over(all), 0, stream, all, static_cast<T*>(origin), ring,
-                rows_move_whole<T>(ring) && is_aligned(origin, 16), step, save);
+                rows_move_whole<T>(ring) && is_aligned(origin, 16), step, save, control);
   });
 }
 

@@ -68,9 +68,10 @@ class GridSums {
     return shared_[static_cast<int>(threadIdx.x) / kWarp * width_ + column];
   }
 
-  // Called once by every thread of the grid. The last block calls write(column, total).
+  // Called once by every thread of the grid. The last block calls write(column, total), after all
+  // others are done, and gets true.
   template <class Write>
-  __device__ __forceinline__ void finish(Write&& write) const {
+  __device__ __forceinline__ bool finish(Write&& write) const {
     __syncthreads();
     double* const mine = workspace_.partials + static_cast<Index>(blockIdx.x) * width_;
     for (int column = static_cast<int>(threadIdx.x); column < width_; column += kThreads) {
@@ -80,8 +81,9 @@ class GridSums {
       }
       mine[column] = total;
     }
-    if (!is_last_block()) return;
+    if (!is_last_block()) return false;
     for (int from = 0; from < width_; from += kThreads) add_columns(from, write);
+    return true;
   }
 
  private:

@@ -36,6 +36,8 @@ Workspace DeviceCall::workspace(std::int64_t width) const {
   return {partials_memory.get(), counter_memory.get()};
 }
 
+bool DeviceCall::is_capturing() const { return false; }
+
 void DeviceCall::check_launch() const {
   TORCH_CHECK(*counter_memory == 0, "a kernel left its workspace's counter at ", *counter_memory);
 }

@@ -1,0 +1,69 @@
+"""FusePV's L-BFGS phase on averages, and how it learns that it had better be another."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fuse_ext.adam_engine import AdamLegacy
+from fuse_ext.averaged import AveragedEngine
+from fuse_ext.captured_phases import CapturedPhases
+from fuse_ext.checks import loss_value
+from fuse_ext.flat import Closure
+from fuse_ext.hooks import with_grad
+from fuse_ext.lbfgs_engine import LbfgsEngine
+from fuse_ext.lbfgs_options import LbfgsOptions
+from fuse_ext.modes import AVERAGED, averages, finds_out, same_loss
+
+
+class AveragedPhase(CapturedPhases):
+    """The steps of FusePV on minibatches."""
+
+    def _legacy(self) -> AdamLegacy | None:
+        """Adam's, at the switch, if L-BFGS is to begin on averages."""
+        group = self.param_groups[0]
+        if averages(group) and self._adam is not None and self._log["phase_steps"]:
+            if finds_out(group):
+                self._entry["watched_loss"] = math.nan
+            return self._adam.legacy(self.param_groups)
+        if group["pairs"] == AVERAGED:
+            raise RuntimeError("pairs='averaged' needs Adam's moments: take an Adam step first")
+        return None
+
+    def _averaged_step(
+        self, engine: AveragedEngine, closure: Closure | None, options: LbfgsOptions
+    ) -> Any:
+        """One step on averages, unless the closure turns out to be one function all along."""
+        entry, loss = self._entry, None
+        if closure is not None:
+            loss = with_grad(closure)
+            value = loss_value(loss)
+            entry["func_evals"] += 1
+            before = entry.get("watched_loss")
+            if before is not None and math.isnan(before) and math.isfinite(value):
+                entry["watched_loss"] = value
+                engine.progress.reason = "watch"
+                return loss
+            entry.pop("watched_loss", None)
+            if before is not None and same_loss(before, value):
+                self._drop_lbfgs_state()
+                self._lbfgs = self._make_lbfgs()
+                assert isinstance(self._lbfgs, LbfgsEngine)
+                return self._lbfgs.step(closure, options)
+            if not math.isfinite(value):
+                engine.count_non_finite()
+                return loss
+        groups = self.param_groups
+        shrinks = [
+            1.0 - float(group["lr"]) * float(group["weight_decay"])
+            if group["decoupled_weight_decay"]
+            else None
+            for group in groups
+        ]
+        engine.step(
+            options,
+            float(groups[0]["betas"][0]),
+            float(groups[0]["step_cap"]),
+            self.flat.per_segment(shrinks, None),
+        )
+        return loss
