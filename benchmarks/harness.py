@@ -49,6 +49,7 @@ def arguments(
     description: str,
     rounds: tuple[int, int] | None = None,
     threads: int | None = None,
+    add: Callable[[argparse.ArgumentParser], None] | None = None,
 ) -> argparse.Namespace:
     """The command line that all benchmarks share.
 
@@ -58,6 +59,7 @@ def arguments(
         rounds: How often each case is repeated: in full and in quick mode; None where nothing
             is timed.
         threads: Where nothing else is asked for; None for torch's default.
+        add: Adds the module's own options, which then take the place of --threads and --largest.
 
     Returns:
         quick, rounds, threads, largest, out, and readme: the file to rewrite the tables in, or
@@ -68,15 +70,19 @@ def arguments(
     if rounds is not None:
         usual = f"repeats ({rounds[0]}; --quick {rounds[1]})"
         parser.add_argument("--rounds", type=int, help=usual)
-    usual = "torch's default" if threads is None else str(threads)
-    parser.add_argument(
-        "--threads", type=int, default=threads, help=f"for torch and for us ({usual})"
-    )
+    if add is not None:
+        parser.set_defaults(threads=threads)
+        add(parser)
+    else:
+        usual = "torch's default" if threads is None else str(threads)
+        parser.add_argument(
+            "--threads", type=int, default=threads, help=f"for torch and for us ({usual})"
+        )
+        parser.add_argument(
+            "--largest", type=float, default=math.inf, help="leave out cases of more parameters"
+        )
     if name in ("time_to_loss", "robustness", "switching"):
         parser.add_argument("--budget", type=int, help="gradient evaluations a run")
-    parser.add_argument(
-        "--largest", type=float, default=math.inf, help="leave out cases of more parameters"
-    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -269,7 +275,8 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON can hold: a spread becomes median, quartiles and rounds, infinity and NaN null."""
     if isinstance(value, Spread):
         return {
             "median": value.median,
@@ -277,9 +284,9 @@ def _plain(value: Any) -> Any:
             "rounds": [float(f"{v:.5g}") for v in value.values],
         }
     if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
@@ -306,7 +313,7 @@ def save(
     facts["share_of_others"] = machine.share_of_others(args.started)
     text = f"{machine.sentence(facts)}\n\n{tables}"
     document = {"benchmark": name, "machine": facts, **results}
-    (args.out / f"{name}.json").write_text(json.dumps(_plain(document), indent=1) + "\n")
+    (args.out / f"{name}.json").write_text(json.dumps(plain(document), indent=1) + "\n")
     (args.out / f"{name}.md").write_text(f"# {name}\n\n{text}\n\n![{name}]({name}.png)\n")
     figure.savefig(args.out / f"{name}.png", dpi=150, facecolor="white")
     plt.close(figure)

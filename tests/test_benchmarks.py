@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
+pytest.importorskip("sklearn")
 
 from benchmarks.cost_kmd import Fit
 from benchmarks.harness import Spread, count, interleaved, number, rewrite, table
@@ -26,6 +27,7 @@ SMALL = {
     "time_to_loss": ["--rounds", "2", "--budget", "30"],
     "robustness": ["--budget", "40", "--largest", "4"],
     "switching": ["--rounds", "2", "--budget", "25"],
+    "stochastic": ["--only", "kmnist", "--workers", "0"],
 }
 
 
@@ -132,6 +134,25 @@ def test_every_switch_has_every_start(results):
         assert {"FusePV, m = 10", "L-BFGS all along (torch), m = 100"} <= methods.keys()
         assert all(len(losses) == 2 for losses in methods.values())
     assert all(row["verdict"] for row in results["switching"]["comparisons"])
+
+
+def test_minibatch_methods_are_compared_on_equal_terms(results):
+    found = results["stochastic"]
+    assert len(found["targets"]) == 10 and all("met" in row for row in found["targets"])
+    for kind, methods in (("printed", 7), ("tuned", 6)):
+        outcome = found["outcomes"][kind]["kmnist"]
+        assert len(outcome["methods"]) == methods
+        assert outcome["about"]["data"].startswith("digits: 320 of the 1,437")
+        for method in outcome["methods"].values():
+            for accuracy in method["test_accuracy"].values():
+                assert len(accuracy["values"]) == 2 and 0 <= accuracy["mean"] <= 1
+        # They leave Adam where FusePV does.
+        steps = {str(outcome["methods"][name]["switch_step"]) for name in ("adam_sgd", "fuse_pv")}
+        assert len(steps) == 1
+    assert {"fixed step", "automatic switch", "Fuse, theta = 0.5"} <= found["ablation"][
+        "kmnist"
+    ].keys()
+    assert len(found["automatic_switch"]) == 2
 
 
 @pytest.mark.parametrize("name", SMALL)

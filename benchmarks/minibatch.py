@@ -1,0 +1,380 @@
+"""Training on minibatches with SGD, Adam, Adam then something else, or FusePV.
+
+:func:`train` makes one run from a seed's start and tells what it was worth after every epoch.
+All optimizers with the same seed begin at the same parameters and see the images in the same
+order. An epoch is the training set presented once, however often the optimizer evaluates the
+gradient on a batch; how often it did is counted beside it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import fuse_ext
+from benchmarks import datasets, networks
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A data set, a network for it and a budget.
+
+    Attributes:
+        dataset: Of :mod:`benchmarks.datasets`.
+        network: Of :mod:`benchmarks.networks`.
+        batch: Images in a batch.
+        epochs: Budget.
+        images: Only the first so many; None for all.
+    """
+
+    dataset: str
+    network: str
+    batch: int
+    epochs: int
+    images: int | None = None
+
+    @property
+    def title(self) -> str:
+        """Data set and network, for people."""
+        return f"{datasets.TITLES[self.dataset]}, {NETWORK_TITLES[self.network]}"
+
+
+NETWORK_TITLES = {
+    "logistic": "logistic regression",
+    "mlp": "MLP",
+    "cnn": "CNN",
+    "densenet": "DenseNet",
+}
+PROBLEMS = {
+    "mnist": Problem("mnist", "logistic", 256, 6),
+    "kmnist": Problem("kmnist", "mlp", 128, 10),
+    "usps": Problem("usps", "cnn", 128, 8),
+    "cifar10": Problem("cifar10", "densenet", 128, 8),
+    "fashion_mnist": Problem("fashion_mnist", "mlp", 256, 6),
+}
+
+
+def find_problem(name: str, quick: bool = False) -> Problem:
+    """A problem by name; quick: with a few hundred of scikit-learn's digits for its images."""
+    if name not in PROBLEMS:
+        raise ValueError(f"problem must be one of {sorted(PROBLEMS)}, got {name!r}")
+    found = PROBLEMS[name]
+    return replace(found, dataset="digits", batch=32, epochs=2, images=320) if quick else found
+
+
+def load(spec: Problem, data_root: str | None) -> datasets.Dataset:
+    """The problem's images."""
+    data = datasets.load(spec.dataset, data_root)
+    return data if spec.images is None else data.first(spec.images)
+
+
+def describe(problem: str, quick: bool = False, data_root: str | None = None) -> dict[str, Any]:
+    """A problem in numbers and words: what :func:`train` will be run on."""
+    spec = find_problem(problem, quick)
+    data = load(spec, data_root)
+    model = networks.build(spec.network, data.x.shape[1:])
+    return {
+        **asdict(spec),
+        "title": spec.title,
+        "data": data.note,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps_per_epoch": steps_per_epoch(len(data.x), spec.batch),
+    }
+
+
+# What of an optimizer's description the loop sees to.
+OF_THE_LOOP = ("name", "batch", "batch_factor", "schedule")
+
+
+# --- optimizers -------------------------------------------------------------------------------
+
+
+class Relay:
+    """Adam for ``switch_step`` steps, then another optimizer on the same parameters."""
+
+    def __init__(self, first: Any, second: Any, phase: str, switch_step: int) -> None:
+        self.first, self.second, self.second_phase = first, second, phase
+        self.switch_step, self.steps = switch_step, 0
+
+    @property
+    def phase(self) -> str:
+        """Whose turn it is."""
+        return "adam" if self.steps < self.switch_step else self.second_phase
+
+    def step(self, closure: Callable[[], Tensor]) -> Any:
+        """A step of the optimizer whose turn it is."""
+        optimizer = self.first if self.phase == "adam" else self.second
+        self.steps += 1
+        return optimizer.step(closure)
+
+
+def make_switch(switch: Any, steps_per_epoch: int) -> Any:
+    """FusePV's ``switch`` from something that JSON can hold.
+
+    Args:
+        switch: "auto" (the default criterion), "never", a number of epochs, or the name and
+            arguments of a criterion: ``{"name": "GradNorm", "zeta": 0.1}``.
+        steps_per_epoch: Adam steps in an epoch.
+    """
+    if switch == "auto":
+        return None
+    if switch == "never":
+        return fuse_ext.Never()
+    if isinstance(switch, dict):
+        arguments = {key: value for key, value in switch.items() if key != "name"}
+        return getattr(fuse_ext, switch["name"])(**arguments)
+    return fuse_ext.AfterSteps(round(switch * steps_per_epoch))
+
+
+def make_theta(theta: Any, steps_per_epoch: int) -> Any:
+    """Fuse's ``theta`` from something that JSON can hold.
+
+    Args:
+        theta: A number, or the name and arguments of a schedule, with "epochs" in place of its
+            steps: ``{"name": "LinearTheta", "epochs": 5}``.
+        steps_per_epoch: Steps in an epoch.
+    """
+    if not isinstance(theta, dict):
+        return theta
+    arguments = {key: value for key, value in theta.items() if key not in ("name", "epochs")}
+    return getattr(fuse_ext, theta["name"])(round(theta["epochs"] * steps_per_epoch), **arguments)
+
+
+def make_optimizer(params: Any, description: dict[str, Any], steps_per_epoch: int) -> Any:
+    """The optimizer of a description, as :func:`train` takes it."""
+    options = {k: v for k, v in description.items() if k not in OF_THE_LOOP}
+    params, name = list(params), description["name"]
+    if name == "sgd":
+        return torch.optim.SGD(params, **options)
+    if name == "adam":
+        return torch.optim.Adam(params, fused=True, **options)
+    if name in ("adam_sgd", "adam_torch_lbfgs"):
+        step = options.pop("switch_step", None)
+        if step is None:
+            step = round(options.pop("switch") * steps_per_epoch)
+        adam = torch.optim.Adam(params, lr=options.pop("lr"), fused=True)
+        if name == "adam_sgd":
+            options["lr"] = options.pop("sgd_lr")
+            return Relay(adam, torch.optim.SGD(params, **options), "sgd", step)
+        options = {"max_iter": 1, "history_size": 10, "line_search_fn": "strong_wolfe", **options}
+        return Relay(adam, torch.optim.LBFGS(params, **options), "lbfgs", step)
+    if name == "fuse_pv":
+        options["switch"] = make_switch(options.get("switch", "auto"), steps_per_epoch)
+        if isinstance(options.get("history_dtype"), str):
+            options["history_dtype"] = getattr(torch, options["history_dtype"])
+        return fuse_ext.FusePV(params, **options)
+    if name == "fuse":
+        options["theta"] = make_theta(options["theta"], steps_per_epoch)
+        return fuse_ext.Fuse(params, **options)
+    raise ValueError(f"optimizer name {name!r} is not known")
+
+
+# --- training ---------------------------------------------------------------------------------
+
+
+def batches(n: int, seed: int, size: Callable[[], int]) -> Iterator[tuple[float, Tensor]]:
+    """Rows of one batch after the other, for good; an epoch is cut into equal batches.
+
+    Args:
+        n: Training images.
+        seed: Of the order, which does not depend on the sizes.
+        size: Asked before every batch. What is left of the epoch is divided into batches as near
+            to it as can be, so that no small one remains at the end.
+
+    Yields:
+        The epochs presented with this batch, and its rows.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    epoch = 0
+    while True:
+        order, at = torch.randperm(n, generator=generator), 0
+        while at < n:
+            left = n - at
+            take = math.ceil(left / max(1, round(left / size())))
+            rows = order[at : at + take]
+            at += take
+            yield epoch + at / n, rows
+        epoch += 1
+
+
+def steps_per_epoch(n: int, batch: int) -> int:
+    """Batches of about this size in an epoch."""
+    return max(1, round(n / batch))
+
+
+def train(
+    problem: str,
+    optimizer: dict[str, Any],
+    seed: int,
+    epochs: int | None = None,
+    *,
+    quick: bool = False,
+    until: dict[str, float] | None = None,
+    held_out: bool = False,
+    data_root: str | None = None,
+) -> dict[str, Any]:
+    """One run.
+
+    Args:
+        problem: A key of ``PROBLEMS``.
+        optimizer: "name" ("sgd", "adam", "adam_sgd", "adam_torch_lbfgs", "fuse" or "fuse_pv") and
+            what that takes: "lr" and the like; for the two that relay "switch" (epochs) or
+            "switch_step", and "sgd_lr" for the first of them; for Fuse "theta" as
+            :func:`make_theta` reads it; for FusePV "switch" as :func:`make_switch` does,
+            "batch_factor" (the batch is that many times larger while it is in its L-BFGS phase)
+            and all its options. "batch" replaces the problem's for this run, "schedule":
+            "cosine" lets lr fall to 0 over the budget (not of those that relay).
+        seed: Of the start and of the order of the images.
+        epochs: None for the problem's.
+        quick: A few hundred digits in place of the images.
+        until: Goes on after ``epochs`` until these are reached too: "evaluations" and
+            "cpu_seconds"; what the run was worth when each was is recorded in ``reached``.
+        held_out: A tenth of the training images takes the place of the test images: for tuning.
+        data_root: As in :func:`benchmarks.datasets.load`.
+
+    Returns:
+        Lists with an entry before the first step and one after every epoch: "epoch",
+        "train_loss" (over all training images; None if it is not finite), "test_accuracy" (of
+        1), "evaluations" (gradients, in epochs' worth: a call on b of n images counts b / n),
+        "cpu_seconds" (of the optimizer's steps, closures included) and "steps". Besides:
+        "switch_step", "switch_epoch" and "switch_reason"; "reached"; "report", what FusePV says
+        of itself; and the conditions.
+    """
+    spec = find_problem(problem, quick)
+    data = load(spec, data_root)
+    data = data.held_out() if held_out else data
+    epochs = spec.epochs if epochs is None else epochs
+    batch = optimizer.get("batch", spec.batch)
+    factor = optimizer.get("batch_factor", 1)
+    torch.manual_seed(seed)
+    model = networks.build(spec.network, data.x.shape[1:])
+    n = len(data.x)
+    opt = make_optimizer(model.parameters(), optimizer, steps_per_epoch(n, batch))
+
+    schedule = None
+    if "schedule" in optimizer:
+        schedule = cosine(opt, epochs * steps_per_epoch(n, batch))
+    _warm_up(model, data, batch, optimizer)
+    run = _Run(model, data, dict(until or {}))
+    second = optimizer["name"] in ("fuse_pv", "adam_torch_lbfgs")
+
+    def size() -> int:
+        return batch * factor if second and opt.phase == "lbfgs" else batch
+
+    run.record(0)
+    for epoch, rows in batches(n, seed, size):
+        x, y = data.x[rows], data.y[rows]
+        adam = getattr(opt, "phase", None) == "adam"
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            run.seen += len(x)
+            model.zero_grad()
+            loss = cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        start = time.process_time()
+        opt.step(closure)
+        if schedule is not None:
+            schedule.step()
+        run.seconds += time.process_time() - start
+        run.steps += 1
+        if adam and opt.phase != "adam" and run.switch_step is None:
+            run.switch_step, run.switch_epoch = run.steps, epoch
+        run.check_budgets(epoch)
+        if epoch == int(epoch):
+            run.record(int(epoch))
+            if isinstance(opt, fuse_ext.FusePV):
+                opt.next_epoch()
+            if epoch >= epochs and not run.budgets:
+                break
+
+    report = asdict(opt.report()) if isinstance(opt, fuse_ext.FusePV) else None
+    return {
+        "problem": asdict(spec),
+        "data": data.note,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "optimizer": optimizer,
+        "seed": seed,
+        "epochs": epochs,
+        **run.lists,
+        "reached": run.reached,
+        "switch_step": run.switch_step,
+        "switch_epoch": run.switch_epoch,
+        "switch_reason": report["switch_reason"] if report else "",
+        "report": report,
+    }
+
+
+def _warm_up(
+    model: nn.Module, data: datasets.Dataset, batch: int, optimizer: dict[str, Any]
+) -> None:
+    """A step of a copy, so that what a process does once is not counted as the first step's."""
+    copy = deepcopy(model)
+    opt = make_optimizer(copy.parameters(), optimizer, 1)
+    cross_entropy(copy(data.x[:batch]), data.y[:batch]).backward()
+    opt.step(lambda: cross_entropy(copy(data.x[:batch]), data.y[:batch]))
+
+
+def cosine(optimizer: Any, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """A learning rate that falls to 0 in so many steps, along a cosine, and stays there."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda k: (1 + math.cos(math.pi * min(k / steps, 1))) / 2
+    )
+
+
+class _Run:
+    """Counts and records of a run."""
+
+    def __init__(self, model: nn.Module, data: datasets.Dataset, budgets: dict[str, float]) -> None:
+        self.model, self.data, self.budgets = model, data, budgets
+        self.seen, self.seconds, self.steps = 0, 0.0, 0
+        self.switch_step: int | None = None
+        self.switch_epoch: float | None = None
+        self.lists: dict[str, list[Any]] = {}
+        self.reached: dict[str, dict[str, Any]] = {}
+
+    def _state(self, epoch: float) -> dict[str, Any]:
+        loss = self._loss()
+        return {
+            "epoch": epoch,
+            "train_loss": loss if math.isfinite(loss) else None,
+            "test_accuracy": self._accuracy(),
+            "evaluations": self.seen / len(self.data.x),
+            "cpu_seconds": self.seconds,
+            "steps": self.steps,
+        }
+
+    def record(self, epoch: int) -> None:
+        for key, value in self._state(epoch).items():
+            self.lists.setdefault(key, []).append(value)
+
+    def check_budgets(self, epoch: float) -> None:
+        spent = {"evaluations": self.seen / len(self.data.x), "cpu_seconds": self.seconds}
+        # Counted in images, an equal number of evaluations is reached, whatever the rounding.
+        over = [key for key, budget in self.budgets.items() if spent[key] >= budget * (1 - 1e-9)]
+        for key in over:
+            del self.budgets[key]
+            self.reached[key] = self._state(epoch)
+
+    @torch.no_grad()
+    def _loss(self) -> float:
+        total = 0.0
+        for x, y in zip(self.data.x.split(2000), self.data.y.split(2000), strict=True):
+            total += cross_entropy(self.model(x), y, reduction="sum").item()
+        return total / len(self.data.x)
+
+    @torch.no_grad()
+    def _accuracy(self) -> float:
+        correct = 0
+        for x, y in zip(self.data.x_test.split(2000), self.data.y_test.split(2000), strict=True):
+            correct += int((self.model(x).argmax(1) == y).sum())
+        return correct / len(self.data.x_test)
