@@ -10,11 +10,11 @@ that mix two functions, and steps as long as a noisy model likes. Here
   the length of a step in that metric is at most ``step_cap`` times that of Adam's last one, less
   and less as steps go by.
 
-So without a pair a step is Adam's, and a step costs one gradient, as Adam's does. All vectors are
+So without a pair a step is Adam's, and every step costs one gradient. All vectors are
 kept in Adam's coordinates, x' = D^(1/2) x, where D is the identity: s' = D^(1/2) s,
 g' = D^(-1/2) g, and the ops of L-BFGS serve as they are.
 
-Memory, beside the history: 7 vectors of the state's dtype.
+Memory, beside the history: 6 vectors of the state's dtype, and 2 of scratch.
 
 References:
     - Niu et al., SlimQN / mL-BFGS: A momentum-based L-BFGS for distributed large-scale neural
@@ -103,6 +103,7 @@ class AveragedEngine:
         if strides:
             entry["strides"] = strides
         self._scratch = self._new_vector()
+        self._pieces = [flat.piece(self._scratch, i) for i in range(len(flat.params))]
         for name in COUNTERS:
             entry.setdefault(name, 0)
         entry.setdefault("pair_step", None)
@@ -222,15 +223,14 @@ class AveragedEngine:
         return float(min(length, cap / math.sqrt(header.direction_sq)))
 
     def _move(self, options: LbfgsOptions, shrink: list[float | None]) -> None:
-        flat = self._flat
-        moved = torch.div(self._step, self._entry["root_metric"], out=self._scratch)
-        for i, param in enumerate(flat.params):
-            factor = shrink[i] if shrink else None
+        params = self._flat.params
+        torch.div(self._step, self._entry["root_metric"], out=self._scratch)
+        for param, factor in zip(params, shrink, strict=True) if shrink else ():
             if factor is not None:
                 param.mul_(factor)
-            share = options.lr_scale[i] if options.lr_scale else 1.0
-            if share:
-                param.add_(flat.piece(moved, i), alpha=share)
+        if options.lr_scale:
+            torch._foreach_mul_(self._pieces, options.lr_scale)
+        torch._foreach_add_(params, self._pieces)
 
     # --- curvature --------------------------------------------------------------------------
 

@@ -104,7 +104,7 @@ class FusePV(AveragedPhase):
 
             - "averaged": of two successive means over 10 batches each, with a step on the
               averaged gradient in Adam's metric (:mod:`fuse_ext.averaged`): one gradient a step,
-              no closure needed, 7 vectors more. Not with a line search.
+              no closure needed, 6 vectors more. Not with a line search.
             - "same_batch": of two gradients on the step's own batch. A line search has the second
               one anyway; a fixed step evaluates the closure once more. ``step(pair_closure=...)``
               takes both gradients on another sample, such as the overlap of two batches.
@@ -126,7 +126,8 @@ class FusePV(AveragedPhase):
     Attributes:
         phase: "adam" or "lbfgs"; also in every parameter group, and saved with it.
 
-    Memory: Adam 8 bytes a parameter; L-BFGS 4 (2 m + 2), about half with a bfloat16 history.
+    Memory: Adam 8 bytes a parameter; L-BFGS 4 (2 m + 2), about half with a bfloat16 history, and
+    24 more on averages.
 
     Raises:
         ValueError, TypeError: An option out of range, or parameters that cannot share one vector.

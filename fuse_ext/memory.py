@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from fuse_ext import ops as kernels
 from fuse_ext.adam import Adam
 from fuse_ext.adam_engine import AdamEngine
+from fuse_ext.averaged import VECTORS, AveragedEngine
 from fuse_ext.checks import check_integer, check_params
 from fuse_ext.flat import FlatOptimizer
 from fuse_ext.fuse import Fuse
 from fuse_ext.fuse_pv import FusePV
 from fuse_ext.lbfgs import LBFGS
 from fuse_ext.lbfgs_engine import LbfgsEngine
+from fuse_ext.modes import AUTO
 
 OPTIMIZERS = ("FusePV", "Adam", "LBFGS", "Fuse")
 # Line searches that may go on past a good trial, whose gradient they then keep.
@@ -119,7 +121,7 @@ def estimate_memory(
     history_size: int = 10,
     history_dtype: torch.dtype | None = None,
     amsgrad: bool = False,
-    line_search: str | None = "strong_wolfe",
+    line_search: str | None = "auto",
 ) -> MemoryEstimate:
     """The memory that an optimizer will hold; allocates none of it.
 
@@ -132,8 +134,8 @@ def estimate_memory(
         FusePV, 1,000,000 parameters
         phase      state  workspace  bytes a parameter
         adam    7.63 MiB        0 B        8.00 + 0.00
-        lbfgs  45.78 MiB   7.63 MiB       48.01 + 8.00
-        at most 53.41 MiB at once
+        lbfgs  68.67 MiB   7.63 MiB       72.01 + 8.00
+        at most 76.30 MiB at once
 
     Args:
         params: A module, its parameters or parameter groups (on any device, of any supported
@@ -143,7 +145,8 @@ def estimate_memory(
             ignored.
         history_dtype: Storage of the pairs.
         amsgrad: Adam's third moment.
-        line_search: Its name; None for a fixed step.
+        line_search: Its name; None for a fixed step; "auto" for FusePV on averages, which holds
+            more than with a line search, and for strong Wolfe elsewhere.
 
     Returns:
         Bytes of state and workspace for each phase.
@@ -154,6 +157,9 @@ def estimate_memory(
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     groups = _on_meta(params)
+    averages = line_search == AUTO and optimizer == "FusePV"
+    if line_search == AUTO and not averages:
+        line_search = "strong_wolfe"
     lbfgs_options: dict[str, Any] = {"history_size": history_size, "history_dtype": history_dtype}
     opt: FlatOptimizer  # made for the checks in its constructor, and for its flat layout
     if optimizer == "Adam":
@@ -167,7 +173,12 @@ def estimate_memory(
     adam = lbfgs = scratch = 0
     if optimizer != "LBFGS":
         adam = AdamEngine(flat, ops, defaultdict(dict), opt.param_groups).nbytes
-    if optimizer != "Adam":
+    if averages:
+        vector = torch.empty(flat.numel, dtype=flat.dtype, device=flat.device)
+        entry: dict[str, Any] = dict.fromkeys(VECTORS, vector)
+        engine = AveragedEngine(flat, ops, entry, history_size, history_dtype)
+        lbfgs, scratch = engine.nbytes, engine.workspace_nbytes
+    elif optimizer != "Adam":
         lbfgs = LbfgsEngine(flat, ops, {}, history_size, history_dtype).history.nbytes
         vectors = 1 + (line_search in SAVING_SEARCHES)
         vectors += optimizer == "Fuse" and line_search is not None  # g at x, for Adam's half

@@ -1,4 +1,4 @@
-"""The loss plateau: FusePV's default criterion for leaving Adam."""
+"""The loss plateau: the criterion for leaving Adam where a line search follows."""
 
 import math
 from collections import deque
@@ -16,7 +16,9 @@ _S_DEVIATION = math.sqrt(_BLOCKS * (_BLOCKS - 1) * (2 * _BLOCKS + 5) / 18)
 
 
 class LossPlateau(Switchover):
-    """Switch when the loss has stopped decreasing, or nearly so. The default; needs no tuning.
+    """Switch when the loss has stopped decreasing, or nearly so; needs no tuning.
+
+    FusePV's default before a line search, unless the closure is promised to be deterministic.
 
     The last ``window`` losses are averaged in 20 blocks. Four times per window the loss is found
     to make no progress if

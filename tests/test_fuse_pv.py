@@ -565,7 +565,9 @@ def test_both_phases_without_a_closure(line_search: str | None) -> None:
     assert torch.equal(fit.flat, lbfgs.flat)
 
 
-@pytest.mark.parametrize("switch", [LossPlateau(), LossGap(0.0, 0.1), AfterSteps(3) | LossChange(1e-3)])
+@pytest.mark.parametrize(
+    "switch", [LossPlateau(), LossGap(0.0, 0.1), AfterSteps(3) | LossChange(1e-3)]
+)
 def test_a_criterion_without_the_loss_it_needs(switch: Any) -> None:
     fit = Fit(switch=switch)
     fit.step(2)

@@ -132,7 +132,7 @@ def test_several_groups_of_several_dtypes():
         {"params": [nn.Parameter(torch.ones(9, dtype=torch.complex64))]},
     ]
     params = [p for group in groups for p in group["params"]]
-    estimate = fuse_ext.estimate_memory(groups)
+    estimate = fuse_ext.estimate_memory(groups, line_search="strong_wolfe")
     opt = fuse_ext.FusePV(groups, switch=2, line_search="strong_wolfe")
     closure = closure_of(params)
     opt.step(closure)
@@ -143,9 +143,25 @@ def test_several_groups_of_several_dtypes():
     assert opt.report().state_bytes == phase(estimate, "lbfgs").state_bytes
 
 
+@pytest.mark.parametrize("history_dtype", [None, torch.bfloat16, torch.int8])
+def test_on_averages(history_dtype):
+    params = [nn.Parameter(torch.randn(shape)) for shape in ((300, 4), (7,))]
+    estimate = phase(fuse_ext.estimate_memory(params, history_dtype=history_dtype), "lbfgs")
+    opt = fuse_ext.FusePV(params, switch=2, pairs="averaged", history_dtype=history_dtype)
+    for _ in range(30):
+        closure_of(params)()
+        opt.step()
+    report = opt.report()
+    assert (estimate.state_bytes, estimate.workspace_bytes) == (
+        report.state_bytes,
+        report.workspace_bytes,
+    )
+    assert report.state_bytes == held(opt)
+
+
 def test_nothing_is_allocated():
     # A thousand times what this machine could hold.
-    estimate = fuse_ext.estimate_memory(10**13, history_dtype=torch.bfloat16)
+    estimate = fuse_ext.estimate_memory(10**13, history_dtype=torch.bfloat16, line_search="armijo")
     assert estimate.bytes_per_parameter == pytest.approx(48, rel=1e-6)
 
 
