@@ -119,7 +119,8 @@ class FusePV(AveragedPhase):
         capturable: Steps read nothing from the device, which decides instead, so that a CUDA graph
             can repeat them: one graph for each phase (docs/cuda.md). Needs ``line_search=None``,
             ``max_iter=1``, ``rtol=0`` and a criterion that looks at neither loss nor gradient; and
-            ``lr``, where it is a tensor, is one for all groups in the L-BFGS phase.
+            ``lr``, where it is a tensor, is one for all groups in the L-BFGS phase. The criterion
+            counts calls of ``step``, and there is no return to Adam where L-BFGS fails.
         on_switch: Called with the optimizer after each switch to L-BFGS.
         backend: "auto", "native" (C++) or "reference" (plain PyTorch).
 
@@ -335,6 +336,8 @@ class FusePV(AveragedPhase):
                 after its last completed iteration).
         """
         if self.param_groups[0]["capturable"]:
+            if batch_id is not None or pair_closure is not None:
+                raise ValueError("capturable=True goes with neither batch_id nor pair_closure")
             return self._captured_step(closure, loss)
         if self._adam is None and self._lbfgs is None:
             self._renew_layout()

@@ -23,8 +23,8 @@ Step = TypeVar("Step", bound=Callable[..., Any])
 def noticed(func: Callable[..., Any]) -> Callable[..., Any]:
     """torch's wrapper around an optimizer's ``step``, entered only where someone would notice.
 
-    It names the step in a profile and runs the hooks; and torch.compile is kept out of the step,
-    which would have nothing to fuse with one op and would be traced anew for every step count.
+    It names the step in a profile and runs the hooks; and torch.compile is kept out of both: the
+    step has nothing to fuse with one op and would be traced anew for every step count.
     """
     watched = _disable_dynamo(Optimizer.profile_hook_step(func))
 

@@ -198,8 +198,8 @@ class LBFGS(FlatOptimizer):
             steps by anyone else. Of the tolerances on changes only that on -g.p counts.
         backend: "auto", "native" (C++) or "reference" (plain PyTorch).
 
-    Memory: 2 m + 2 vectors of the history's dtype (and one of float32 if it is narrower), and one
-    or two vectors of scratch for the line search.
+    Memory: 2 m + 2 vectors of the history's dtype (and one of float32 if it is narrower, or with
+    ``capturable``), and one or two vectors of scratch for the line search.
 
     Raises:
         ValueError, TypeError: An option out of range, or parameters that cannot share one vector.

@@ -196,3 +196,12 @@ def test_where_another_sample_makes_no_sense(options: dict[str, Any]) -> None:
     assert torch.equal(problem.x, before[1])
     with pytest.raises(ValueError, match="closure=None"):
         opt.step(pair_closure=problem.on(BOTH))
+
+
+def test_a_captured_step_knows_no_batches() -> None:
+    problem = Batches()
+    opt = fixed(problem, capturable=True)
+    for options in ({"batch_id": 1}, {"pair_closure": problem.on(BOTH)}):
+        with pytest.raises(ValueError, match="capturable=True goes with neither"):
+            opt.step(problem.on(FIRST), **options)
+    assert opt.report().adam_steps == 0

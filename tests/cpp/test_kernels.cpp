@@ -140,6 +140,9 @@ class Kernels {
       out.expect("grad_stats", expected);
     }
     row.expect("direction");
+    Buffer out(DType::f64, 1);
+    k_.largest_param(tensors.table(), range.begin, range.end, out.as<double>());
+    out.expect("largest_param", Vector{largest(range, tensors.x)});
     tensors.expect_params(tensors.x);
   }
 
