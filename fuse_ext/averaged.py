@@ -7,8 +7,8 @@ that mix two functions, and steps as long as a noisy model likes. Here
 - a pair is the difference of two successive block means, s of iterates and y of gradients, each
   over ``BLOCK`` batches (as in SlimQN and mL-BFGS), with Powell's damping of y;
 - H grows out of Adam's metric: its initial diagonal is D^-1, D = sqrt(v) + eps at the switch, and
-  the length of a step in that metric is at most ``step_cap`` times that of Adam's last one, less
-  and less as steps go by.
+  the length of a step in that metric is at most ``step_cap`` times that of Adam's last one (for lr
+  above 1e-3 that of one with 1e-3, but not below Adam's own), less and less as steps go by.
 
 So without a pair a step is Adam's, and every step costs one gradient. All vectors are
 kept in Adam's coordinates, x' = D^(1/2) x, where D is the identity: s' = D^(1/2) s,
@@ -46,6 +46,8 @@ from fuse_ext.scalars import Header
 BLOCK = 10
 # Powell's bound: y is moved towards B s until s.y >= DAMPING s.B s.
 DAMPING = 0.2
+# From this lr on the cap does not grow with Adam's steps, until it has come down to their length.
+LARGEST_LR = 1e-3
 # Where Adam has seen next to no gradient D is this much of its mean: what wakes up later must not
 # take steps beyond all measure.
 LEAST_METRIC = 1e-3
@@ -219,7 +221,7 @@ class AveragedEngine:
         length = options.lr * (1.0 if header.count > 0 else entry["adam_lr"])
         begun = max(entry["adam_steps"], 1)
         fall = (begun / (begun + entry["averaged_steps"])) ** CAP_DECAY
-        cap = step_cap * options.lr * fall * entry["adam_step_norm"]
+        cap = longest(step_cap, entry["adam_lr"]) * entry["adam_step_norm"] * options.lr * fall
         return float(min(length, cap / math.sqrt(header.direction_sq)))
 
     def _move(self, options: LbfgsOptions, shrink: list[float | None]) -> None:
@@ -283,6 +285,13 @@ COUNTERS = (
     "non_finite",
     "failing",
 )
+
+
+def longest(step_cap: float, lr: float) -> float:
+    """The first step's cap in lengths of Adam's last step, at whose lr it was made."""
+    if lr <= LARGEST_LR:
+        return step_cap
+    return min(step_cap, max(1.0, step_cap * LARGEST_LR / lr))
 
 
 def damp(s: Tensor, y: Tensor, curvature: float, bound: float = DAMPING) -> None:

@@ -111,8 +111,8 @@ class FusePV(AveragedPhase):
             - "consecutive": with a fixed step, of the gradients of two successive steps: right
               only where both are of one batch (see ``batch_id`` in :meth:`step`).
             - "auto": averaged or same_batch, as ``line_search`` is without or with one.
-        step_cap: Longest step on averages, in lengths of Adam's last step, in Adam's metric; the
-            cap falls as steps go by.
+        step_cap: Longest step on averages, in lengths of Adam's last step (above lr = 1e-3 of one
+            with 1e-3, but not below Adam's own), in Adam's metric; the cap falls as steps go by.
         check_finite: Before an Adam step, check loss and gradient, and skip the step if either is
             not finite: one read of the gradients more, 4 bytes a parameter beside 28. L-BFGS
             always checks.

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from fuse_ext import AtOnce, FusePV, Never, averaged
-from fuse_ext.averaged import BLOCK, CAP_DECAY, DAMPING, damp
+from fuse_ext.averaged import BLOCK, CAP_DECAY, DAMPING, LARGEST_LR, damp, longest
 
 BACKENDS = ("native", "reference")
 SHAPES = ((3, 5), (7,), (2, 2, 2))
@@ -79,7 +79,8 @@ def twin(problem: Noisy, warm: int, steps: int, lr: float, m: int, cap: float) -
         metric = (exp_avg_sq / (1 - 0.999**k)).sqrt() + 1e-8
         x = x - lr * exp_avg / (1 - 0.9**k) / metric
     average = exp_avg / (1 - 0.9**warm)
-    longest = lr * (average**2 / metric).sum().sqrt()
+    last = lr * (average**2 / metric).sum().sqrt()
+    first_cap = min(cap, max(1.0, cap * LARGEST_LR / lr)) * last
     pairs: list[tuple[Tensor, Tensor]] = []
     block: list[tuple[Tensor, Tensor]] = []
     before = None
@@ -88,7 +89,7 @@ def twin(problem: Noisy, warm: int, steps: int, lr: float, m: int, cap: float) -
         average = 0.9 * average + 0.1 * g
         p = two_loop(average, pairs, 1 / metric)
         t = 1.0 if pairs else lr
-        limit = cap * longest * (warm / (warm + k)) ** CAP_DECAY
+        limit = first_cap * (warm / (warm + k)) ** CAP_DECAY
         t = min(t, float(limit / (p * p * metric).sum().sqrt()))
         block.append((x, g))
         x = x + t * p
@@ -203,8 +204,15 @@ def test_no_step_is_longer_than_the_cap() -> None:
         before = problem.x
         opt.step(problem)
         length = float(((problem.x - before) * entry["root_metric"]).norm())
-        limit = 2.0 * entry["adam_step_norm"] * (10 / (10 + k)) ** CAP_DECAY
+        limit = entry["adam_step_norm"] * (10 / (10 + k)) ** CAP_DECAY
         assert length <= limit * (1 + 1e-9)
+
+
+def test_the_cap_does_not_grow_with_a_large_lr() -> None:
+    assert longest(5.0, 1e-4) == longest(5.0, 1e-3) == 5.0
+    assert longest(5.0, 2e-3) == 2.5
+    assert longest(5.0, 1e-2) == longest(5.0, 1.0) == 1.0
+    assert longest(0.5, 1.0) == 0.5
 
 
 def test_a_schedule_scales_steps_and_cap() -> None:
