@@ -164,11 +164,24 @@ def full(
 
 def fixed_step(params: Params, lr: float, lbfgs_lr: float) -> Any:
     """Both phases on small batches, with fixed steps, as the paper's theory has it."""
-    return fuse_ext.FusePV(params, lr=lr, lbfgs_lr=lbfgs_lr, line_search=None)
+    return fuse_ext.FusePV(
+        params,
+        lr=lr,
+        switch=fuse_ext.LossPlateau(),
+        lbfgs_lr=lbfgs_lr,
+        line_search=None,
+        deterministic=False,
+    )
 
 
 def fixed_step_lbfgs(params: Params, lbfgs_lr: float) -> Any:
-    return fuse_ext.FusePV(params, switch=fuse_ext.AtOnce(), lbfgs_lr=lbfgs_lr, line_search=None)
+    return fuse_ext.FusePV(
+        params,
+        switch=fuse_ext.AtOnce(),
+        lbfgs_lr=lbfgs_lr,
+        line_search=None,
+        deterministic=False,
+    )
 
 
 def then_all(params: Params, lr: float) -> Any:

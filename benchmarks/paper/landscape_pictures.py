@@ -108,7 +108,7 @@ def paths(ax: Axes, function: str, everyone: Found) -> None:
 
 def curves(ax: Axes, everyone: Found) -> None:
     """The loss from the first of the starts."""
-    top = 30 * everyone["SGD", "printed"]["first"]["losses"][0]
+    top = 10 * everyone["SGD", "printed"]["first"]["losses"][0]
     lowest = min(min(result["first"]["losses"]) for result in everyone.values())
     for (method, kind), result in everyone.items():
         first = result["first"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from itertools import product
 from typing import Any
 
 from benchmarks.cells import Cell
@@ -53,20 +54,18 @@ def cells(name: str, quick: bool, data: str | None, done: dict[str, Any]) -> lis
         options |= {"function": function, "method": method, "count": count, "budget": BUDGET[quick]}
         return Cell(_key(function, method, kind), f"{runs.__name__}:{of}", options)
 
-    def tune(method: str, grid: list[list[float]]) -> Cell:
-        grid = grid[::3] if quick else grid
+    def tune(method: str, *grids: tuple[float, ...]) -> Cell:
+        rates = [grid[::3] if quick else grid for grid in grids]
+        grid = [list(pair) for pair in product(*rates)]
         return cell("tune", method, "tuning", TUNING_STARTS[quick], grid=grid)
 
     def run(method: str, kind: str, lrs: list[float]) -> Cell:
         return cell("run", method, kind, STARTS[quick], lrs=lrs)
 
-    found = [tune("SGD", [[lr] for lr in SGD_GRID])]
-    found += [tune(method, [[lr] for lr in ADAM_GRID]) for method in ("Adam", OURS)]
+    found = [tune("SGD", SGD_GRID), tune("Adam+SGD", ADAM_GRID, SGD_GRID)]
+    found += [tune(method, ADAM_GRID) for method in ("Adam", OURS)]
     found += [run(method, "printed", lrs) for method, lrs in PRINTED.items()]
     found.append(run(ALONE, "printed", []))
-    adam = done.get(_key(function, "Adam", "tuning"))
-    if adam is not None:  # Adam+SGD takes over Adam's rate, and has as large a grid for SGD's
-        found.append(tune("Adam+SGD", [[*best(adam), lr] for lr in SGD_GRID]))
     for method in PRINTED:
         tried = done.get(_key(function, method, "tuning"))
         if tried is not None:
@@ -131,6 +130,13 @@ def report(name: str, results: dict[str, Any], quick: bool) -> Report:
         },
     }
     outcome, sentence = judge(name, comparisons, stuck, superlinear)
+    sides = [(found[OURS, "tuned"], "FUSE (tuned)"), (alone, f"{ALONE} without Adam")]
+    settled = [
+        f"{label} settles after {statistics.median(result['settled']):g} evaluations, "
+        f"{sum(result['near'])} in a global minimum"
+        for result, label in sides
+    ]
+    sentence += f" In the median {'; '.join(settled)}."
     text = "\n\n".join(
         [
             conditions(quick, superlinear["smooth"]),
@@ -246,8 +252,8 @@ def conditions(quick: bool, smooth: int) -> str:
         f"{BUDGET[quick]} gradient evaluations for every method (a line search's count), float64. "
         f"FUSE is `FusePV(params, lr, deterministic=True)`, all else by default; Adam+SGD leaves "
         f"Adam after {runs.SWITCH} steps, as FUSE does. SGD, Adam and FUSE are tuned on a grid of "
-        f"{len(SGD_GRID[::3]) if quick else len(SGD_GRID)} learning rates each (Adam+SGD takes "
-        f"over Adam's and has as many for SGD's), on {TUNING_STARTS[quick]} other starts, for the "
+        f"{len(SGD_GRID[::3]) if quick else len(SGD_GRID)} learning rates each (Adam+SGD on all "
+        f"pairs), on {TUNING_STARTS[quick]} other starts, for the "
         "most that end in a global minimum, then the least median loss. A run is in a global "
         f"minimum if it ends within {runs.NEAR:g} of one, in brackets Wilson's 95% interval; it "
         f"has settled when its loss stays within {runs.SAME:g} of its last. The last two columns "
@@ -324,10 +330,11 @@ def more(
     edges = []
     for method in PRINTED:
         tried = results[_key(function, method, "tuning")]
-        last = [entry["lrs"][-1] for entry in tried]
-        chosen = best(tried)[-1]
-        if chosen in (last[0], last[-1]):
-            edges.append(f"{method} ({chosen:g})")
+        for chosen, grid in zip(
+            best(tried), zip(*(entry["lrs"] for entry in tried), strict=True), strict=True
+        ):
+            if chosen in (min(grid), max(grid)):
+                edges.append(f"{method} ({chosen:g})")
     if edges:
         lines.append(f"The best learning rate is at the edge of its grid for {listed(edges)}.")
     fallbacks = [found[OURS, kind]["fallbacks"] for kind in KINDS]
