@@ -32,6 +32,10 @@ class TwoPhases(FlatOptimizer):
     _adam: AdamEngine | None = None
     _lbfgs: LbfgsEngine | AveragedEngine | None = None
 
+    def switch_back(self) -> None:
+        """See :class:`fuse_ext.FusePV`."""
+        raise NotImplementedError
+
     @property
     def phase(self) -> str:
         """Either "adam" or "lbfgs"."""
@@ -95,11 +99,18 @@ class TwoPhases(FlatOptimizer):
             self._switch.load_state_dict(criterion)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch, in either phase; in the L-BFGS phase the curvature starts afresh."""
+        """As in torch, in either phase.
+
+        In the L-BFGS phase the curvature starts afresh; on averages Adam takes over again, since
+        it has to find the new parameters' metric.
+        """
+        averaged = isinstance(self.__dict__.get("_lbfgs"), AveragedEngine)
         if self.__dict__.get("_flat") is not None and isinstance(param_group, dict):
             param_group.setdefault("phase", self.phase)
             self._settle()
         super().add_param_group(param_group)
+        if averaged:
+            self.switch_back()
 
     def _adopt_state(self) -> None:
         self._adam = self._lbfgs = None

@@ -360,6 +360,21 @@ def test_back_to_adam_leaves_nothing_behind() -> None:
     assert fit.optimizer.phase == "lbfgs"
 
 
+def test_a_new_group_gets_adam_first() -> None:
+    problem, late = Noisy(), torch.ones(3, dtype=torch.float64, requires_grad=True)
+    opt = FusePV(problem.params, lr=0.02, switch=10, pairs="averaged")
+    for _ in range(40):
+        opt.step(problem)
+    opt.add_param_group({"params": [late], "lr": 0.01})
+    assert opt.phase == "adam"
+    for k in range(60):
+        problem()
+        late.grad = 2.0 * late.detach()
+        opt.step()
+        assert opt.phase == ("adam" if k < 9 else "lbfgs")
+    assert late.abs().max() < 0.9
+
+
 def test_without_a_closure() -> None:
     problem = Noisy()
     opt = FusePV(problem.params, lr=0.02, switch=10, pairs="averaged")

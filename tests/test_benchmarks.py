@@ -149,7 +149,7 @@ def test_minibatch_methods_are_compared_on_equal_terms(results):
         # They leave Adam where FusePV does.
         steps = {str(outcome["methods"][name]["switch_step"]) for name in ("adam_sgd", "fuse_pv")}
         assert len(steps) == 1
-    assert {"fixed step", "automatic switch", "Fuse, theta = 0.5"} <= found["ablation"][
+    assert {"no curvature pairs", "automatic switch", "Fuse, theta = 0.5"} <= found["ablation"][
         "kmnist"
     ].keys()
     assert len(found["automatic_switch"]) == 2
