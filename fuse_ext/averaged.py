@@ -178,11 +178,11 @@ class AveragedEngine:
             return False
         entry["n_iter"] += 1
         entry["grad_avg"].lerp_(grad, 1.0 - beta)
-        entry["grad_sum"].add_(grad)
         header = self._direction(options)
         if header is None:
             self.progress.reason = "no_descent"
             return True
+        entry["grad_sum"].add_(grad)
         length = self._length(header, options, step_cap)
         # z = t p, whatever the rows' dtype.
         self._step.zero_()

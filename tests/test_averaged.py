@@ -360,6 +360,23 @@ def test_back_to_adam_leaves_nothing_behind() -> None:
     assert fit.optimizer.phase == "lbfgs"
 
 
+def test_gradients_of_zero_are_no_step_and_no_part_of_a_mean() -> None:
+    problem = Noisy()
+    opt = FusePV(problem.params, lr=0.02, switch=1, pairs="averaged", betas=(0.0, 0.999))
+    for _ in range(5):
+        opt.step(problem)
+    before, entry = problem.x, opt.state[problem.params[0]]
+    held = entry["grad_sum"].clone(), entry["block_step"]
+    for p in problem.params:
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    assert opt.report().stop_reason == "no_descent"
+    assert torch.equal(problem.x, before)
+    assert torch.equal(entry["grad_sum"], held[0]) and entry["block_step"] == held[1]
+    opt.step(problem)
+    assert not torch.equal(problem.x, before)
+
+
 def test_a_new_group_gets_adam_first() -> None:
     problem, late = Noisy(), torch.ones(3, dtype=torch.float64, requires_grad=True)
     opt = FusePV(problem.params, lr=0.02, switch=10, pairs="averaged")
