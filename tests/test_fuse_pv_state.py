@@ -384,7 +384,8 @@ def test_a_group_may_join_in_the_adam_phase() -> None:
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_group_may_join_in_the_lbfgs_phase(deterministic: bool) -> None:
-    late = Late(deterministic=deterministic)
+    search = {} if deterministic else {"line_search": "approximate_wolfe"}
+    late = Late(deterministic=deterministic, **search)
     late.step(12)
     optimizer = late.fit.optimizer
     iterations = optimizer.report().lbfgs_iterations
