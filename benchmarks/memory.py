@@ -34,6 +34,7 @@ SEARCH = {"line_search_fn": "strong_wolfe"}
 # FusePV leaves Adam after so many steps; and its search is made to need several trials.
 SWITCH = 3
 PV = {"switch": SWITCH, "lbfgs_lr": 0.05, "deterministic": True}
+MEAN = {"switch": SWITCH, "pairs": "averaged"}
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,9 @@ def all_cases(quick: bool) -> list[Case]:
         Case("FusePV, Adam phase", "fuse_ext.FusePV", {**PV, "switch": 1000}, phase="adam"),
         Case("FusePV, at the switch", "fuse_ext.FusePV", PV, SWITCH - 1, "lbfgs", at_switch=True),
         Case("FusePV, L-BFGS phase", "fuse_ext.FusePV", PV, SWITCH + 14, phase="lbfgs"),
+        Case("FusePV, to averages", "fuse_ext.FusePV", MEAN, SWITCH - 1, "lbfgs", at_switch=True),
+        # The step measured is one that closes a block and offers a pair.
+        Case("FusePV, on averages", "fuse_ext.FusePV", MEAN, SWITCH + 19, phase="lbfgs"),
         Case("Fuse", "fuse_ext.Fuse", after=14),
     ]
     if not quick:
@@ -146,7 +150,8 @@ def _expected(case: Case, numel: int) -> tuple[int, int] | None:
     if "history_dtype" in given:
         given["history_dtype"] = getattr(torch, given["history_dtype"].removeprefix("torch."))
     name = case.optimizer.rpartition(".")[2]
-    searches = {"FusePV": "strong_wolfe", "LBFGS": given.get("line_search_fn")}
+    searched = "auto" if "pairs" in given else "strong_wolfe"
+    searches = {"FusePV": searched, "LBFGS": given.get("line_search_fn")}
     known = ("history_size", "history_dtype", "amsgrad")
     estimate = fuse_ext.estimate_memory(
         [torch.empty(size, device="meta") for size in split(numel, TENSORS)],

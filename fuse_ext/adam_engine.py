@@ -59,20 +59,17 @@ def _is_count(step: Any) -> bool:
 
 
 class AdamLegacy(NamedTuple):
-    """What Adam leaves to the phase after it; flat vectors.
+    """What Adam leaves to the phase after it, beside two vectors.
 
     Attributes:
-        grad_avg: The bias-corrected average of the gradients.
-        metric: D = sqrt(v) + eps, bias-corrected, over the parameter's share of the largest lr;
-            0 where nothing is known, inf where nothing moves.
         steps: Adam steps taken.
         lr: The largest of the groups.
+        mean_metric: Of the elements where the metric is known and finite; 0 without any.
     """
 
-    grad_avg: Tensor
-    metric: Tensor
     steps: int
     lr: float
+    mean_metric: float
 
 
 class AdamEngine:
@@ -159,29 +156,39 @@ class AdamEngine:
         """Bytes of state held."""
         return sum(moment.nbytes for moment in self._moments.values()) + self._steps.nbytes
 
-    def legacy(self, groups: list[ParamGroup]) -> AdamLegacy:
-        """What the last step was made of: lr times ``grad_avg / metric``, element by element."""
-        grad_avg = self._moments["exp_avg"].clone()
-        metric = torch.zeros_like(grad_avg)
+    def legacy(self, groups: list[ParamGroup], grad_avg: Tensor, metric: Tensor) -> AdamLegacy:
+        """What the last step was made of: lr times ``grad_avg / metric``, element by element.
+
+        Args:
+            groups: ``Optimizer.param_groups``.
+            grad_avg: Becomes the bias-corrected average of the gradients; flat.
+            metric: Becomes D = sqrt(v) + eps, bias-corrected, over the parameter's share of the
+                largest lr; 0 where nothing is known, inf where nothing moves.
+        """
+        grad_avg.copy_(self._moments["exp_avg"])
+        metric.zero_()
         largest = max(float(group["lr"]) for group in groups)
+        total, known = 0.0, 0
         for group, place in zip(groups, self._flat.group_slices, strict=True):
             beta1, beta2 = group["betas"]
             source = MOMENTS[2] if group["amsgrad"] else MOMENTS[1]
             share = float(group["lr"]) / largest if largest > 0.0 else 0.0
+            eps = float(group["eps"])
+            inside, outside = (eps, 0.0) if group["eps_inside_root"] else (0.0, eps)
             for i in range(place.start, place.stop):
                 steps = float(self._steps[i])
                 begin, size = self._flat.offsets[i], self._flat.sizes[i]
                 m, d = grad_avg[begin : begin + size], metric[begin : begin + size]
-                if not (share and steps):
-                    d.fill_(0.0 if share else math.inf)
-                    continue
-                eps = float(group["eps"])
-                inside, outside = (eps, 0.0) if group["eps_inside_root"] else (0.0, eps)
-                m.div_(1.0 - beta1**steps)
-                v = self._moments[source][begin : begin + size]
-                torch.sqrt((v + inside).div_(1.0 - beta2**steps), out=d)
-                d.add_(outside).div_(share)
-        return AdamLegacy(grad_avg, metric, int(self._steps.max()), largest)
+                if not share:
+                    d.fill_(math.inf)
+                elif steps:
+                    m.div_(1.0 - beta1**steps)
+                    v = self._moments[source][begin : begin + size]
+                    torch.add(v, inside, out=d).div_(1.0 - beta2**steps).sqrt_()
+                    d.add_(outside).div_(share)
+                    total += float(d.sum(dtype=torch.float64))
+                    known += size
+        return AdamLegacy(int(self._steps.max()), largest, total / known if known else 0.0)
 
     def step(
         self,

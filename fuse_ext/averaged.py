@@ -10,9 +10,9 @@ that mix two functions, and steps as long as a noisy model likes. Here
   the length of a step in that metric is at most ``step_cap`` times that of Adam's last one (for lr
   above 1e-3 that of one with 1e-3, but not below Adam's own), less and less as steps go by.
 
-So without a pair a step is Adam's, and every step costs one gradient. All vectors are
-kept in Adam's coordinates, x' = D^(1/2) x, where D is the identity: s' = D^(1/2) s,
-g' = D^(-1/2) g, and the ops of L-BFGS serve as they are.
+So without a pair a step is Adam's, and every step costs one gradient. All vectors are kept in
+Adam's coordinates, x' = D^(1/2) x, where D is the identity: s' = D^(1/2) s, g' = D^(-1/2) g, and
+the ops of L-BFGS serve as they are.
 
 Memory, beside the history: 6 vectors of the state's dtype, and 2 of scratch.
 
@@ -32,10 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse_ext.adam_engine import AdamLegacy
+from fuse_ext.adam_engine import AdamEngine
 from fuse_ext.evaluations import effective_gradient
-from fuse_ext.flat import FlatParams
+from fuse_ext.flat import FlatParams, ParamGroup
 from fuse_ext.history import History, memory_order
+from fuse_ext.lbfgs_engine import COUNTERS, TALLIES
 from fuse_ext.lbfgs_options import LbfgsOptions
 from fuse_ext.ops import Ops
 from fuse_ext.precision import Precision
@@ -84,7 +85,6 @@ class AveragedEngine:
         entry: The optimizer's state entry; holds all tensors and counters.
         history_size: m.
         history_dtype: Storage of the pairs; None for the state's.
-        legacy: Adam's, at the switch; None to go on with what ``entry`` holds.
     """
 
     def __init__(
@@ -94,7 +94,6 @@ class AveragedEngine:
         entry: dict[str, Any],
         history_size: int,
         history_dtype: torch.dtype | None,
-        legacy: AdamLegacy | None = None,
     ) -> None:
         self._flat, self._ops, self._entry = flat, ops, entry
         # The L-BFGS ops see one vector: the step in Adam's coordinates.
@@ -106,37 +105,33 @@ class AveragedEngine:
             entry["strides"] = strides
         self._scratch = self._new_vector()
         self._pieces = [flat.piece(self._scratch, i) for i in range(len(flat.params))]
-        for name in COUNTERS:
+        for name in (*COUNTERS, *TALLIES):
             entry.setdefault(name, 0)
         entry.setdefault("pair_step", None)
         self.precision = Precision(entry, torch.finfo(flat.dtype).eps)
         for name in VECTORS:
             vector = self._new_vector()
-            if legacy is None:
+            if name in entry:
                 vector.copy_(entry[name])
             entry[name] = vector
-        if legacy is not None:
-            self._inherit(legacy)
         self.progress = Progress()
 
     def _new_vector(self) -> Tensor:
         return torch.zeros(self._flat.numel, dtype=self._flat.dtype, device=self._flat.device)
 
-    def _inherit(self, legacy: AdamLegacy) -> None:
+    def inherit(self, adam: AdamEngine, groups: list[ParamGroup]) -> None:
+        """Begins where Adam ends."""
         entry = self._entry
-        metric = legacy.metric
-        known = metric[(metric > 0.0) & (metric < math.inf)]
-        if known.numel():
-            metric = metric.clamp(min=LEAST_METRIC * float(known.mean()))
-        entry["root_metric"].copy_(metric.sqrt_())
-        torch.div(legacy.grad_avg, entry["root_metric"], out=entry["grad_avg"])
-        norm = legacy.lr * float(entry["grad_avg"].norm())
+        average, root = entry["grad_avg"], entry["root_metric"]
+        legacy = adam.legacy(groups, average, root)
+        root.clamp_(min=LEAST_METRIC * legacy.mean_metric).sqrt_()
+        average.div_(root)
         entry.update(
             block_step=0,
             blocks=0,
             averaged_steps=0,
             adam_steps=legacy.steps,
-            adam_step_norm=norm,
+            adam_step_norm=legacy.lr * float(average.norm()),
             adam_lr=legacy.lr,
         )
 
@@ -274,17 +269,6 @@ class AveragedEngine:
         """Notes that a step was not taken for a NaN or infinite value."""
         self._entry["non_finite"] += 1
         self.progress.reason = "non_finite"
-
-
-COUNTERS = (
-    "n_iter",
-    "func_evals",
-    "resets",
-    "line_search_failures",
-    "step_cuts",
-    "non_finite",
-    "failing",
-)
 
 
 def longest(step_cap: float, lr: float) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fuse_ext.adam_engine import AdamLegacy
 from fuse_ext.averaged import AveragedEngine
 from fuse_ext.captured_phases import CapturedPhases
 from fuse_ext.checks import loss_value
@@ -19,16 +18,19 @@ from fuse_ext.modes import AVERAGED, averages, finds_out, same_loss
 class AveragedPhase(CapturedPhases):
     """The steps of FusePV on minibatches."""
 
-    def _legacy(self) -> AdamLegacy | None:
-        """Adam's, at the switch, if L-BFGS is to begin on averages."""
+    def _successor(self) -> LbfgsEngine | AveragedEngine:
+        """The engine that follows Adam."""
         group = self.param_groups[0]
         if averages(group) and self._adam is not None and self._log["phase_steps"]:
+            engine = self._make_lbfgs(averaged=True)
+            assert isinstance(engine, AveragedEngine)
+            engine.inherit(self._adam, self.param_groups)
             if finds_out(group):
                 self._entry["watched_loss"] = math.nan
-            return self._adam.legacy(self.param_groups)
+            return engine
         if group["pairs"] == AVERAGED:
             raise RuntimeError("pairs='averaged' needs Adam's moments: take an Adam step first")
-        return None
+        return self._make_lbfgs()
 
     def _averaged_step(
         self, engine: AveragedEngine, closure: Closure | None, options: LbfgsOptions

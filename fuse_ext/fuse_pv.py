@@ -261,7 +261,7 @@ class FusePV(AveragedPhase):
     def _begin_lbfgs(self, reason: str) -> None:
         self._settle()
         log = self._log
-        engine = self._make_lbfgs(self._legacy())
+        engine = self._successor()
         log["switches"] += 1
         log["switch_step"] = log["adam_steps"]
         log["switch_reason"] = reason

@@ -227,22 +227,25 @@ class History:
     def offer(self, s: Tensor, y: Tensor, curvature_tol: float) -> None:
         """Keeps a pair made elsewhere if s.y > curvature_tol |s| |y|; both flat.
 
-        The direction under way is lost. The rows are written by the ops that write any pair: s is
-        the direction -(-s) of an empty ring, y a gradient after one of 0.
+        The direction under way is lost, and s becomes -s. The rows are written by the ops that
+        write any pair: s is the direction -(-s) of an empty ring, y a gradient after one of 0.
         """
         count = ring.index("count", self.slots)
         held = self.scalars[count].clone()
         self.scalars[count] = 0.0
         ring.array(self.scalars, "coef_g", self.slots).fill_(-1.0)
-        self.direction([s.neg()], [], [], False)
+        self.direction([s.neg_()], [], [], False)
         self.scalars[count] = held
-        self.set_grad_prev(torch.zeros_like(y))
+        self._grad_prev().zero_()
         self.update([y], [], False, 1.0, curvature_tol)
 
     def set_grad_prev(self, grad: Tensor) -> None:
         """Puts another gradient in the place of the one that y will be taken from."""
-        slot = int(self.header().open)
-        (self.rows[1, slot] if self.grad_prev is None else self.grad_prev).copy_(grad)
+        self._grad_prev().copy_(grad)
+
+    def _grad_prev(self) -> Tensor:
+        """Where it lies."""
+        return self.rows[1, int(self.header().open)] if self.grad_prev is None else self.grad_prev
 
     def move(self, origin: Tensor, step: float, save: bool) -> None:
         """Parameters = origin + step * p; with ``save`` origin = parameters first."""

@@ -67,7 +67,7 @@ class LbfgsEngine(Evaluations):
         history = History(flat, ops, entry, history_size, history_dtype, apart)
         super().__init__(flat, entry, history)
         self.ops = ops
-        for name in (*COUNTERS, *_TALLIES):
+        for name in (*COUNTERS, *TALLIES):
             entry.setdefault(name, 0)
         self._bad_starts = 0  # in a row, that were not finite
         self.progress = Progress()
@@ -473,8 +473,8 @@ class LbfgsEngine(Evaluations):
 # What an entry counts since the start, for reports, and what it holds besides tensors in all.
 COUNTERS = ("n_iter", "func_evals", "resets", "line_search_failures", "step_cuts", "non_finite")
 # The tallies are of the present: trials cut, and failed steps, the last ones weighing most.
-_TALLIES = ("cuts", "failing")
-ENGINE_NAMES = ("pair_step", *COUNTERS, *_TALLIES, *PRECISION_NAMES)
+TALLIES = ("cuts", "failing")
+ENGINE_NAMES = ("pair_step", *COUNTERS, *TALLIES, *PRECISION_NAMES)
 
 
 def _lowers(result: LineSearchResult, point: Point) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fuse_ext import ops as kernels
 from fuse_ext.adam import Adam
 from fuse_ext.adam_engine import AdamEngine
-from fuse_ext.averaged import VECTORS, AveragedEngine
+from fuse_ext.averaged import AveragedEngine
 from fuse_ext.checks import check_integer, check_params
 from fuse_ext.flat import FlatOptimizer
 from fuse_ext.fuse import Fuse
@@ -35,11 +35,13 @@ class PhaseMemory:
         phase: "adam", "lbfgs" or "fuse".
         state_bytes: What ``state_dict`` saves, padding included.
         workspace_bytes: Scratch held between steps, once the line search has needed it.
+        eager: Whether the scratch is made with the state.
     """
 
     phase: str
     state_bytes: int
     workspace_bytes: int
+    eager: bool = False
 
     @property
     def total_bytes(self) -> int:
@@ -74,7 +76,9 @@ class MemoryEstimate:
     @property
     def peak_bytes(self) -> int:
         """The most held at once: at a switch, the states of both phases for a moment."""
-        at_switch = sum(phase.state_bytes for phase in self.phases)
+        at_switch = sum(
+            phase.total_bytes if phase.eager else phase.state_bytes for phase in self.phases
+        )
         return max(at_switch, *(phase.total_bytes for phase in self.phases))
 
     @property
@@ -135,7 +139,7 @@ def estimate_memory(
         phase      state  workspace  bytes a parameter
         adam    7.63 MiB        0 B        8.00 + 0.00
         lbfgs  68.67 MiB   7.63 MiB       72.01 + 8.00
-        at most 76.30 MiB at once
+        at most 83.93 MiB at once
 
     Args:
         params: A module, its parameters or parameter groups (on any device, of any supported
@@ -174,9 +178,7 @@ def estimate_memory(
     if optimizer != "LBFGS":
         adam = AdamEngine(flat, ops, defaultdict(dict), opt.param_groups).nbytes
     if averages:
-        vector = torch.empty(flat.numel, dtype=flat.dtype, device=flat.device)
-        entry: dict[str, Any] = dict.fromkeys(VECTORS, vector)
-        engine = AveragedEngine(flat, ops, entry, history_size, history_dtype)
+        engine = AveragedEngine(flat, ops, {}, history_size, history_dtype)
         lbfgs, scratch = engine.nbytes, engine.workspace_nbytes
     elif optimizer != "Adam":
         lbfgs = LbfgsEngine(flat, ops, {}, history_size, history_dtype).history.nbytes
@@ -186,7 +188,7 @@ def estimate_memory(
     phases = {
         "Adam": (PhaseMemory("adam", adam, 0),),
         "LBFGS": (PhaseMemory("lbfgs", lbfgs, scratch),),
-        "FusePV": (PhaseMemory("adam", adam, 0), PhaseMemory("lbfgs", lbfgs, scratch)),
+        "FusePV": (PhaseMemory("adam", adam, 0), PhaseMemory("lbfgs", lbfgs, scratch, averages)),
         "Fuse": (PhaseMemory("fuse", adam + lbfgs, scratch),),
     }
     return MemoryEstimate(optimizer, flat.numel, phases[optimizer])

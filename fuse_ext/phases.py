@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fuse_ext.adam_engine import AdamEngine, AdamLegacy, check_adam_state
+from fuse_ext.adam_engine import AdamEngine, check_adam_state
 from fuse_ext.averaged import AVERAGED_NAMES, VECTORS, AveragedEngine, check_averaged_state
 from fuse_ext.captured_adam import make_adam
 from fuse_ext.captured_lbfgs import make_lbfgs
@@ -127,13 +127,13 @@ class TwoPhases(FlatOptimizer):
     def _make_adam(self) -> AdamEngine:
         return make_adam(self.flat, self._ops, self.state, self.param_groups)
 
-    def _make_lbfgs(self, legacy: AdamLegacy | None = None) -> LbfgsEngine | AveragedEngine:
-        """The engine of the state at hand; with Adam's legacy, the one on averages."""
+    def _make_lbfgs(self, averaged: bool = False) -> LbfgsEngine | AveragedEngine:
+        """The engine of the state at hand, or a new one on averages."""
         group, entry = self.param_groups[0], self._entry
-        if legacy is None and VECTORS[0] not in entry:
+        if not averaged and VECTORS[0] not in entry:
             return make_lbfgs(self.flat, self._ops, entry, group)
         size, dtype = group["history_size"], group["history_dtype"]
-        return AveragedEngine(self.flat, self._ops, entry, size, dtype, legacy)
+        return AveragedEngine(self.flat, self._ops, entry, size, dtype)
 
     def _drop_lbfgs_state(self) -> None:
         self._settle()

@@ -8,44 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from averaged_cases import Noisy
 from fuse_pv_cases import Fit, assert_same, snapshot
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from fuse_ext import AtOnce, FusePV, Never, averaged
+from fuse_ext import FusePV, Never, averaged
 from fuse_ext.averaged import BLOCK, CAP_DECAY, DAMPING, LARGEST_LR, damp, longest
 
 BACKENDS = ("native", "reference")
-SHAPES = ((3, 5), (7,), (2, 2, 2))
-
-
-class Noisy:
-    """A quadratic 0.5 x.A x - b.x whose b is drawn anew for every batch; a closure to call."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64, noise: float = 0.3) -> None:
-        self.params = [torch.randn(shape).to(dtype).requires_grad_() for shape in SHAPES]
-        n = sum(p.numel() for p in self.params)
-        root = torch.randn(n, n, dtype=torch.float64) / math.sqrt(n)
-        self.hessian = (root @ root.T + 0.1 * torch.eye(n, dtype=torch.float64)).to(dtype)
-        self.noise, self.batches = noise, torch.Generator().manual_seed(1)
-
-    @property
-    def x(self) -> Tensor:
-        return torch.cat([p.detach().flatten() for p in self.params])
-
-    def __call__(self) -> Tensor:
-        for p in self.params:
-            p.grad = None
-        x = torch.cat([p.flatten() for p in self.params])
-        b = self.noise * torch.randn(x.numel(), generator=self.batches, dtype=x.dtype)
-        loss = 0.5 * x @ self.hessian @ x - b @ x
-        loss.backward()
-        return loss
-
-    def grad(self) -> Tensor:
-        """The next batch's gradient, at the parameters."""
-        self()
-        return torch.cat([p.grad.flatten() for p in self.params])
 
 
 def two_loop(grad: Tensor, pairs: list[tuple[Tensor, Tensor]], diagonal: Tensor) -> Tensor:
@@ -402,93 +373,6 @@ def test_without_a_closure() -> None:
     assert opt.report().evaluations == 0
     assert opt.report().pairs_held > 0
     assert problem().item() < before
-
-
-# --- which kind of L-BFGS ------------------------------------------------------------------------
-
-
-def test_one_function_gets_a_line_search() -> None:
-    fit = Fit(switch=5, lr=1e-2)
-    fit.step(5)
-    before = fit.flat
-    fit.step()
-    assert torch.equal(fit.flat, before)
-    assert fit.optimizer.report().stop_reason == "watch"
-    losses = fit.step(100)
-    report = fit.optimizer.report()
-    assert report.line_search == "wolfe"
-    assert report.evaluations == fit.calls
-    assert losses[-1] < 1e-2 * losses[0]
-
-
-def test_batches_get_averages() -> None:
-    problem = Noisy()
-    opt = FusePV(problem.params, lr=0.02, switch=5)
-    for _ in range(30):
-        opt.step(problem)
-    report = opt.report()
-    assert (report.lbfgs_iterations, report.evaluations) == (24, 30)
-    assert report.line_search == "fixed"
-    assert "root_metric" in opt.state[problem.params[0]]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"line_search": "armijo"}, {"max_iter": 3}, {"deterministic": True}, {"pairs": "same_batch"}],
-    ids=str,
-)
-def test_who_asks_for_something_else_gets_it(options: dict[str, Any]) -> None:
-    problem = Noisy()
-    opt = FusePV(problem.params, lr=0.02, switch=5, **options)
-    for _ in range(7):
-        opt.step(problem)
-    assert "root_metric" not in opt.state[problem.params[0]]
-    assert opt.report().lbfgs_iterations >= 2
-
-
-def test_no_watching_where_it_is_known_to_be_batches() -> None:
-    problem = Noisy()
-    opt = FusePV(problem.params, lr=0.02, switch=5, deterministic=False)
-    for _ in range(8):
-        opt.step(problem)
-    assert opt.report().lbfgs_iterations == 3
-
-
-def test_a_checkpoint_while_watching() -> None:
-    first, again = Fit(switch=5, lr=1e-2), Fit(switch=5, lr=1e-2)
-    first.step(6)
-    again.load(first.flat)
-    again.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
-    assert again.step(8) == first.step(8)
-    assert again.optimizer.report().line_search == "wolfe"
-
-
-def test_averages_need_adam() -> None:
-    fit = Fit(pairs="averaged", switch=AtOnce())
-    with pytest.raises(RuntimeError, match="needs Adam's moments"):
-        fit.step()
-    fit = Fit(pairs="averaged", switch=9)
-    with pytest.raises(RuntimeError, match="needs Adam's moments"):
-        fit.optimizer.switch_now()
-    assert fit.optimizer.phase == "adam"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"pairs": "mixed"}, "pairs must be one of auto, averaged"),
-        ({"pairs": "averaged", "line_search": "armijo"}, "goes with line_search"),
-        ({"pairs": "averaged", "deterministic": True}, "goes with deterministic"),
-        ({"pairs": "averaged", "max_iter": 2}, "goes with max_iter"),
-        ({"step_cap": -1.0}, "step_cap must be"),
-        ({"step_cap": math.nan}, "step_cap must be"),
-        ({"deterministic": "yes"}, "deterministic must be"),
-    ],
-    ids=str,
-)
-def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=message):
-        Fit(**options)
 
 
 # --- what it is for ------------------------------------------------------------------------------
