@@ -10,6 +10,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <array>
 #include <vector>
 
@@ -163,11 +164,14 @@ void adam_step(const Layout& layout, const Tensors& grads, const at::Tensor& exp
           std::nullopt);
 }
 
-std::array<double, kGradStats> grad_stats(const Layout& layout, const Tensors& grads,
-                                          const Numbers& weight_decay, bool maximize,
-                                          const MaybeTensor& history, const MaybeTensor& scalars,
-                                          const at::Tensor& stats,
-                                          const MaybeTensor& history_scale) {
+// The norms, and the loss behind them. On a device `stats` is a view of `all`, whose last number
+// the loss becomes, so that the host waits once for both.
+std::array<double, kGradStats + 1> grad_stats(const Layout& layout, const Tensors& grads,
+                                              const Numbers& weight_decay, bool maximize,
+                                              const MaybeTensor& history,
+                                              const MaybeTensor& scalars, const at::Tensor& stats,
+                                              const MaybeTensor& history_scale,
+                                              const MaybeTensor& loss, const MaybeTensor& all) {
   static const auto op =
       find<void(at::TensorList, at::TensorList, at::IntArrayRef, at::ArrayRef<double>, bool,
                 const MaybeTensor&, const MaybeTensor&, at::Tensor, const MaybeTensor&)>(
@@ -176,7 +180,14 @@ std::array<double, kGradStats> grad_stats(const Layout& layout, const Tensors& g
   const InOp scope;
   op.call(params, grads, layout.offsets(), weight_decay, maximize, history, scalars, stats,
           history_scale);
-  return first_numbers<kGradStats>(stats);
+  if (all) {
+    if (loss) all->narrow(0, kGradStats, 1).copy_(loss->reshape({1}));
+    return first_numbers<kGradStats + 1>(*all);
+  }
+  std::array<double, kGradStats + 1> numbers{};
+  std::ranges::copy(first_numbers<kGradStats>(stats), numbers.begin());
+  if (loss) numbers[kGradStats] = loss->item<double>();
+  return numbers;
 }
 
 void lbfgs_update(const Layout& layout, const Tensors& grads, const Numbers& weight_decay,

@@ -66,9 +66,15 @@ class BoundOps(Protocol):
         scalars: Tensor | None,
         stats: Tensor,
         history_scale: Tensor | None,
+        loss: Tensor | None,
+        with_loss: Tensor | None,
         /,
     ) -> list[float]:
-        """The entries of :class:`fuse_ext.history.GradStats`."""
+        """The entries of :class:`fuse_ext.history.GradStats`, and the loss (0 without one).
+
+        On a device ``stats`` is a view of ``with_loss``, whose last number the loss becomes, so
+        that the host waits once for both.
+        """
 
     def lbfgs_update(
         self,
@@ -140,11 +146,15 @@ class _Listed:
         )
 
     def grad_stats(self, grads: list[Tensor], *rest: Any) -> list[float]:
-        *arguments, stats, scale = rest
+        *arguments, stats, scale, loss, with_loss = rest
         self._ops.grad_stats(
             self._params, grads, self._flat.offsets, *arguments, stats, history_scale=scale
         )
-        return stats.tolist()
+        if with_loss is None:
+            return [*stats.tolist(), 0.0 if loss is None else loss.item()]
+        if loss is not None:
+            with_loss[-1:].copy_(loss.detach().reshape(1))
+        return with_loss.tolist()
 
     def lbfgs_update(self, grads: list[Tensor], *rest: Any) -> None:
         *arguments, history, grad_prev, scalars, scale, pair_step, curvature_tol = rest

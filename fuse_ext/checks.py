@@ -112,6 +112,8 @@ def check_loss(loss: Any) -> None:
             raise ValueError(
                 f"closure must return a scalar loss, got a tensor of shape {tuple(loss.shape)}"
             )
+        if loss.is_complex():
+            raise TypeError(f"closure must return a real loss, got a tensor of {loss.dtype}")
     elif not isinstance(loss, Real):
         raise TypeError(f"closure must return the loss, got {loss!r}; end it with `return loss`")
 

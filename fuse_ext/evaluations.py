@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fuse_ext.checks import loss_value
+from fuse_ext.checks import check_loss
 from fuse_ext.flat import Closure, FlatParams
 from fuse_ext.history import GradStats, History
 from fuse_ext.hooks import with_grad
@@ -78,16 +78,16 @@ class Evaluations:
         """Calls the closure where the parameters stand."""
         loss = with_grad(closure)
         self._entry["func_evals"] += 1
-        value = loss_value(loss)
-        return self._point(loss, -value if options.maximize else value, options, along_direction)
+        check_loss(loss)
+        return self._point(loss, options, along_direction)
 
-    def _point(
-        self, loss: Any, value: float, options: LbfgsOptions, along_direction: bool
-    ) -> Point:
+    def _point(self, loss: Any, options: LbfgsOptions, along_direction: bool) -> Point:
         grads = self.flat.grads()
-        stats = self.history.stats(
-            options.moving(grads), options.weight_decay, options.maximize, along_direction
+        stats, value = self.history.stats(
+            options.moving(grads), options.weight_decay, options.maximize, along_direction, loss
         )
+        if options.maximize:
+            value = -value
         if isinstance(loss, Tensor) and loss.requires_grad:
             loss = loss.detach()
         return Point(loss, value + stats.penalty, grads, stats)
@@ -101,7 +101,7 @@ class Evaluations:
         if self._entry["pair_step"] is not None and self._moved_since(options):
             self.drop_pair()
         if closure is None:
-            return self._point(None, math.nan, options, False)
+            return self._point(None, options, False)
         return self.evaluate(closure, options, False)
 
     def _memory_holds(self, options: LbfgsOptions) -> bool:

@@ -76,8 +76,8 @@ def grads_are_finite(flat: FlatParams, ops: Ops) -> bool:
     stats = torch.zeros(len(GradStats._fields), dtype=torch.float64, device=flat.device)
     plain = flat.layout.grads()
     if plain is not None:
-        numbers = bind(ops, flat).grad_stats(plain, [], False, None, None, stats, None)
-        return GradStats._make(numbers).finite
+        numbers = bind(ops, flat).grad_stats(plain, [], False, None, None, stats, *[None] * 3)
+        return GradStats._make(numbers[:-1]).finite
     return not grad_stats_into(flat, ops, stats) or GradStats(*stats.tolist()).finite
 
 
@@ -137,9 +137,12 @@ class History:
             if self.dtype == torch.int8
             else None
         )
-        self._stats = torch.zeros(
-            len(GradStats._fields), dtype=torch.float64, device=self.scalars.device
+        # Norms of the gradient, and behind them the loss where it would be waited for alone.
+        with_loss = torch.zeros(
+            len(GradStats._fields) + 1, dtype=torch.float64, device=self.scalars.device
         )
+        self._stats = with_loss[:-1]
+        self._with_loss = None if flat.device.type == "cpu" else with_loss
         tensors = {"history": self.rows, "scalars": self.scalars}
         if self.grad_prev is not None:
             tensors["grad_prev"] = self.grad_prev
@@ -169,9 +172,17 @@ class History:
             self.scalars[ring.index(name, self.slots)] = 0.0
 
     def stats(
-        self, grads: list[Tensor], decay: list[float], maximize: bool, along_direction: bool
-    ) -> GradStats:
-        """Norms of the gradient, and its slope along the current direction."""
+        self,
+        grads: list[Tensor],
+        decay: list[float],
+        maximize: bool,
+        along_direction: bool,
+        loss: Any = None,
+    ) -> tuple[GradStats, float]:
+        """Norms of the gradient, its slope along the current direction, and the loss as a number.
+
+        NaN where no loss is given. On a device the host waits once for all of it.
+        """
         numbers = self._bound.grad_stats(
             grads,
             decay,
@@ -180,8 +191,13 @@ class History:
             self.scalars if along_direction else None,
             self._stats,
             self.scales if along_direction else None,
+            loss if isinstance(loss, Tensor) else None,
+            self._with_loss,
         )
-        return GradStats._make(numbers)
+        *norms, value = numbers
+        if not isinstance(loss, Tensor):
+            value = math.nan if loss is None else float(loss)
+        return GradStats._make(norms), value
 
     def update(
         self,

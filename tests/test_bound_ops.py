@@ -7,6 +7,7 @@ import pytest
 import torch
 from adam_cases import frozen, snapshot
 from lbfgs_cases import NEVER_STOP
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuse_ext import _C, LBFGS, Adam, Fuse, FusePV, adam_engine, bound_ops, history
 from fuse_ext.flat import FlatParams
@@ -351,3 +352,43 @@ def test_a_step_size_changed_in_place_is_seen():
     lr.fill_(0.25)
     optimizer.step(closure)
     assert optimizer._engine.progress.step_length == 0.25
+
+
+@pytest.mark.parametrize("backend", ("native", "reference"))
+@pytest.mark.parametrize("search", ("strong_wolfe", "approximate_wolfe", None))
+def test_as_on_a_device_a_trial_reads_loss_and_norms_at_once(backend, search, monkeypatch):
+    """CPU tensors made to go the way of a device's: no loss is read, nor anything else alone."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    def run(as_on_a_device):
+        torch.manual_seed(2)
+        param = torch.rand(40).add_(1.0).requires_grad_()
+        lr = 1.0 if search else 0.1
+        optimizer = LBFGS([param], lr, 1, line_search_fn=search, backend=backend)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = (param.square() - param.log()).sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        history = optimizer._engine.history
+        if as_on_a_device:
+            history._with_loss = torch.zeros(len(history._stats) + 1, dtype=torch.float64)
+            history._stats = history._with_loss[:-1]
+        optimizer.step(closure)  # the reference's empty ring reads for itself
+        with Reads() as reads:
+            losses = [optimizer.step(closure) for _ in range(6)]
+        return [loss.item() for loss in losses], frozen([param]), reads.count
+
+    (losses, params, apart), (again, same, together) = run(False), run(True)
+    assert (losses, params) == (again, same)
+    if backend == "reference":  # what C++ reads of a CPU tensor goes past the dispatcher
+        assert apart - together >= 6

@@ -6,6 +6,7 @@ the comparisons on the CPU (test_the_comparisons_themselves).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -266,6 +267,35 @@ def test_optimizers_reach_the_minimum(optimizer: Any) -> None:
     for _ in range(300 if optimizer is Adam else 10):
         instance.step(closure)
     torch.testing.assert_close(x.detach(), target, rtol=1e-3, atol=1e-3)
+
+
+@cuda_only
+@pytest.mark.parametrize("line_search", ["strong_wolfe", "approximate_wolfe", "armijo"])
+def test_a_trial_waits_once(line_search: str) -> None:
+    """For loss, slope and norms together; and an iteration once more, for its direction."""
+    x = torch.full((1000,), 3.0, device=CUDA, requires_grad=True)
+    scale = torch.linspace(1, 100, 1000, device=CUDA)
+    instance = LBFGS([x], max_iter=1, line_search_fn=line_search)
+
+    def closure() -> Tensor:
+        instance.zero_grad()
+        loss = (scale * (x - x.log())).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(5):  # the first has more to find out
+        instance.step(closure)
+    evaluations = instance.report().evaluations
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            for _ in range(5):
+                instance.step(closure)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    trials = instance.report().evaluations - evaluations
+    assert len(waits) <= trials + 5
 
 
 @cuda_only

@@ -581,7 +581,13 @@ def test_a_criterion_without_the_loss_it_needs(switch: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("returned", "error"), [(None, TypeError), (torch.zeros(2), ValueError), ("x", TypeError)]
+    ("returned", "error"),
+    [
+        (None, TypeError),
+        (torch.zeros(2), ValueError),
+        ("x", TypeError),
+        (torch.zeros((), dtype=torch.complex64), TypeError),
+    ],
 )
 @pytest.mark.parametrize("steps", [0, 2, 6])
 def test_a_closure_without_a_scalar_changes_nothing(
