@@ -20,7 +20,7 @@ namespace fuse_ext {
 // runs of a block in T), then in double.
 constexpr std::int64_t kRun = 1024;
 // Elements per block: a block of the gradient, of y and of the output stays in
-// L1/L2 while the history's rows stream past. Chunks are multiples of it.
+// L1/L2 while the history's rows stream past. Chunks of long ranges are multiples of it.
 constexpr std::int64_t kBlock = 8192;
 
 // Places in combine's output.
