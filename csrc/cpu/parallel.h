@@ -10,19 +10,21 @@
 
 namespace fuse_ext {
 
-// Few enough that their partial results are cheap beside the vectors. Short ranges fall into an even
-// number of nearly equal chunks, so that two threads have as much to do. Depends on the range alone.
+// Few enough that their partial results are cheap beside the vectors. A few blocks fall into an
+// even number of nearly equal chunks, so that two threads have as much to do. Depends on the range
+// alone.
 inline std::int64_t chunk_length(std::int64_t length) {
-  constexpr std::int64_t kMostChunks = 256, kFewBlocks = 16;
-  if (length <= kBlock / 2) return kBlock / 2;
-  const bool is_short = length <= kFewBlocks * kBlock;
-  const std::int64_t unit = is_short ? kScaleBlock : kBlock;
-  const std::int64_t most = is_short ? 2 * ((length + kBlock - 1) / kBlock) : kMostChunks;
-  return (length + most * unit - 1) / (most * unit) * unit;
+  constexpr std::int64_t kMostChunks = 256, kFewBlocks = 4, kSomeBlocks = 16;
+  const auto equal_chunks = [&](std::int64_t most, std::int64_t unit) {
+    return (length + most * unit - 1) / (most * unit) * unit;
+  };
+  if (length > kSomeBlocks * kBlock) return equal_chunks(kMostChunks, kBlock);
+  if (length > kFewBlocks * kBlock || length <= kBlock / 2) return kBlock / 2;
+  return equal_chunks(2 * ((length + 2 * kBlock - 1) / (2 * kBlock)), kRun);
 }
 
 // Elements to read or write that are worth another thread: some 6 us of work, where waking one
-// takes 1 to 3 us on an idle machine and more on a busy one. torch's own grain is of this size.
+// takes about 3 us on an idle machine and more on a busy one. torch's own grain is of this size.
 constexpr std::int64_t kWorthAThread = std::int64_t{1} << 16;
 
 // What a pass over a range does.
