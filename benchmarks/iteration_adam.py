@@ -23,6 +23,7 @@ from benchmarks.harness import (
     show_time,
     table,
 )
+from benchmarks.iteration_limits import bare_adam
 from benchmarks.workloads import split
 
 # Reads p, g, m, v and writes p, m, v, in float32.
@@ -76,6 +77,7 @@ class AdamRow:
         seconds: A step, for each optimizer.
         limit: The best way to update four such vectors, and its bytes a second; None where the
             vectors may lie in a cache.
+        bare: A step as the op alone, without an optimizer.
     """
 
     numel: int
@@ -83,6 +85,7 @@ class AdamRow:
     dtype: str
     seconds: dict[str, Spread]
     limit: tuple[str, Spread] | None
+    bare: Spread
 
     def speedup(self, peer: str = "torch fused") -> Spread:
         """How many times as fast as the peer we are, round by round."""
@@ -126,9 +129,13 @@ def _measure_one(rounds: int, numel: int, tensors: int, dtype: torch.dtype) -> A
         ways = limits.updating(ours, "the optimizer's vectors")
         pages = [limits.in_large_pages(numel) for _ in range(4)]
         ways.update(limits.updating(pages, "large pages"))
-    seconds = interleaved({**cases, **ways}, rounds, label)
+    params = [nn.Parameter(part.clone()) for part in start]
+    hand_out = _giving(params, grads)
+    bare = {"the op alone": repeated(clocked(bare_adam(params), hand_out))}
+    seconds = interleaved({**cases, **ways, **bare}, rounds, label)
     limit = limits.best({way: seconds.pop(way) for way in ways}) if ways else None
-    return AdamRow(numel, tensors, str(dtype).removeprefix("torch."), seconds, limit)
+    alone = seconds.pop("the op alone")
+    return AdamRow(numel, tensors, str(dtype).removeprefix("torch."), seconds, limit, alone)
 
 
 def _giving(params: list[nn.Parameter], grads: list[list[Tensor]]) -> Callable[[], None]:
@@ -174,6 +181,7 @@ def as_json(rows: list[AdamRow]) -> list[dict[str, Any]]:
             "fused_over_ours": row.speedup(),
             "limit": row.limit and {"way": row.limit[0], "bytes_per_second": row.limit[1]},
             "fraction_of_limit": row.fraction(),
+            "bare_op_seconds": row.bare,
         }
         for row in rows
     ]

@@ -23,6 +23,7 @@ from benchmarks.harness import (
     show_time,
     table,
 )
+from benchmarks.iteration_limits import BareIteration
 from benchmarks.machine import available_memory
 from benchmarks.workloads import (
     Iterations,
@@ -65,6 +66,8 @@ SIZES = {  # (parameters, tensors, history size, dtype); the last two are target
     ],
 }
 OUT_OF_CACHE = 10**7
+# Up to here the ops are also timed without an optimizer around them.
+SMALL = 10**5
 SEARCHED = {  # (parameters, tensors, dtype)
     True: [(10**5, 8, torch.float32), (10**5, 8, torch.float64), (10**7, 8, torch.float32)],
     False: [
@@ -99,6 +102,7 @@ class LbfgsRow:
         read_limit: The best way to read the history, and its bytes a second.
         passes: Seconds of our two passes over the history, in one iteration.
         ops: Seconds of each of our ops, in one iteration.
+        bare: Seconds of each op in iterations without an optimizer, where the problem is small.
     """
 
     numel: int
@@ -112,6 +116,7 @@ class LbfgsRow:
     read_limit: tuple[str, Spread] | None = None
     passes: Spread | None = None
     ops: dict[str, float] = field(default_factory=dict)
+    bare: dict[str, Spread] = field(default_factory=dict)
 
     def speedup(self, ours: str = "fp32", peer: str = "torch") -> Spread:
         """How many times as fast as the peer we are, round by round."""
@@ -238,8 +243,9 @@ def _measure_fixed(
             return sum(ops[name] for name in PASSES)
 
         runs["passes"] = passes
+    bare = bare_cases(split(numel, tensors), dtype, history_size, searched=False)
     label = f"L-BFGS, {count(numel)} in {tensors}, m = {history_size}"
-    seconds = interleaved({**runs, **ways}, rounds, label)
+    seconds = interleaved({**runs, **ways, **bare}, rounds, label)
     limit = limits.best({way: seconds.pop(way) for way in ways}) if ways else None
     in_passes = seconds.pop("passes", None)
     return LbfgsRow(
@@ -253,7 +259,17 @@ def _measure_fixed(
         read_limit=limit,
         passes=in_passes,
         ops=ops,
+        bare={name: seconds.pop(name) for name in bare},
     )
+
+
+def bare_cases(
+    sizes: list[int], dtype: torch.dtype, history_size: int, searched: bool
+) -> dict[str, Callable[[], float]]:
+    """The ops of an iteration by themselves, for small problems in float32."""
+    if sum(sizes) > SMALL or dtype != torch.float32:
+        return {}
+    return BareIteration(Quadratic(sizes, dtype), history_size, FIXED_LR, searched).cases()
 
 
 def measure_searched(args: argparse.Namespace) -> list[LbfgsRow]:
@@ -281,7 +297,8 @@ def _measure_searched(rounds: int, numel: int, tensors: int, dtype: torch.dtype)
             if run is not None:
                 runs[name] = partial(_run_peer, run, name, evaluations)
     label = f"strong Wolfe, {count(numel)}"
-    seconds = interleaved(runs, rounds, label)
+    bare = bare_cases(sizes, dtype, m, searched=True)
+    seconds = interleaved({**runs, **bare}, rounds, label)
     for name, case in cases.items():
         evaluations[name] = case.work()["evaluations"]
     return LbfgsRow(
@@ -292,6 +309,7 @@ def _measure_searched(rounds: int, numel: int, tensors: int, dtype: torch.dtype)
         seconds,
         evaluations,
         unequal=differences(cases),
+        bare={name: seconds.pop(name) for name in bare},
     )
 
 
@@ -343,6 +361,7 @@ def as_json(rows: list[LbfgsRow]) -> list[dict[str, Any]]:
             and {"way": row.read_limit[0], "bytes_per_second": row.read_limit[1]},
             "passes_seconds": row.passes,
             "ops_seconds": row.ops,
+            "bare_ops_seconds": row.bare,
         }
         for row in rows
     ]

@@ -14,10 +14,18 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import harness, iteration_adam, iteration_lbfgs, machine, memory
+from benchmarks import (
+    harness,
+    iteration_adam,
+    iteration_lbfgs,
+    iteration_limits,
+    machine,
+    memory,
+)
 from benchmarks.harness import COLORS, Spread, count, number, table
 from benchmarks.iteration_adam import AdamRow
-from benchmarks.iteration_lbfgs import LbfgsRow
+from benchmarks.iteration_lbfgs import SEARCHED_ITERATIONS, LbfgsRow
+from benchmarks.iteration_limits import ROW_BYTES, Limit
 from benchmarks.workloads import history_dtypes
 
 ROUNDS = (25, 11)
@@ -103,6 +111,21 @@ def _find(rows: list[Any], numel: int, tensors: int) -> Any:
     return next((row for row in chosen if row.dtype == "float32"), None)
 
 
+def _work(row: LbfgsRow, name: str) -> str:
+    """What the target of an L-BFGS row with such a history is called; there may be none."""
+    size = f"d = {count(row.numel)}"
+    if row.evaluations:
+        return f"strong Wolfe, outside closures, an iteration, {size}" if name == "fp32" else ""
+    if row.numel == 10**4:
+        small = f"L-BFGS iteration, {size} in {row.tensors} tensors, m = {row.history_size}"
+        return small if name == "fp32" else ""
+    return f"L-BFGS iteration, {size}, m = {row.history_size}, {HISTORY[name]}"
+
+
+def _adam_work(numel: int, tensors: int) -> str:
+    return f"Adam step, d = {count(numel)} in {tensors} tensor{'s' * (tensors > 1)}"
+
+
 def lbfgs_targets(rows: list[LbfgsRow]) -> list[Target]:
     """Those of the iteration with a fixed step."""
     peer = "torch.optim.LBFGS"
@@ -138,7 +161,7 @@ def adam_targets(rows: list[AdamRow]) -> list[Target]:
     targets = []
     for numel, tensors, bound in ((2 * 10**7, 1, 1.0), (10**6, 300, 4.0), (10**4, 8, 3.0)):
         row = _find(rows, numel, tensors)
-        work = f"Adam step, d = {count(numel)} in {tensors} tensor{'s' * (tensors > 1)}"
+        work = _adam_work(numel, tensors)
         conditions: tuple[Condition, ...] = ()
         if row is not None:
             conditions = (_times(row.speedup(), bound),)
@@ -178,6 +201,59 @@ def memory_target(args: argparse.Namespace) -> Target:
         f"torch.optim.LBFGS: {theirs.extra_vectors:.1f} vectors over its state",
         tuple(conditions),
     )
+
+
+# --- what limits them -----------------------------------------------------------------------
+
+
+def bounds(
+    targets: list[Target], fixed: list[LbfgsRow], searched: list[LbfgsRow], adam: list[AdamRow]
+) -> list[Limit]:
+    """The bound of every target that is a time and was measured."""
+    wanted = {
+        target.work: next((c.bound for c in target.conditions if c.name.startswith("times")), None)
+        for target in targets
+        if target.conditions
+    }
+    large = next((row.read_limit for row in fixed if row.read_limit is not None), None)
+    found = []
+    for row in [*fixed, *searched]:
+        for name in HISTORY:
+            work = _work(row, name)
+            if work not in wanted or name not in row.seconds:
+                continue
+            common = (row.seconds[name], row.seconds["torch"], wanted[work])
+            evaluations = row.evaluations.get(name)
+            if row.bare:
+                found.append(iteration_limits.ops_limit(work, row.bare, _calls(row), *common))
+            elif large is not None:
+                moved = iteration_limits.bytes_of_iteration(
+                    row.history_size, ROW_BYTES[name], evaluations
+                )
+                found.append(
+                    iteration_limits.memory_limit(work, moved, row.numel, large[1], *common)
+                )
+    for row in adam:
+        work = _adam_work(row.numel, row.tensors)
+        if row.dtype != "float32" or work not in wanted:
+            continue
+        common = (row.seconds["fuse_ext"], row.seconds["torch fused"], wanted[work])
+        if row.limit is not None:
+            moved = float(iteration_adam.BYTES_A_PARAMETER)
+            limit = iteration_limits.memory_limit(work, moved, row.numel, row.limit[1], *common)
+        else:
+            alone = {"adam_step": row.bare}
+            limit = iteration_limits.ops_limit(work, alone, {"adam_step": 1.0}, *common)
+        found.append(limit)
+    return found
+
+
+def _calls(row: LbfgsRow) -> dict[str, float]:
+    """Of each op in an iteration; a search closes the last pair of a call of step as well."""
+    trials = row.evaluations.get("fp32", 1.0)
+    extra = 1.0 / SEARCHED_ITERATIONS if row.evaluations else 0.0
+    counts = {"grad_stats": trials, "lbfgs_update": 1.0 + extra, "lbfgs_move": trials}
+    return {name: counts.get(name, 1.0) for name in row.bare}
 
 
 # --- pictures -------------------------------------------------------------------------------
@@ -346,11 +422,13 @@ def main() -> None:
         *searched_targets(searched),
         done["memory"],
     ]
+    limits = bounds(targets, fixed, searched, adam)
     lost = sum(target.verdict == "**missed**" for target in targets)
     tables = [
         f"{sum(target.verdict == 'met' for target in targets)} of {len(targets)} targets met, "
         f"{lost} missed. Medians, with quartiles in brackets.",
         table(HEADERS, [target.cells() for target in targets]),
+        iteration_limits.as_table(limits),
         _passes_text(fixed),
         fixed and iteration_lbfgs.as_table(fixed, "L-BFGS, fixed step"),
         searched and iteration_lbfgs.as_table(searched, "L-BFGS, strong Wolfe"),
@@ -359,6 +437,7 @@ def main() -> None:
     ]
     results = {
         "targets": [dict(zip(HEADERS, target.cells(), strict=True)) for target in targets],
+        "limits": iteration_limits.as_json(limits),
         "adam": iteration_adam.as_json(adam),
         "lbfgs": iteration_lbfgs.as_json(fixed),
         "strong_wolfe": iteration_lbfgs.as_json(searched),

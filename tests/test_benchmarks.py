@@ -16,6 +16,7 @@ pytest.importorskip("sklearn")
 
 from benchmarks.cost_kmd import Fit
 from benchmarks.harness import Spread, count, interleaved, number, rewrite, table
+from benchmarks.iteration_limits import Limit, bytes_of_iteration, memory_limit, ops_limit
 from benchmarks.per_iteration import Condition, Target
 from benchmarks.workloads import Iterations, Quadratic, differences, split
 
@@ -82,6 +83,19 @@ def test_every_target_has_a_line(results):
         measured = target["verdict"] in ("met", "**missed**")
         assert measured or target["verdict"].startswith("not measured: ")
         assert bool(target["measured"]) == measured
+
+
+def test_targets_that_are_times_have_a_bound(results):
+    limits = {limit["target"]: limit for limit in results["per_iteration"]["limits"]}
+    small = "L-BFGS iteration, d = 1e4 in 8 tensors, m = 10"
+    assert limits.keys() == {small, "Adam step, d = 1e4 in 8 tensors"}
+    for limit in limits.values():
+        assert limit["bound"].startswith("ops alone") and limit["verdict"]
+        assert limit["bound_seconds"]["median"] > 0
+        assert limit["target"] in results["per_iteration"]["printed"]
+    assert {"grad_stats", "lbfgs_update", "lbfgs_direction", "lbfgs_move"} == set(
+        results["per_iteration"]["lbfgs"][0]["bare_ops_seconds"]
+    )
 
 
 def test_all_optimizers_did_the_same_work(results):
@@ -194,6 +208,31 @@ def test_targets_can_be_missed():
     assert Target("work", "peer", (fast, large)).verdict == "**missed**"
     assert Target("work", "peer", (slow,)).verdict == "**missed**"
     assert Target("work", "peer", (), "no such thing").verdict == "not measured: no such thing"
+
+
+def _limit(bound, ours, peer, wanted):
+    return Limit("t", "b", *(Spread.of([x, x]) for x in (bound, ours, peer)), wanted)
+
+
+def test_bounds_say_what_follows_from_them():
+    assert _limit(0.97, 1.0, 3.0, 4.0).verdict == "at the bound; not even the bound would do"
+    assert _limit(0.5, 1.0, 3.0, 4.0).verdict == "50% is not the bound; the bound would do"
+    assert _limit(0.5, 1.0, 5.0, 4.0).verdict == "50% is not the bound"
+    assert "which does not limit it; not even" in _limit(1.2, 1.0, 3.0, 4.0).verdict
+    assert _limit(0.97, 1.0, 3.0, None).verdict == "at the bound"
+
+
+def test_bounds_are_computed_from_the_run():
+    # 43 rows, g and the previous g twice each; then x twice and p.
+    assert bytes_of_iteration(10, 4.0) == (4 * 10 + 3) * 4 + 16 + 12
+    assert bytes_of_iteration(10, 4.0, 2.0) == (4 * 10 + 3) * 4 + 16 + 2 * (12 + 8)
+    ours, peer = Spread.of([4.0, 4.0]), Spread.of([8.0, 8.0])
+    limit = memory_limit("t", 10.0, 100, Spread.of([500.0, 1000.0]), ours, peer, 5.0)
+    assert limit.bound.values == (2.0, 1.0)
+    assert limit.best.values == (4.0, 8.0) and limit.ratio.values == (2.0, 2.0)
+    seconds = {"a": Spread.of([1.0, 1.0]), "b": Spread.of([2.0, 1.0])}
+    limit = ops_limit("t", seconds, {"a": 1.5, "b": 1.0}, ours, peer, 5.0)
+    assert limit.bound.values == (3.5, 2.5) and "a" in limit.what
 
 
 def test_fit_finds_a_power():

@@ -1,0 +1,262 @@
+"""What limits the targets of per_iteration: the memory, or what is not an op.
+
+Two bounds, both out of the same run. Out of cache: the bytes that an exact iteration cannot but
+move, at the best bandwidth measured. In cache: our ops alone, called without an optimizer around
+them, as if Python and all bookkeeping cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import Spread, number, show_time, table
+from benchmarks.workloads import Quadratic
+from fuse_ext import ops
+from fuse_ext.bound_ops import AdamNumbers, bind
+from fuse_ext.flat import FlatParams
+from fuse_ext.history import History
+
+HEADERS = (
+    "target",
+    "bound",
+    "its time",
+    "ours",
+    "bound / ours",
+    "torch / bound: the best ratio",
+    "torch / ours",
+    "wanted",
+    "so",
+)
+# Of an element of a history row; in 8 bits with its share of a block's scale.
+ROW_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4.0 / 128}
+# So much of a bound counts as all of it: what is left is noise.
+REACHED = 0.95
+
+
+def bytes_of_iteration(history_size: int, row: float, evaluations: float | None = None) -> float:
+    """Bytes a parameter that an exact L-BFGS iteration on float32 must move; each vector once.
+
+    Pass 1 reads 2 m rows, p, g and the previous g, and writes y; pass 2 reads 2 m rows and g, and
+    writes p and the previous g. The move reads x and p and writes x. A line search reads g and p
+    for the slope, and moves, at each of its evaluations.
+
+    Args:
+        history_size: m
+        row: Bytes of an element of a row.
+        evaluations: Of a line search; None for a fixed step.
+    """
+    passes = (4 * history_size + 3) * row + 16.0
+    move = row + 8.0
+    return passes + (move if evaluations is None else evaluations * (move + row + 4.0))
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A target's time beside its bound.
+
+    Attributes:
+        target: As the table of targets calls it.
+        what: The bound.
+        bound: Its seconds, round by round.
+        ours: Seconds measured.
+        peer: The peer's.
+        wanted: The ratio asked for; None where another number than a ratio is.
+    """
+
+    target: str
+    what: str
+    bound: Spread
+    ours: Spread
+    peer: Spread
+    wanted: float | None
+
+    @property
+    def reached(self) -> Spread:
+        """Share of our time that the bound takes."""
+        return self.bound.over(self.ours)
+
+    @property
+    def best(self) -> Spread:
+        """The ratio to the peer if we were as fast as the bound."""
+        return self.peer.over(self.bound)
+
+    @property
+    def ratio(self) -> Spread:
+        """The ratio to the peer."""
+        return self.peer.over(self.ours)
+
+    @property
+    def verdict(self) -> str:
+        """What follows from the medians."""
+        reached = self.reached.median
+        if reached > 1.0 / REACHED:
+            bound = "faster than the bound, which does not limit it"
+        elif reached >= REACHED:
+            bound = "at the bound"
+        else:
+            bound = f"{100 * (1 - reached):.0f}% is not the bound"
+        if self.wanted is None or self.ratio.median >= self.wanted:
+            return bound
+        if self.best.median < self.wanted:
+            return f"{bound}; not even the bound would do"
+        return f"{bound}; the bound would do"
+
+    def cells(self) -> list[str]:
+        """A line of the table."""
+        return [
+            self.target,
+            self.what,
+            show_time(self.bound),
+            show_time(self.ours),
+            self.reached.show(),
+            self.best.show(),
+            self.ratio.show(),
+            "" if self.wanted is None else f"{self.wanted:g}",
+            self.verdict,
+        ]
+
+
+def memory_limit(
+    target: str,
+    moved: float,
+    numel: int,
+    bandwidth: Spread,
+    ours: Spread,
+    peer: Spread,
+    wanted: float | None,
+) -> Limit:
+    """The bound for ``moved`` bytes a parameter."""
+    rate = number(bandwidth.median / 1e9)
+    what = f"memory: {moved:.1f} bytes a parameter at {rate} GB/s"
+    return Limit(target, what, bandwidth.per(moved * numel), ours, peer, wanted)
+
+
+def ops_limit(
+    target: str,
+    seconds: dict[str, Spread],
+    calls: dict[str, float],
+    ours: Spread,
+    peer: Spread,
+    wanted: float | None,
+) -> Limit:
+    """The bound of the ops alone, each so many times an iteration."""
+    rounds = zip(*(seconds[name].scaled(calls[name]).values for name in seconds), strict=True)
+    total = Spread.of(sum(parts) for parts in rounds)
+    parts = ", ".join(
+        f"{name} {number(1e6 * seconds[name].median)}"
+        + (f" x {calls[name]:.2f}" if calls[name] != 1.0 else "")
+        for name in seconds
+    )
+    rest = 1e6 * (ours.median - total.median)
+    what = f"ops alone, us: {parts}; the rest (Python, dispatch, colder caches) {number(rest)}"
+    return Limit(target, what, total, ours, peer, wanted)
+
+
+@dataclass
+class BareIteration:
+    """L-BFGS with a fixed step as calls of ops: no optimizer, no tests, no line search.
+
+    Args:
+        problem: Its own copy; the closure runs before each iteration, off the clock.
+        history_size: m
+        lr: The step.
+        searched: Norms come with the slope, as in a line search.
+    """
+
+    problem: Quadratic
+    history_size: int
+    lr: float
+    searched: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        flat = FlatParams([{"params": self.problem.params}])
+        self._flat = flat
+        self._history = History(flat, ops.select("auto", flat.device), {}, self.history_size, None)
+        self._origin = torch.zeros(flat.numel, dtype=flat.dtype)
+        self._pair_step: float | None = None
+        for _ in range(self.history_size + 3):
+            self.run()
+
+    def run(self) -> None:
+        """One iteration; notes the seconds of each op."""
+        history = self._history
+        loss = self.problem.closure()
+        grads = self._flat.grads()
+        calls: dict[str, Callable[[], object]] = {
+            "grad_stats": lambda: history.stats(grads, [], False, self.searched, loss),
+            "lbfgs_update": lambda: history.update(grads, [], False, self._pair_step, 1e-8),
+            "lbfgs_direction": lambda: history.direction(grads, [], [], False),
+            "lbfgs_move": lambda: history.move(self._origin, self.lr, True),
+        }
+        for name, call in calls.items():
+            start = perf_counter()
+            call()
+            self.seconds[name] = perf_counter() - start
+        self._pair_step = self.lr
+
+    def cases(self, repeats: int = 50) -> dict[str, Callable[[], float]]:
+        """The mean seconds of each op, to be interleaved with other cases."""
+
+        def mean(name: str) -> Callable[[], float]:
+            def run() -> float:
+                total = 0.0
+                for _ in range(repeats):
+                    self.run()
+                    total += self.seconds[name]
+                return total / repeats
+
+            return run
+
+        return {name: mean(name) for name in self.seconds}
+
+
+def bare_adam(params: list[nn.Parameter]) -> Callable[[], object]:
+    """Adam's op on parameters that have gradients, with moments of its own."""
+    flat = FlatParams([{"params": params}])
+    bound = bind(ops.select("auto", flat.device), flat)
+    moments: list[Tensor] = [torch.zeros(flat.numel, dtype=flat.dtype) for _ in range(2)]
+    stats = torch.zeros(1, dtype=torch.float64)
+    numbers = AdamNumbers(1, 1e-3, 0.9, 0.999, 1e-8, 0.0, 0.0, False, False)
+
+    def step() -> None:
+        with torch.no_grad():
+            bound.adam_step(flat.grads(), *moments, None, stats, None, *numbers)
+
+    return step
+
+
+def as_table(limits: list[Limit]) -> str:
+    """Markdown."""
+    if not limits:
+        return ""
+    text = (
+        "What limits the targets that are times: the bytes that an exact iteration must move, at "
+        "the best bandwidth of this run, or the ops alone. L-BFGS with rows of r bytes an element "
+        "moves (4 m + 3) r + 16 in its two passes, r + 8 in a move, and r + 4 for a trial's slope."
+    )
+    return f"{text}\n\n{table(HEADERS, [limit.cells() for limit in limits])}"
+
+
+def as_json(limits: list[Limit]) -> list[dict[str, Any]]:
+    """For the results file."""
+    return [
+        {
+            "target": limit.target,
+            "bound": limit.what,
+            "bound_seconds": limit.bound,
+            "seconds": limit.ours,
+            "bound_over_ours": limit.reached,
+            "best_ratio": limit.best,
+            "ratio": limit.ratio,
+            "wanted": limit.wanted,
+            "verdict": limit.verdict,
+        }
+        for limit in limits
+    ]
