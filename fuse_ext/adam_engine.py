@@ -13,7 +13,7 @@ from torch import Tensor
 from fuse_ext.bound_ops import AdamNumbers, bind
 from fuse_ext.checks import check_grads
 from fuse_ext.flat import FlatParams, ParamGroup
-from fuse_ext.ops import Ops
+from fuse_ext.ops import Ops, zeros_in_large_pages
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -91,7 +91,7 @@ class AdamEngine:
         self._amsgrad = [group["amsgrad"] for group in groups for _ in group["params"]]
         names = MOMENTS if any(self._amsgrad) else MOMENTS[:2]
         self._moments = {
-            name: torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device) for name in names
+            name: zeros_in_large_pages(flat.numel, flat.dtype, flat.device) for name in names
         }
         # Steps of each parameter, on the host and in the dtype that torch gives them.
         double = torch.get_default_dtype() == torch.float64

@@ -269,3 +269,10 @@ def advise_large_pages(tensor: Tensor) -> None:
     if tensor.device.type == "cpu":
         storage = tensor.untyped_storage()
         _C.advise_large_pages(storage.data_ptr(), storage.nbytes())
+
+
+def zeros_in_large_pages(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector of zeros; on the CPU, and where it is big, in large pages if the system has them."""
+    vector = torch.empty(numel, dtype=dtype, device=device)
+    advise_large_pages(vector)  # pages that were touched before stay small
+    return vector.zero_()
