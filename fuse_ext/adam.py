@@ -25,7 +25,7 @@ def check_adam_group(group: ParamGroup) -> None:
     group["betas"] = check_betas(group["betas"])
     check_number("eps", group["eps"], 0.0)
     check_number("weight_decay", group["weight_decay"], 0.0)
-    check_moment_dtype(group)
+    check_moment_dtype(group.get("moment_dtype"))
     if group.get("differentiable"):
         raise ValueError("differentiable=True is not supported: the step is one fused kernel")
 
@@ -136,7 +136,7 @@ class Adam(FlatOptimizer):
         check_adam_group(group)
 
     def _check_layout(self, flat: FlatParams) -> None:
-        check_moments_fit(self.param_groups[0], flat.params)
+        check_moments_fit(self.param_groups[0]["moment_dtype"], flat.params)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         keys = [i for group in state_dict["param_groups"] for i in group["params"]]

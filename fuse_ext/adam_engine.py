@@ -58,21 +58,20 @@ def _is_count(step: Any) -> bool:
     return isinstance(step, (int, float)) and step >= 0 and math.isfinite(step) and step % 1 == 0
 
 
-def check_moment_dtype(group: ParamGroup) -> None:
-    """Raises for an option ``moment_dtype`` that is unknown."""
-    dtype = group.get("moment_dtype")
+def check_moment_dtype(dtype: Any) -> None:
+    """Raises ValueError for an option ``moment_dtype`` that is unknown."""
     if dtype not in (None, torch.bfloat16):
         raise ValueError(f"moment_dtype must be None or torch.bfloat16, got {dtype!r}")
 
 
-def check_moments_fit(group: ParamGroup, params: list[Tensor]) -> None:
-    """Raises ValueError unless these parameters may have moments of the group's dtype."""
-    if group.get("moment_dtype") is None:
+def check_moments_fit(dtype: torch.dtype | None, params: list[Tensor]) -> None:
+    """Raises ValueError unless these parameters may have moments of this dtype."""
+    if dtype is None:
         return
     for i, param in enumerate(params):
         if param.dtype == torch.float64 or param.is_complex():
             raise ValueError(
-                f"moment_dtype={group['moment_dtype']} is for real parameters of at most float32, "
+                f"moment_dtype={dtype} is for real parameters of at most float32, "
                 f"params[{i}] has {param.dtype}"
             )
 
@@ -103,15 +102,20 @@ class AdamEngine:
     """
 
     def __init__(
-        self, flat: FlatParams, ops: Ops, state: dict[Any, Any], groups: list[ParamGroup]
+        self,
+        flat: FlatParams,
+        ops: Ops,
+        state: dict[Any, Any],
+        groups: list[ParamGroup],
+        moment_dtype: torch.dtype | None = None,
     ) -> None:
         self._flat, self._ops, self._state = flat, ops, state
         self._bound = bind(ops, flat)
         self._group_amsgrad = [group["amsgrad"] for group in groups]
         self._amsgrad = [group["amsgrad"] for group in groups for _ in group["params"]]
         names = MOMENTS if any(self._amsgrad) else MOMENTS[:2]
-        check_moments_fit(groups[0], flat.params)
-        dtype = groups[0].get("moment_dtype") or flat.dtype
+        check_moments_fit(moment_dtype, flat.params)
+        dtype = moment_dtype or flat.dtype
         self._moments = {
             name: torch.zeros(flat.numel, dtype=dtype, device=flat.device) for name in names
         }

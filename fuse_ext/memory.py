@@ -180,7 +180,8 @@ def estimate_memory(
     flat, ops = opt.flat, kernels.select("reference", opt.flat.device)
     adam = lbfgs = scratch = 0
     if optimizer != "LBFGS":
-        adam = AdamEngine(flat, ops, defaultdict(dict), opt.param_groups).nbytes
+        dtype = opt.param_groups[0].get("moment_dtype")
+        adam = AdamEngine(flat, ops, defaultdict(dict), opt.param_groups, dtype).nbytes
     if averages:
         engine = AveragedEngine(flat, ops, {}, history_size, history_dtype)
         lbfgs, scratch = engine.nbytes, engine.workspace_nbytes

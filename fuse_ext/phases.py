@@ -63,7 +63,7 @@ class TwoPhases(FlatOptimizer):
         return {**super().__getstate__(), "_switch": self._switch}
 
     def _check_layout(self, flat: FlatParams) -> None:
-        check_moments_fit(self.param_groups[0], flat.params)
+        check_moments_fit(self.param_groups[0]["moment_dtype"], flat.params)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         groups, state = state_dict["param_groups"], state_dict["state"]
