@@ -67,9 +67,10 @@ class Adam(FlatOptimizer):
             no update is lost, however small: each rounding has mean 0 and is off by less than
             2^-7 of the value. Over the steps that an average remembers the errors add up: where
             gradients are noise, to 0.5% of m at beta1 = 0.9 and 4% of v at beta2 = 0.999 (2% of
-            the step's length; standard deviations). amsgrad's largest v is rounded to nearest.
-            The random bits depend on the step count and the element's place alone: runs repeat
-            bit for bit. Checkpoints of any dtype are taken and given.
+            the step's length; standard deviations). amsgrad's largest v is rounded to nearest;
+            as the largest of noisy ones it is some 5% too large. The random bits depend on the
+            step count and the element's place alone: runs repeat bit for bit. Checkpoints of any
+            dtype are taken and given.
         capturable: The step reads nothing from the device: step counts lie there, and ``lr`` may
             (a tensor on the parameters' device), so that a CUDA graph can repeat it. Take a step
             before the capture.
