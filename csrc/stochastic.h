@@ -30,7 +30,7 @@ FUSE_INLINE RandomKey random_key(std::int64_t step) {
 // 32 random bits of an element of the flat vector: mixed() with the key in two places. Elements
 // 2^32 apart share theirs.
 FUSE_INLINE std::uint32_t random_bits(std::uint32_t element, const RandomKey& key) {
-  std::uint32_t x = element ^ key.first;
+  std::uint32_t x = element + key.first;
   x = (x ^ (x >> 16)) * 0x7feb352du ^ key.second;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
   return x ^ (x >> 16);

@@ -32,7 +32,7 @@ def random_bits(begin: int, numel: int, step: int, device: torch.device) -> Tens
     first = _mixed_number((step & WORD) ^ _mixed_number(step >> 32))
     second = _mixed_number(first + GOLDEN)
     elements = torch.arange(begin, begin + numel, device=device) & WORD
-    return mixed(elements ^ first, second)
+    return mixed((elements + first) & WORD, second)
 
 
 def store_stochastic(out: Tensor, values: Tensor, random: Tensor) -> None:
