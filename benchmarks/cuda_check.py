@@ -89,6 +89,8 @@ def adam_times(numel: int, tensors: int, repeats: int) -> dict[str, float]:
 
     ours, theirs = both()
     times = {"ours": milliseconds(ours.step, repeats), "torch": milliseconds(theirs.step, repeats)}
+    narrow = fuse_ext.Adam(parameters(numel, tensors), lr=1e-3, moment_dtype=torch.bfloat16)
+    times["ours, bf16 moments"] = milliseconds(narrow.step, repeats)
     # torch's own asks for an accelerator.
     ours, theirs = both(capturable=True) if DEVICE.type == "cuda" else both()
     times["ours, captured"] = milliseconds(captured(ours.step), repeats)
@@ -153,6 +155,7 @@ def benchmark(quick: bool) -> str:
         moved = {
             "Adam": cuda_model.adam().bytes,
             "Adam, captured": cuda_model.adam().bytes,
+            "Adam, bf16 moments": cuda_model.adam(narrow=True).bytes,
             "L-BFGS": cuda_model.lbfgs(10).bytes,
             "L-BFGS, captured": cuda_model.lbfgs(10).bytes,
             "L-BFGS, bf16 history": cuda_model.lbfgs(10, "bfloat16").bytes,

@@ -43,12 +43,13 @@ class Cost:
         return 1e3 * self.bytes * numel / COPY_BANDWIDTH
 
 
-def adam(checked: bool = False) -> Cost:
+def adam(checked: bool = False, narrow: bool = False) -> Cost:
     """adam_step, with the sum of squared gradients that Eq. 3 needs.
 
     ``checked``: after a pass over the gradients, as in FusePV(check_finite=True, capturable=True).
+    ``narrow``: with bfloat16 moments.
     """
-    return Cost(28 + 4 * checked, 1 + checked, 0)
+    return Cost(28 - 8 * narrow + 4 * checked, 1 + checked, 0)
 
 
 def torch_fused_adam() -> Cost:
@@ -121,6 +122,7 @@ def table(numel: int, pairs: int) -> str:
     theirs = torch_lbfgs(pairs)
     rows = {
         "Adam step, ours (with the gradient norm)": adam(),
+        "Adam step, ours, bfloat16 moments": adam(narrow=True),
         "FusePV's Adam step with check_finite, ours": adam(checked=True),
         "Adam step, torch fused": torch_fused_adam(),
         **{f"L-BFGS iteration, ours, {name} history": lbfgs(pairs, name) for name in ROWS},

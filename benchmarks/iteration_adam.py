@@ -26,13 +26,16 @@ from benchmarks.harness import (
 from benchmarks.iteration_limits import bare_adam
 from benchmarks.workloads import split
 
-# Reads p, g, m, v and writes p, m, v, in float32.
+# Reads p, g, m, v and writes p, m, v, in float32; with m and v in bfloat16.
 BYTES_A_PARAMETER = 28
+NARROW = "bf16 moments"
+NARROW_BYTES = 20
 # From here on the vectors are far larger than any cache, and the limit is the memory's.
 OUT_OF_CACHE = 10**7
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "fuse_ext": fuse_ext.Adam,
+    NARROW: partial(fuse_ext.Adam, moment_dtype=torch.bfloat16),
     "torch fused": partial(torch.optim.Adam, fused=True),
     "torch foreach": partial(torch.optim.Adam, foreach=True),
     "torch for-loop": partial(torch.optim.Adam, foreach=False),
@@ -95,7 +98,7 @@ class AdamRow:
         """Share of the limit that an optimizer reaches, round by round."""
         if self.limit is None:
             return None
-        moved = BYTES_A_PARAMETER * self.numel
+        moved = (NARROW_BYTES if optimizer == NARROW else BYTES_A_PARAMETER) * self.numel
         return self.seconds[optimizer].per(moved).over(self.limit[1])
 
 
@@ -114,6 +117,8 @@ def _measure_one(rounds: int, numel: int, tensors: int, dtype: torch.dtype) -> A
     cases: dict[str, Callable[[], float]] = {}
     ours: list[Tensor] = []
     for name, make in OPTIMIZERS.items():
+        if name == NARROW and dtype == torch.float64:
+            continue
         params = [nn.Parameter(part.clone()) for part in start]
         optimizer = make(params)
         hand_out = _giving(params, grads)
@@ -151,7 +156,10 @@ def _giving(params: list[nn.Parameter], grads: list[list[Tensor]]) -> Callable[[
 
 
 def as_table(rows: list[AdamRow]) -> str:
-    """Markdown; the ratio says how many times as fast as torch's fused step we are."""
+    """Markdown; the ratio says how many times as fast as torch's fused step we are.
+
+    Rates and the share of the limit are those of float32 moments.
+    """
     headers = ["Adam step", *OPTIMIZERS, "fused / ours", "ours, GB/s", "of the limit"]
     return table(headers, [_cells(row) for row in rows])
 
@@ -163,7 +171,7 @@ def _cells(row: AdamRow) -> list[str]:
         rate = number(row.seconds["fuse_ext"].per(BYTES_A_PARAMETER * row.numel / 1e9).median)
     return [
         f"{count(row.numel)} {row.dtype} in {row.tensors}",
-        *(show_time(row.seconds[name]) for name in OPTIMIZERS),
+        *(show_time(row.seconds[name]) if name in row.seconds else "" for name in OPTIMIZERS),
         row.speedup().show(),
         rate,
         "" if fraction is None else f"{100 * fraction.median:.0f}%",

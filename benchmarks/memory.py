@@ -24,7 +24,7 @@ import fuse_ext
 from benchmarks import harness, machine
 from benchmarks.harness import COLORS, count, table
 from benchmarks.machine import available_memory
-from benchmarks.memory_case import rehearse_and_measure
+from benchmarks.memory_case import DTYPE_OPTIONS, rehearse_and_measure
 from benchmarks.workloads import HISTORY_DTYPES, history_dtypes, split
 
 NUMEL = 10**7
@@ -125,6 +125,7 @@ def all_cases(quick: bool) -> list[Case]:
         Case("fuse_ext Adam", "fuse_ext.Adam"),
         Case("torch Adam, amsgrad", "torch.optim.Adam", {"fused": True, "amsgrad": True}),
         Case("fuse_ext Adam, amsgrad", "fuse_ext.Adam", {"amsgrad": True}),
+        Case("fuse_ext Adam, bf16 moments", "fuse_ext.Adam", {"moment_dtype": "torch.bfloat16"}),
         *lbfgs_cases(searched=False),
         *lbfgs_cases(searched=True),
         Case("FusePV, Adam phase", "fuse_ext.FusePV", {**PV, "switch": 1000}, phase="adam"),
@@ -147,12 +148,12 @@ def _expected(case: Case, numel: int) -> tuple[int, int] | None:
     if not case.ours:
         return None
     given = dict(case.options)
-    if "history_dtype" in given:
-        given["history_dtype"] = getattr(torch, given["history_dtype"].removeprefix("torch."))
+    for key in DTYPE_OPTIONS & given.keys():
+        given[key] = getattr(torch, given[key].removeprefix("torch."))
     name = case.optimizer.rpartition(".")[2]
     searched = "auto" if "pairs" in given else "strong_wolfe"
     searches = {"FusePV": searched, "LBFGS": given.get("line_search_fn")}
-    known = ("history_size", "history_dtype", "amsgrad")
+    known = ("history_size", *DTYPE_OPTIONS, "amsgrad")
     estimate = fuse_ext.estimate_memory(
         [torch.empty(size, device="meta") for size in split(numel, TENSORS)],
         name,

@@ -20,6 +20,8 @@ from benchmarks.workloads import Quadratic, split
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 SMALL = 10**4  # of the rehearsal
+# Options that a case holds by name, as "torch.bfloat16".
+DTYPE_OPTIONS = {"history_dtype", "moment_dtype"}
 # With a fixed step, so short that the run does not end; with a search, so short that the search
 # goes on past a first good trial, the case that needs most memory.
 LR = {False: 1e-3, True: 0.05}
@@ -41,7 +43,7 @@ def make(spec: dict[str, Any], params: list[Any]) -> torch.optim.Optimizer:
     """The optimizer of a case."""
     library, _, name = spec["optimizer"].rpartition(".")
     options = {
-        key: getattr(torch, value.removeprefix("torch.")) if key == "history_dtype" else value
+        key: getattr(torch, value.removeprefix("torch.")) if key in DTYPE_OPTIONS else value
         for key, value in spec.get("options", {}).items()
     }
     if name == "LBFGS":

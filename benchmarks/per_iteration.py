@@ -328,6 +328,7 @@ def _draw_adam(axes: Axes, rows: list[AdamRow]) -> None:
         "torch foreach": ("torch, foreach", COLORS["torch alone"], "v"),
         "torch fused": ("torch, fused", COLORS["torch"], "s"),
         "fuse_ext": ("fuse_ext.Adam", COLORS["ours"], "o"),
+        iteration_adam.NARROW: ("  bf16 moments", COLORS["ours bf16"], "^"),
     }
     for name, (label, color, marker) in looks.items():
         for many in (False, True):

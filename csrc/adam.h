@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "numeric.h"
+#include "stochastic.h"
 
 namespace fuse_ext {
 
@@ -71,6 +72,18 @@ FUSE_INLINE T adam_element(T& param, T stored_grad, T& exp_avg, T& exp_avg_sq, T
   const T denominator = root(second + c.eps_in_root) * c.root_scale + c.eps;
   param = param * c.keep - c.step_size * exp_avg / denominator;
   return raw;
+}
+
+// Keeps an element's moments in bfloat16. The averages are rounded at random: an update of less
+// than half a unit in the last place, such as exp_avg_sq's with beta2 = 0.999, would be lost for
+// good if they were rounded to nearest. The maximum takes no such updates, and random ones would
+// raise it.
+template <bool amsgrad>
+FUSE_INLINE void store_moments(BFloat16* exp_avg, BFloat16* exp_avg_sq, BFloat16* max_exp_avg_sq,
+                               float m, float v, float v_max, std::uint32_t random) {
+  store_stochastic(exp_avg, m, random >> 16);
+  store_stochastic(exp_avg_sq, v, random & 0xffffu);
+  if (amsgrad) store(max_exp_avg_sq, v_max);
 }
 
 }  // namespace fuse_ext

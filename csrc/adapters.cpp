@@ -151,6 +151,13 @@ at::ScalarType state_dtype_of(const at::Tensor& tensor, const char* name) {
   return dtype;
 }
 
+at::ScalarType arithmetic_of(const at::Tensor& moment, const char* name) {
+  const at::ScalarType dtype = moment.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16, name,
+                   " has dtype ", dtype, "; expected float32, float64 or bfloat16");
+  return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 LbfgsScalars lbfgs_scalars(const at::Tensor& scalars, std::int64_t slots, Reader reader) {
   TORCH_CHECK_VALUE(slots >= 2, "slots=", slots, " must be at least 2");
   check_flat(scalars, "scalars", scalar_offset(kScalarArrays, slots), at::kDouble);

@@ -81,6 +81,9 @@ double* control_data(const std::optional<at::Tensor>& control);
 // The dtype of a state tensor, which must be float32 or float64.
 at::ScalarType state_dtype_of(const at::Tensor& tensor, const char* name);
 
+// The dtype of the arithmetic on Adam's moments: their own, or float32 for those in bfloat16.
+at::ScalarType arithmetic_of(const at::Tensor& moment, const char* name);
+
 // Who reads the scalars of an L-BFGS ring: the host, or only kernels on the device where they lie,
 // so that no op waits for it.
 enum class Reader { host, kernels };

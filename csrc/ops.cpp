@@ -12,7 +12,8 @@
 
 TORCH_LIBRARY(fuse_ext, m) {
   // params, grads: the user's tensors; offsets: where each begins in the flat
-  // state, whose dtype (float32 or float64) is the arithmetic's.
+  // state, whose dtype (float32 or float64) is the arithmetic's. Moments in
+  // bfloat16 are rounded at random (stochastic.h), the arithmetic is float32.
   m.def(
       "adam_step(Tensor(a!)[] params, Tensor[] grads, int[] offsets, "
       "Tensor(b!) exp_avg, "

@@ -58,6 +58,24 @@ def _is_count(step: Any) -> bool:
     return isinstance(step, (int, float)) and step >= 0 and math.isfinite(step) and step % 1 == 0
 
 
+def check_moment_dtype(dtype: Any) -> None:
+    """Raises ValueError for an option ``moment_dtype`` that is unknown."""
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(f"moment_dtype must be None or torch.bfloat16, got {dtype!r}")
+
+
+def check_moments_fit(dtype: torch.dtype | None, params: list[Tensor]) -> None:
+    """Raises ValueError unless these parameters may have moments of this dtype."""
+    if dtype is None:
+        return
+    for i, param in enumerate(params):
+        if param.dtype == torch.float64 or param.is_complex():
+            raise ValueError(
+                f"moment_dtype={dtype} is for real parameters of at most float32, "
+                f"params[{i}] has {param.dtype}"
+            )
+
+
 class AdamLegacy(NamedTuple):
     """What Adam leaves to the phase after it, beside two vectors.
 
@@ -79,19 +97,27 @@ class AdamEngine:
     entries (step, exp_avg, exp_avg_sq and, for amsgrad, max_exp_avg_sq), as views of the flat
     buffers, so that checkpoints are those of torch.optim.Adam.
 
-    Memory: 8 bytes a parameter (12 with amsgrad) in float32, twice that in float64.
+    Memory: 8 bytes a parameter (12 with amsgrad) in float32, twice that in float64, half of it in
+    bfloat16.
     """
 
     def __init__(
-        self, flat: FlatParams, ops: Ops, state: dict[Any, Any], groups: list[ParamGroup]
+        self,
+        flat: FlatParams,
+        ops: Ops,
+        state: dict[Any, Any],
+        groups: list[ParamGroup],
+        moment_dtype: torch.dtype | None = None,
     ) -> None:
         self._flat, self._ops, self._state = flat, ops, state
         self._bound = bind(ops, flat)
         self._group_amsgrad = [group["amsgrad"] for group in groups]
         self._amsgrad = [group["amsgrad"] for group in groups for _ in group["params"]]
         names = MOMENTS if any(self._amsgrad) else MOMENTS[:2]
+        check_moments_fit(moment_dtype, flat.params)
+        dtype = moment_dtype or flat.dtype
         self._moments = {
-            name: zeros_in_large_pages(flat.numel, flat.dtype, flat.device) for name in names
+            name: zeros_in_large_pages(flat.numel, dtype, flat.device) for name in names
         }
         # Steps of each parameter, on the host and in the dtype that torch gives them.
         double = torch.get_default_dtype() == torch.float64
@@ -183,9 +209,9 @@ class AdamEngine:
                     d.fill_(math.inf)
                 elif steps:
                     m.div_(1.0 - beta1**steps)
-                    v = self._moments[source][begin : begin + size]
-                    torch.add(v, inside, out=d).div_(1.0 - beta2**steps).sqrt_()
-                    d.add_(outside).div_(share)
+                    # Bfloat16 becomes the state's dtype before anything is added to it.
+                    d.copy_(self._moments[source][begin : begin + size]).add_(inside)
+                    d.div_(1.0 - beta2**steps).sqrt_().add_(outside).div_(share)
                     total += float(d.sum(dtype=torch.float64))
                     known += size
         return AdamLegacy(int(self._steps.max()), largest, total / known if known else 0.0)

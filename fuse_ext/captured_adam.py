@@ -22,12 +22,17 @@ class CapturedAdam(AdamEngine):
     """
 
     def __init__(
-        self, flat: FlatParams, ops: Ops, state: dict[Any, Any], groups: list[ParamGroup]
+        self,
+        flat: FlatParams,
+        ops: Ops,
+        state: dict[Any, Any],
+        groups: list[ParamGroup],
+        moment_dtype: torch.dtype | None = None,
     ) -> None:
         refuse_while_capturing(flat.device, "Adam's state is made")
         self._sums: list[Tensor] = []  # of squared gradients, for each call of the last step
         self._calls = 0
-        super().__init__(flat, ops, state, groups)
+        super().__init__(flat, ops, state, groups, moment_dtype)
 
     def _adopt_moments(self) -> None:
         # Each class's step counts, and its group; each parameter's class and place in it.
@@ -170,4 +175,4 @@ def make_adam(
 ) -> AdamEngine:
     """The engine for these groups, capturable or not."""
     kind = CapturedAdam if groups[0]["capturable"] else AdamEngine
-    return kind(flat, ops, state, groups)
+    return kind(flat, ops, state, groups, groups[0]["moment_dtype"])

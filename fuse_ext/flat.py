@@ -170,6 +170,8 @@ class FlatOptimizer(Optimizer):
 
     # Options that hold for all groups together; they must agree.
     _shared_options: ClassVar[tuple[str, ...]] = ()
+    # Options that say how this process runs; one that a state_dict was saved with does not count.
+    _own_options: ClassVar[tuple[str, ...]] = ("capturable", "moment_dtype")
     # Options without which a state_dict's group is not of this kind of optimizer.
     _required_options: ClassVar[tuple[str, ...]] = ("lr",)
 
@@ -191,13 +193,19 @@ class FlatOptimizer(Optimizer):
 
     def _renew_layout(self) -> None:
         """Lays the parameters out as they are now; state made for another layout is void then."""
-        self._flat = FlatParams(self.param_groups)
+        flat = FlatParams(self.param_groups)
+        self._check_layout(flat)
+        self._flat = flat
         self._ops = ops.select(self._backend, self._flat.device)
 
     @staticmethod
     def _check_group(group: ParamGroup) -> None:
         """Raises ValueError or TypeError for an option out of range."""
         raise NotImplementedError
+
+    def _check_layout(self, flat: FlatParams) -> None:
+        """Raises ValueError for options that do not go with these parameters."""
+        return None
 
     def _check_groups(self, groups: list[ParamGroup]) -> None:
         """Raises ValueError or TypeError unless these could be this optimizer's groups."""
@@ -295,9 +303,10 @@ class FlatOptimizer(Optimizer):
             raise ValueError(
                 f"state_dict has parameter groups of {theirs} tensors, the optimizer of {ours}"
             )
-        if "capturable" in self.defaults:  # how this process runs, not what was saved
+        kept = [name for name in self._own_options if name in self.defaults]
+        if kept:
             groups = [
-                {**group, "capturable": own["capturable"]}
+                {**group, **{name: own[name] for name in kept}}
                 for group, own in zip(groups, self.param_groups, strict=True)
             ]
             state_dict["param_groups"] = groups

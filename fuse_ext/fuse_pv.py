@@ -75,8 +75,8 @@ class FusePV(AveragedPhase):
             :class:`~fuse_ext.Observation`; None for 50 steps where L-BFGS may go on on averages
             (see ``pairs``), else :class:`~fuse_ext.LossPlateau` or, if ``deterministic``, a short
             :class:`~fuse_ext.WarmUp`.
-        betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root: As in
-            :class:`~fuse_ext.Adam`. In the L-BFGS phase weight_decay is an L2 term of the
+        betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root, moment_dtype: As
+            in :class:`~fuse_ext.Adam`. In the L-BFGS phase weight_decay is an L2 term of the
             objective, decoupled or not.
         maximize: Ascend, in both phases.
         lbfgs_lr: First trial step of L-BFGS, and the step itself without a line search.
@@ -127,8 +127,8 @@ class FusePV(AveragedPhase):
     Attributes:
         phase: "adam" or "lbfgs"; also in every parameter group, and saved with it.
 
-    Memory: Adam 8 bytes a parameter; L-BFGS 4 (2 m + 2), about half with a bfloat16 history, and
-    24 more on averages.
+    Memory: Adam 8 bytes a parameter, 4 with bfloat16 moments; L-BFGS 4 (2 m + 2), about half with a
+    bfloat16 history, and 24 more on averages.
 
     Raises:
         ValueError, TypeError: An option out of range, or parameters that cannot share one vector.
@@ -140,6 +140,7 @@ class FusePV(AveragedPhase):
 
     _shared_options = (
         "maximize",
+        "moment_dtype",
         "max_iter",
         "max_eval",
         "tolerance_grad",
@@ -172,6 +173,7 @@ class FusePV(AveragedPhase):
         amsgrad: bool = False,
         decoupled_weight_decay: bool = False,
         eps_inside_root: bool = False,
+        moment_dtype: torch.dtype | None = None,
         maximize: bool = False,
         lbfgs_lr: float = 1.0,
         history_size: int = 10,
@@ -207,6 +209,7 @@ class FusePV(AveragedPhase):
             "maximize": maximize,
             "decoupled_weight_decay": decoupled_weight_decay,
             "eps_inside_root": eps_inside_root,
+            "moment_dtype": moment_dtype,
             "lbfgs_lr": lbfgs_lr,
             "history_size": history_size,
             "history_dtype": history_dtype,

@@ -125,6 +125,7 @@ def estimate_memory(
     history_size: int = 10,
     history_dtype: torch.dtype | None = None,
     amsgrad: bool = False,
+    moment_dtype: torch.dtype | None = None,
     line_search: str | None = "auto",
 ) -> MemoryEstimate:
     """The memory that an optimizer will hold; allocates none of it.
@@ -149,6 +150,7 @@ def estimate_memory(
             ignored.
         history_dtype: Storage of the pairs.
         amsgrad: Adam's third moment.
+        moment_dtype: Storage of Adam's moments.
         line_search: Its name; None for a fixed step; "auto" for FusePV on averages, which holds
             more than with a line search, and for strong Wolfe elsewhere.
 
@@ -167,16 +169,19 @@ def estimate_memory(
     lbfgs_options: dict[str, Any] = {"history_size": history_size, "history_dtype": history_dtype}
     opt: FlatOptimizer  # made for the checks in its constructor, and for its flat layout
     if optimizer == "Adam":
-        opt = Adam(groups, amsgrad=amsgrad)
+        opt = Adam(groups, amsgrad=amsgrad, moment_dtype=moment_dtype)
     elif optimizer == "LBFGS":
         opt = LBFGS(groups, line_search_fn=line_search, **lbfgs_options)
+    elif optimizer == "FusePV":
+        options = {**lbfgs_options, "moment_dtype": moment_dtype}
+        opt = FusePV(groups, amsgrad=amsgrad, line_search=line_search, **options)
     else:
-        kind = FusePV if optimizer == "FusePV" else Fuse
-        opt = kind(groups, amsgrad=amsgrad, line_search=line_search, **lbfgs_options)
+        opt = Fuse(groups, amsgrad=amsgrad, line_search=line_search, **lbfgs_options)
     flat, ops = opt.flat, kernels.select("reference", opt.flat.device)
     adam = lbfgs = scratch = 0
     if optimizer != "LBFGS":
-        adam = AdamEngine(flat, ops, defaultdict(dict), opt.param_groups).nbytes
+        dtype = opt.param_groups[0].get("moment_dtype")
+        adam = AdamEngine(flat, ops, defaultdict(dict), opt.param_groups, dtype).nbytes
     if averages:
         engine = AveragedEngine(flat, ops, {}, history_size, history_dtype)
         lbfgs, scratch = engine.nbytes, engine.workspace_nbytes

@@ -33,9 +33,9 @@ NAMES = (
 class Ops(Protocol):
     """One set of ops. ``offsets[i]`` is where ``params[i]`` begins in the flat state.
 
-    Arithmetic is in the flat state's dtype, float32 or float64; float64 parameters need a float64
-    state. Arguments that do not fit raise TypeError or ValueError, naming the argument, before
-    anything has changed.
+    Arithmetic is in the flat state's dtype, float32 or float64, and float32 for Adam's moments in
+    bfloat16; float64 parameters need a float64 state. Arguments that do not fit raise TypeError or
+    ValueError, naming the argument, before anything has changed.
     """
 
     def adam_step(
@@ -66,6 +66,9 @@ class Ops(Protocol):
         counts: Tensor | None = None,
     ) -> None:
         """Eq. 2 in place; ``stats[0]`` becomes the sum of squared gradients (Eq. 3).
+
+        Averages in bfloat16 are rounded stochastically, by bits that the step's number and the
+        element's place in the flat vector determine (csrc/stochastic.h).
 
         ``step_tensor`` holds the steps before this one, instead of ``step`` - 1, in each of its
         elements, and counts it there; ``lr_tensor`` stands for ``lr``. Where ``found_inf`` is not

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fuse_ext.adam_engine import AdamEngine, check_adam_state
+from fuse_ext.adam_engine import AdamEngine, check_adam_state, check_moments_fit
 from fuse_ext.averaged import AVERAGED_NAMES, VECTORS, AveragedEngine, check_averaged_state
 from fuse_ext.captured_adam import make_adam
 from fuse_ext.captured_lbfgs import make_lbfgs
 from fuse_ext.criterion import Switchover
-from fuse_ext.flat import FlatOptimizer
+from fuse_ext.flat import FlatOptimizer, FlatParams
 from fuse_ext.history import STATE_NAMES
 from fuse_ext.lbfgs import check_lbfgs_state
 from fuse_ext.lbfgs_engine import COUNTERS, ENGINE_NAMES, LbfgsEngine
@@ -61,6 +61,9 @@ class TwoPhases(FlatOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_switch": self._switch}
+
+    def _check_layout(self, flat: FlatParams) -> None:
+        check_moments_fit(self.param_groups[0]["moment_dtype"], flat.params)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         groups, state = state_dict["param_groups"], state_dict["state"]

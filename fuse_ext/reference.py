@@ -27,6 +27,7 @@ from fuse_ext.reference_memory import (
     sum_of,
     write_in_memory_order,
 )
+from fuse_ext.stochastic import random_bits, store_stochastic
 
 
 def adam_step(
@@ -62,7 +63,9 @@ def adam_step(
         lr = number_of("lr_tensor", lr_tensor, exp_avg.device)
     if step < 1:
         raise ValueError(f"step={step} must be at least 1")
-    check(params, grads, offsets, exp_avg.numel(), exp_avg.dtype)
+    narrow = exp_avg.dtype == torch.bfloat16
+    dtype = torch.float32 if narrow else exp_avg.dtype
+    check(params, grads, offsets, exp_avg.numel(), dtype)
     numbers = [number.item() for number in (loss, grad_square) if number is not None]
     skips = found_inf is not None and found_inf.item() != 0.0
     skips = skips or not all(map(math.isfinite, numbers))
@@ -78,9 +81,9 @@ def adam_step(
     sum_sq = 0.0
     for param, grad, offset in zip(params, grads, offsets, strict=True):
         place = slice(offset, offset + param.numel())
-        m, v = exp_avg[place], exp_avg_sq[place]
-        x = in_memory_order(param, param).to(m.dtype, copy=True)
-        g = in_memory_order(grad, param).to(m.dtype) * scale
+        m, v = exp_avg[place].to(dtype), exp_avg_sq[place].to(dtype)
+        x = in_memory_order(param, param).to(dtype, copy=True)
+        g = in_memory_order(grad, param).to(dtype) * scale
         sum_sq += dot(g, g)
         if decoupled_weight_decay:
             x.mul_(1.0 - lr * weight_decay)
@@ -94,6 +97,10 @@ def adam_step(
             max_exp_avg_sq[place] = second
         denominator = (second + eps_in_root).sqrt().mul_(root_scale).add_(eps)
         write_in_memory_order(param, param, x.addcdiv_(m, denominator, value=-step_size))
+        if narrow:
+            random = random_bits(offset, param.numel(), step, m.device)
+            store_stochastic(exp_avg[place], m, random >> 16)
+            store_stochastic(exp_avg_sq[place], v, random & 0xFFFF)
     stats[0] = sum_sq
 
 

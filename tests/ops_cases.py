@@ -445,10 +445,13 @@ def copy_arguments(tensors: Tensors, flat: Tensor) -> dict[str, Any]:
     }
 
 
-def every_op(awkward: bool, int8: bool = False, decided: bool = False) -> dict[str, dict[str, Any]]:
+def every_op(
+    awkward: bool, int8: bool = False, decided: bool = False, narrow: bool = False
+) -> dict[str, dict[str, Any]]:
     """Arguments for each op: one float32 tensor, or several of all kinds and every optional.
 
-    ``int8`` makes the history one of 8 bits; ``decided``: the device decides what it can.
+    ``int8`` makes the history one of 8 bits; ``decided``: the device decides what it can;
+    ``narrow``: Adam's moments are bfloat16.
     """
     numel = 300
     if awkward:
@@ -499,6 +502,9 @@ def every_op(awkward: bool, int8: bool = False, decided: bool = False) -> dict[s
             found_inf=torch.tensor(0.0),
         )
     adam["stats"].zero_()
+    for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        if narrow and adam[name] is not None:
+            adam[name] = adam[name].to(BF16)
     if decided:
         adam |= {
             "step_tensor": torch.full((4,), 4.0),

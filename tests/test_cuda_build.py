@@ -63,8 +63,10 @@ def test_streaming_kernels_know_that_memory_is_global() -> None:
 
 # 128-bit accesses that the main loop of a kernel on float32 (or narrower rows) must have.
 WIDE = {
-    "adam<float, no>": (4, 3),  # grad, param, two moments; all but grad
-    "adam<float, yes>": (5, 4),
+    "adam<float, f32, no>": (4, 3),  # grad, param, two moments; all but grad
+    "adam<float, f32, yes>": (5, 4),
+    "adam<float, bf16, no>": (2, 1),  # grad, param; the moments move as 64 bits
+    "adam<float, bf16, yes>": (2, 1),
     # Per 16 elements: 4 loads each of grad, previous gradient, p, S and Y; y.
     "update<float, f32>": (20, 4),
     "update<float, bf16>": (14, 2),

@@ -24,8 +24,8 @@ def test_the_benchmark_runs_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_check, "CASES", ((90, 3),))
     # torch's fused Adam, as on a GPU, wants float tensors of one device; the CPU has it too.
     text = cuda_check.benchmark(quick=True)
-    assert len(calls) == 1 + 4 + 5
-    assert text.count("| 90 | 3 |") == 9
+    assert len(calls) == 1 + 5 + 5
+    assert text.count("| 90 | 3 |") == 10
 
 
 def test_the_model_counts_what_torch_does() -> None:

@@ -102,8 +102,9 @@ def cases(numel: int, dtype: torch.dtype, row: torch.dtype) -> dict[str, dict[st
     origin = torch.randn(tensors.numel, dtype=state)
     decay, scale = [0.1, 0.0, 0.2, 0.0, 0.0], [1.0, 2.0, 1.0, 0.5, 1.0]
     point = point_arguments(tensors, made, origin)
+    moments = BF16 if row == BF16 else state
     return {
-        "adam_step": adam_arguments(tensors, state, amsgrad=True, weight_decay=0.1),
+        "adam_step": adam_arguments(tensors, moments, amsgrad=True, weight_decay=0.1),
         "grad_stats": stats_arguments(tensors, made, decay),
         "lbfgs_update": update_arguments(tensors, made, True, decay),
         "lbfgs_direction": direction_arguments(tensors, made, decay, scale),
@@ -120,6 +121,7 @@ KINDS = [
     (5000, F64, F64),
     (3_000_003, F32, F32),
     (3_000_003, BF16, BF16),
+    (3_000_003, F32, BF16),
 ]
 
 

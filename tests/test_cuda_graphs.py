@@ -90,6 +90,7 @@ ADAMS: dict[str, Callable[[list[Tensor], str], Any]] = {
         decoupled_weight_decay=True,
         capturable=True,
     ),
+    "bf16 moments": lambda p, d: Adam(p, lr=0.05, moment_dtype=torch.bfloat16, capturable=True),
     "FusePV, Adam": lambda p, d: FusePV(
         p, lr=lr(0.05, d), switch=Never(), line_search=None, capturable=True
     ),

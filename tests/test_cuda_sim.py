@@ -95,10 +95,11 @@ def results(name: str, op: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
 
 @pytest.mark.usefixtures("in_every_order")
 @pytest.mark.parametrize("numel", SIZES)
-def test_adam_at_every_size(numel: int) -> None:
+@pytest.mark.parametrize("state", [F32, BF16])
+def test_adam_at_every_size(numel: int, state: torch.dtype) -> None:
     for pieces in PIECES:
         tensors = make_tensors(split(numel, pieces))
-        adam.check_adam_step("cuda", tensors, adam_arguments(tensors))
+        adam.check_adam_step("cuda", tensors, adam_arguments(tensors, state))
 
 
 @not_tsan
@@ -113,7 +114,7 @@ def test_adam_of_every_combination_of_dtypes(
 
 @not_tsan
 @pytest.mark.usefixtures("cuda")
-@pytest.mark.parametrize("state", [F32, F64])
+@pytest.mark.parametrize("state", [F32, F64, BF16])
 @pytest.mark.parametrize("options", adam.OPTIONS.values(), ids=adam.OPTIONS)
 def test_adam_with_every_option(state: torch.dtype, options: dict[str, Any]) -> None:
     adam.test_every_option("cuda", state, options)
@@ -131,10 +132,13 @@ def test_adam_on_segments_of_all_dtypes_with_gaps(pieces: int) -> None:
 
 @not_tsan
 @pytest.mark.parametrize("amsgrad", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_adam_has_the_bits_of_the_cpu(cuda: Any, dtype: torch.dtype, amsgrad: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "state"), [(F64, F64), *((t, s) for t in (F32, BF16, F16) for s in (F32, BF16))]
+)
+def test_adam_has_the_bits_of_the_cpu(
+    cuda: Any, dtype: torch.dtype, state: torch.dtype, amsgrad: bool
+) -> None:
     tensors = make_tensors([1000, 37, 640], (dtype,), gaps=(1, 0, 2))
-    state = F64 if dtype == F64 else F32
     arguments = adam_arguments(
         tensors, state, amsgrad=amsgrad, weight_decay=0.1, grad_scale=torch.tensor(8.0)
     )
@@ -164,14 +168,15 @@ def test_nothing_changes_where_inf_was_found(cuda: Any) -> None:
 def test_addresses_that_no_vector_may_have(cuda: Any) -> None:
     """State, rows and tensors one element off."""
     for shift in (1, 2, 3):
-        tensors = make_tensors([700, 61])
-        arguments = adam_arguments(tensors)
-        for name in ("exp_avg", "exp_avg_sq"):
-            whole = torch.cat([torch.zeros(shift), arguments[name]])
-            arguments[name] = whole[shift:]
-        for i, param in enumerate(tensors.params):
-            tensors.params[i] = torch.cat([torch.zeros(shift), param])[shift:]
-        adam.check_adam_step("cuda", tensors, arguments)
+        for state in (F32, BF16):
+            tensors = make_tensors([700, 61])
+            arguments = adam_arguments(tensors, state)
+            for name in ("exp_avg", "exp_avg_sq"):
+                whole = torch.cat([torch.zeros(shift, dtype=state), arguments[name]])
+                arguments[name] = whole[shift:]
+            for i, param in enumerate(tensors.params):
+                tensors.params[i] = torch.cat([torch.zeros(shift), param])[shift:]
+            adam.check_adam_step("cuda", tensors, arguments)
         case = lbfgs.make_case([700, 61], exact=True)
         memory = torch.full((case.ring.history.numel() + 8 * 7 + shift,), math.nan)
         moved = memory[shift:].as_strided(case.ring.history.shape, case.ring.history.stride())
@@ -375,13 +380,15 @@ def test_adam_with_its_numbers_on_the_device(cuda: Any, number: torch.dtype, ord
     cuda.schedule(order, seed=2)
     fixed.check_adam_on_the_device("cuda", F32, number)
     numel = 1281 if TSAN else 5123  # more than one round of the grid
-    tensors = make_tensors(split(numel, 3))
-    numbers = {"step_tensor": torch.tensor(4.0, dtype=number), "counts": torch.zeros(2, dtype=F64)}
-    arguments = adam_arguments(tensors, lr_tensor=torch.tensor(0.1, dtype=number), **numbers)
-    ours, cpus = results("adam_step", cuda, arguments), results("adam_step", NATIVE, arguments)
-    for name, value in ours.items():
-        if name != "stats":
-            assert same_bits(value, cpus[name]), name
+    given = {"step_tensor": 4.0, "lr_tensor": 0.1}
+    for state in (F32, BF16):
+        tensors = make_tensors(split(numel, 3))
+        numbers = {name: torch.tensor(value, dtype=number) for name, value in given.items()}
+        arguments = adam_arguments(tensors, state, counts=torch.zeros(2, dtype=F64), **numbers)
+        ours, cpus = results("adam_step", cuda, arguments), results("adam_step", NATIVE, arguments)
+        for name, value in ours.items():
+            if name != "stats":
+                assert same_bits(value, cpus[name]), name
 
 
 @plain_only

@@ -18,10 +18,11 @@ KINDS = {
     "awkward": (True, False, False),
     "int8": (True, True, False),
     "decided": (True, False, True),
+    "narrow": (True, False, True, True),
 }
 WITH_CONTROL = ("adam_step", "lbfgs_update", "lbfgs_direction", "lbfgs_move")
 WITH_HISTORY = ("grad_stats", "lbfgs_update", "lbfgs_direction", "lbfgs_move", "fuse_blend")
-ONLY = {"int8": WITH_HISTORY, "decided": WITH_CONTROL}
+ONLY = {"int8": WITH_HISTORY, "decided": WITH_CONTROL, "narrow": ("adam_step",)}
 CASES = [(name, kind) for name in ops.NAMES for kind in KINDS if name in ONLY.get(kind, ops.NAMES)]
 each_case = pytest.mark.parametrize(("name", "kind"), CASES)
 

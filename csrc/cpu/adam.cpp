@@ -9,20 +9,28 @@
 namespace fuse_ext {
 namespace {
 
-template <class T>
+// M: how the moments are kept, float, double or BFloat16; T: the arithmetic.
+template <class T, class M>
 void step(const TensorSegments& segments, const at::Tensor& exp_avg, const at::Tensor& exp_avg_sq,
           const std::optional<at::Tensor>& max_exp_avg_sq, const AdamOptions& options,
           double* sum_sq) {
   const AdamCoefficients<T> coefficients = adam_coefficients<T>(options);
   const SegmentTable table = segments.table();
-  T* m = exp_avg.data_ptr<T>();
-  T* v = exp_avg_sq.data_ptr<T>();
-  T* v_max = max_exp_avg_sq ? max_exp_avg_sq->data_ptr<T>() : nullptr;
-  const auto kernel = cpu_kernels().of<T>().adam;
-  const Pass pass{.vectors = v_max == nullptr ? 7 : 9, .width = 1};
+  M* m = static_cast<M*>(exp_avg.data_ptr());
+  M* v = static_cast<M*>(exp_avg_sq.data_ptr());
+  M* v_max = max_exp_avg_sq ? static_cast<M*>(max_exp_avg_sq->data_ptr()) : nullptr;
+  constexpr bool narrow = sizeof(M) < sizeof(T);
+  const CpuKernels& kernels = cpu_kernels();
+  const std::int64_t moments = v_max == nullptr ? 2 : 3;
+  const Pass pass{.vectors = 3 + (narrow ? 1 : 2) * moments, .width = 1};
   run_chunks(segments.begin(), segments.end(), pass, sum_sq,
              [&](std::int64_t begin, std::int64_t end, double* out) {
-    kernel(table, begin, end, m, v, v_max, coefficients, out);
+    if constexpr (narrow) {
+      const RandomKey key = random_key(options.step);
+      kernels.adam_bf16(table, begin, end, m, v, v_max, coefficients, key, out);
+    } else {
+      kernels.of<T>().adam(table, begin, end, m, v, v_max, coefficients, out);
+    }
   });
 }
 
@@ -58,10 +66,10 @@ void adam_step(at::TensorList params, at::TensorList grads, at::IntArrayRef offs
                const std::optional<at::Tensor>& grad_square,
                const std::optional<at::Tensor>& counts) {
   const std::int64_t numel = exp_avg.numel();
-  const at::ScalarType dtype = state_dtype_of(exp_avg, "exp_avg");
-  check_flat(exp_avg, "exp_avg", numel, dtype);
-  check_flat(exp_avg_sq, "exp_avg_sq", numel, dtype);
-  if (max_exp_avg_sq) check_flat(*max_exp_avg_sq, "max_exp_avg_sq", numel, dtype);
+  const at::ScalarType kept = exp_avg.scalar_type(), dtype = arithmetic_of(exp_avg, "exp_avg");
+  check_flat(exp_avg, "exp_avg", numel, kept);
+  check_flat(exp_avg_sq, "exp_avg_sq", numel, kept);
+  if (max_exp_avg_sq) check_flat(*max_exp_avg_sq, "max_exp_avg_sq", numel, kept);
   check_flat(stats, "stats", 1, at::kDouble);
   if (step_tensor) {
     check_steps(*step_tensor, "step_tensor", exp_avg.device());
@@ -86,10 +94,12 @@ void adam_step(at::TensorList params, at::TensorList grads, at::IntArrayRef offs
                             weight_decay, decoupled_weight_decay,
                             maximize,     grad_scale ? grad_scale->item<double>() : 1.0};
   double* sum_sq = stats.data_ptr<double>();
-  if (dtype == at::kDouble) {
-    step<double>(segments, exp_avg, exp_avg_sq, max_exp_avg_sq, options, sum_sq);
+  if (kept == at::kDouble) {
+    step<double, double>(segments, exp_avg, exp_avg_sq, max_exp_avg_sq, options, sum_sq);
+  } else if (kept == at::kBFloat16) {
+    step<float, BFloat16>(segments, exp_avg, exp_avg_sq, max_exp_avg_sq, options, sum_sq);
   } else {
-    step<float>(segments, exp_avg, exp_avg_sq, max_exp_avg_sq, options, sum_sq);
+    step<float, float>(segments, exp_avg, exp_avg_sq, max_exp_avg_sq, options, sum_sq);
   }
   segments.params_changed();
   for (const at::Tensor& state : {exp_avg, exp_avg_sq, stats}) bump_version(state);

@@ -74,6 +74,10 @@ struct CpuKernels {
   const char* level;  // instruction set they were compiled for
   StateKernels<float> f32;
   StateKernels<double> f64;
+  // Eq. 2 in float, with moments kept in bfloat16: their rounding is random, by `key`.
+  void (*adam_bf16)(const SegmentTable& table, std::int64_t begin, std::int64_t end,
+                    BFloat16* exp_avg, BFloat16* exp_avg_sq, BFloat16* max_exp_avg_sq,
+                    const AdamCoefficients<float>& coefficients, const RandomKey& key, double* out);
 
   template <class T>
   const StateKernels<T>& of() const {

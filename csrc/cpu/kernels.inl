@@ -15,6 +15,6 @@ constexpr StateKernels<T> state_kernels() {
 }  // namespace
 
 extern const CpuKernels FUSE_CPU_KERNELS = {FUSE_CPU_LEVEL, state_kernels<float>(),
-                                            state_kernels<double>()};
+                                            state_kernels<double>(), adam_bf16};
 
 }  // namespace fuse_ext

@@ -1,7 +1,8 @@
 // The Adam step in one launch, for any number of segments.
 //
 // Bytes an element (fp32 parameters and state): reads grad, param, exp_avg, exp_avg_sq, writes
-// param, exp_avg, exp_avg_sq: 28. amsgrad adds 8; bf16 parameters and gradients take 22.
+// param, exp_avg, exp_avg_sq: 28. amsgrad adds 8; bf16 parameters and gradients take 22. With
+// moments in bf16 it is 20, and amsgrad adds 4.
 #include "packs.cuh"
 #include "reduce.cuh"
 
@@ -13,7 +14,7 @@ constexpr int kPack = 4;
 template <class T>
 struct AdamArguments {
   Segments segments;
-  T *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
+  void *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
   bool together;  // the flat vectors' addresses allow whole packs
   double* sum_sq;
   Number grad_scale, found_inf, step, lr, loss, grad_square;
@@ -55,7 +56,29 @@ __device__ __forceinline__ void step_coefficients(const AdamArguments<T>& a, dou
   __syncthreads();
 }
 
-template <class T, bool amsgrad>
+// The random bits of the step, whose number may lie on the device.
+template <class T>
+__device__ __forceinline__ RandomKey key_of(const AdamArguments<T>& a) {
+  const bool on_device = a.step.data != nullptr;
+  return random_key(on_device ? static_cast<std::int64_t>(read(a.step)) + 1 : a.options.step);
+}
+
+template <int W>
+__device__ __forceinline__ void store_bf16(void* to, const BFloat16 (&values)[W]) {
+  if constexpr (W == 1) {
+    store_global(to, values[0].bits);
+  } else {
+    std::uint32_t words[W / 2];
+#pragma unroll
+    for (int k = 0; k < W; k += 2) {
+      words[k / 2] = values[k].bits | static_cast<std::uint32_t>(values[k + 1].bits) << 16;
+    }
+    store_words<2 * W>(to, words);
+  }
+}
+
+// kept: how the moments are stored, as T or in bf16.
+template <class T, DType kept, bool amsgrad>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 2)
     adam_kernel(const AdamArguments<T> a) {
   FUSE_SHARED(double, shared);
@@ -68,6 +91,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 2)
   if (a.grad_scale.data != nullptr) {
     c.grad_scale = static_cast<T>(a.sign / read(a.grad_scale));
   }
+  RandomKey key{};
+  if (kept == DType::bf16) key = key_of(a);
   const GridSums sums(shared, 1, 0, a.workspace);
   const Segments& segments = a.segments;
   double sum = 0;
@@ -78,26 +103,29 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 2)
     visit_pack<T, kPack>(segments.table, flat, segments.end, a.together,
                          [&](auto width, const Segment& s, Index first, Index at) {
       constexpr int W = decltype(width)::value;
-      constexpr DType dtype = dtype_of<T>();
+      void* const m_at = byte_offset(a.exp_avg, at * size_of(kept));
+      void* const v_at = byte_offset(a.exp_avg_sq, at * size_of(kept));
+      void* const max_at = amsgrad ? byte_offset(a.max_exp_avg_sq, at * size_of(kept)) : nullptr;
       Bits<kPack, sizeof(T)> grad_bits, param_bits, m_bits, v_bits, max_bits;
       T grad[W], param[W], m[W], v[W], v_max[W];
       if constexpr (W == 1) {
         load_elements<1>(s.grad_dtype, grad_at(s, first), grad);
         load_elements<1>(s.param_dtype, param_at(s, first), param);
-        m[0] = a.exp_avg[at], v[0] = a.exp_avg_sq[at];
-        if (amsgrad) v_max[0] = a.max_exp_avg_sq[at];
+        load_elements<1>(kept, m_at, m);
+        load_elements<1>(kept, v_at, v);
+        if (amsgrad) load_elements<1>(kept, max_at, v_max);
       } else {
         // All loads under way before the first conversion waits for one.
         grad_bits.load(s.grad_dtype, grad_at(s, first));
         param_bits.load(s.param_dtype, param_at(s, first));
-        m_bits.load(dtype, a.exp_avg + at);
-        v_bits.load(dtype, a.exp_avg_sq + at);
-        if (amsgrad) max_bits.load(dtype, a.max_exp_avg_sq + at);
+        m_bits.load(kept, m_at);
+        v_bits.load(kept, v_at);
+        if (amsgrad) max_bits.load(kept, max_at);
         grad_bits.convert(s.grad_dtype, grad);
         param_bits.convert(s.param_dtype, param);
-        m_bits.convert(dtype, m);
-        v_bits.convert(dtype, v);
-        if (amsgrad) max_bits.convert(dtype, v_max);
+        m_bits.convert(kept, m);
+        v_bits.convert(kept, v);
+        if (amsgrad) max_bits.convert(kept, v_max);
       }
       T square = 0;
 #pragma unroll
@@ -108,9 +136,22 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 2)
       }
       sum += static_cast<double>(square);
       store_elements<W, false>(s.param_dtype, param_at(s, first), param);
-      store_elements<W, false>(dtype, a.exp_avg + at, m);
-      store_elements<W, false>(dtype, a.exp_avg_sq + at, v);
-      if (amsgrad) store_elements<W, false>(dtype, a.max_exp_avg_sq + at, v_max);
+      if constexpr (kept == DType::bf16) {
+        BFloat16 m_kept[W], v_kept[W], max_kept[W];
+#pragma unroll
+        for (int k = 0; k < W; ++k) {
+          const std::uint32_t random = random_bits(static_cast<std::uint32_t>(at + k), key);
+          store_moments<amsgrad>(&m_kept[k], &v_kept[k], &max_kept[k], m[k], v[k],
+                                 amsgrad ? v_max[k] : 0.0f, random);
+        }
+        store_bf16(m_at, m_kept);
+        store_bf16(v_at, v_kept);
+        if constexpr (amsgrad) store_bf16(max_at, max_kept);
+      } else {
+        store_elements<W, false>(kept, m_at, m);
+        store_elements<W, false>(kept, v_at, v);
+        if (amsgrad) store_elements<W, false>(kept, max_at, v_max);
+      }
     });
   }
   sum = warp_sum(sum);
@@ -127,17 +168,18 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 2)
   }
 }
 
-template <class T>
+template <class T, DType kept>
 void launch(const Segments& segments, const AdamState& state, const AdamOptions& options,
             Workspace workspace, void* stream) {
   AdamArguments<T> a{};
   a.segments = segments;
   a.segments.begin -= segments.begin % kPack;
-  a.exp_avg = static_cast<T*>(state.exp_avg);
-  a.exp_avg_sq = static_cast<T*>(state.exp_avg_sq);
-  a.max_exp_avg_sq = static_cast<T*>(state.max_exp_avg_sq);
-  a.together =
-      is_aligned(a.exp_avg, 16) && is_aligned(a.exp_avg_sq, 16) && is_aligned(a.max_exp_avg_sq, 16);
+  a.exp_avg = state.exp_avg;
+  a.exp_avg_sq = state.exp_avg_sq;
+  a.max_exp_avg_sq = state.max_exp_avg_sq;
+  constexpr int pack_bytes = alignment_of(kPack * size_of(kept));
+  a.together = is_aligned(a.exp_avg, pack_bytes) && is_aligned(a.exp_avg_sq, pack_bytes) &&
+               is_aligned(a.max_exp_avg_sq, pack_bytes);
   a.sum_sq = state.sum_sq;
   a.grad_scale = state.grad_scale;
   a.found_inf = state.found_inf;
@@ -153,9 +195,9 @@ void launch(const Segments& segments, const AdamState& state, const AdamOptions&
   a.workspace = workspace;
   const Index tiles = (segments.end - a.segments.begin + kWarp * kPack - 1) / (kWarp * kPack);
   if (a.max_exp_avg_sq != nullptr) {
-    FUSE_LAUNCH((adam_kernel<T, true>), blocks_for(tiles), sums_bytes(1), stream, a);
+    FUSE_LAUNCH((adam_kernel<T, kept, true>), blocks_for(tiles), sums_bytes(1), stream, a);
   } else {
-    FUSE_LAUNCH((adam_kernel<T, false>), blocks_for(tiles), sums_bytes(1), stream, a);
+    FUSE_LAUNCH((adam_kernel<T, kept, false>), blocks_for(tiles), sums_bytes(1), stream, a);
   }
 }
 
@@ -165,8 +207,12 @@ std::int64_t workspace_size(std::int64_t width) { return kMostBlocks * width; }
 
 void launch_adam(const Segments& segments, const AdamState& state, const AdamOptions& options,
                  Workspace workspace, void* stream) {
+  if (state.dtype == DType::bf16) {
+    return launch<float, DType::bf16>(segments, state, options, workspace, stream);
+  }
   with_state_type(state.dtype, [&](auto zero) {
-    launch<decltype(zero)>(segments, state, options, workspace, stream);
+    using T = decltype(zero);
+    launch<T, dtype_of<T>()>(segments, state, options, workspace, stream);
   });
 }
 

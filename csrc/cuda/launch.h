@@ -51,7 +51,7 @@ struct Number {
 };
 
 struct AdamState {
-  DType dtype;
+  DType dtype;  // of the moments; for those in bf16 the arithmetic is float
   void *exp_avg, *exp_avg_sq, *max_exp_avg_sq;  // max_exp_avg_sq may be null: no amsgrad
   double* sum_sq;                               // sum of squared gradients
   Number grad_scale, found_inf;                 // GradScaler's

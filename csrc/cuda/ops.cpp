@@ -58,11 +58,11 @@ void adam_step(at::TensorList params, at::TensorList grads, at::IntArrayRef offs
                const std::optional<at::Tensor>& grad_square,
                const std::optional<at::Tensor>& counts) {
   const std::int64_t numel = exp_avg.numel();
-  const at::ScalarType dtype = state_dtype_of(exp_avg, "exp_avg");
+  const at::ScalarType kept = exp_avg.scalar_type(), dtype = arithmetic_of(exp_avg, "exp_avg");
   const at::Device device = device_of(params, exp_avg);
-  check_flat(exp_avg, "exp_avg", numel, dtype);
-  check_flat(exp_avg_sq, "exp_avg_sq", numel, dtype);
-  if (max_exp_avg_sq) check_flat(*max_exp_avg_sq, "max_exp_avg_sq", numel, dtype);
+  check_flat(exp_avg, "exp_avg", numel, kept);
+  check_flat(exp_avg_sq, "exp_avg_sq", numel, kept);
+  if (max_exp_avg_sq) check_flat(*max_exp_avg_sq, "max_exp_avg_sq", numel, kept);
   check_flat(stats, "stats", 1, at::kDouble);
   on_device(exp_avg, "exp_avg", device);
   on_device(exp_avg_sq, "exp_avg_sq", device);
@@ -76,7 +76,7 @@ void adam_step(at::TensorList params, at::TensorList grads, at::IntArrayRef offs
               "capturable=True (step_tensor)");
   TensorSegments tensors(params, grads, offsets, numel, dtype, {});
   at::Tensor scale_on_device, inf_on_device, loss_on_device, square_on_device;
-  const AdamState state{kernel_dtype(dtype),
+  const AdamState state{kept == at::kBFloat16 ? DType::bf16 : kernel_dtype(dtype),
                         exp_avg.data_ptr(),
                         exp_avg_sq.data_ptr(),
                         max_exp_avg_sq ? max_exp_avg_sq->data_ptr() : nullptr,

@@ -323,6 +323,44 @@ void check_long_sums(const StateKernels<float>& k) {
   CHECK_EQUAL(out[0], square);
 }
 
+// Moments in bfloat16: the bits of adam_element and store_moments at every level.
+void check_adam_bf16(const CpuKernels& level, const Range& range, int pieces, bool amsgrad) {
+  check::Random random(static_cast<std::uint64_t>(range.numel));
+  Tensors tensors(random, range.numel, pieces, pieces > 1, false);
+  const AdamOptions options{3, 0.1, 0.9, 0.999, 1e-3, 0, 0.1, false, true, 1.0};
+  const AdamCoefficients<float> c = adam_coefficients<float>(options);
+  const RandomKey key = random_key(options.step);
+  Vector values[3] = {check::integers(random, range.numel), {}, {}};
+  values[1] = values[2] = magnitudes(values[0]);
+  std::vector<Buffer> moments;
+  for (const Vector& of : values) moments.emplace_back(DType::bf16, range.numel).fill(of);
+  Vector params = tensors.x;
+  for_flat(range, [&](std::size_t i) {
+    if (tensors.covered[i] == 0) return;
+    auto x = static_cast<float>(tensors.x[i]), m = static_cast<float>(values[0][i]);
+    auto v = static_cast<float>(values[1][i]), v_max = static_cast<float>(values[2][i]);
+    const auto grad = static_cast<float>(tensors.grad[i]);
+    BFloat16 kept[3];
+    if (amsgrad) {
+      adam_element<float, true>(x, grad, m, v, &v_max, c);
+    } else {
+      adam_element<float, false>(x, grad, m, v, nullptr, c);
+    }
+    const std::uint32_t bits = random_bits(static_cast<std::uint32_t>(i), key);
+    store_moments<true>(&kept[0], &kept[1], &kept[2], m, v, v_max, bits);
+    params[i] = x;
+    for (int k = 0; k < 3; ++k) values[k][i] = load<double>(kept[k]);
+  });
+  Buffer out(DType::f64, 1);
+  level.adam_bf16(tensors.table(), range.begin, range.end, moments[0].as<BFloat16>(),
+                  moments[1].as<BFloat16>(), amsgrad ? moments[2].as<BFloat16>() : nullptr, c, key,
+                  out.as<double>());
+  for (std::size_t k = 0; k < 3; ++k) moments[k].expect("a moment", values[k]);
+  tensors.expect_params(params);
+  tensors.expect_grads(tensors.grad);
+  out.expect_zones("out");
+}
+
 }  // namespace
 
 int main() {
@@ -340,6 +378,12 @@ int main() {
                            ") of " + std::to_string(numel);
           Kernels<float>(level->f32, static_cast<std::uint64_t>(numel)).check_all(range, row);
           Kernels<double>(level->f64, static_cast<std::uint64_t>(numel)).check_all(range, row);
+          if (row != DType::bf16) continue;  // once
+          for (const int pieces : {1, 9}) {
+            for (const bool amsgrad : {false, true}) {
+              check_adam_bf16(*level, range, pieces, amsgrad);
+            }
+          }
         }
       }
     }
