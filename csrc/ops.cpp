@@ -96,13 +96,13 @@ py::dict build_info() {
 // name -> index, or name -> (offset, length).
 py::dict scalar_layout(std::int64_t slots) {
   py::dict layout;
-  const char* headers[] = {"count",        "open",          "gamma",    "direction_dot_grad",
-                           "direction_sq", "direction_max", "accepted", "skipped",
-                           "pair_cosine",  "y_dot_y"};
-  static_assert(sizeof headers / sizeof *headers == kYDotY + 1);
-  for (int i = 0; i <= kYDotY; ++i) layout[headers[i]] = i;
-  const char* arrays[] = {"row_scale", "grad_s", "grad_y", "y_s",     "y_y",
-                          "coef_s",    "coef_y", "coef_g", "gram_sy", "gram_yy"};
+  const char* headers[] = {"count",        "open",          "gamma",       "direction_dot_grad",
+                           "direction_sq", "direction_max", "accepted",    "skipped",
+                           "pair_cosine",  "y_dot_y",       "self_scaling"};
+  static_assert(sizeof headers / sizeof *headers == kSelfScaling + 1);
+  for (int i = 0; i <= kSelfScaling; ++i) layout[headers[i]] = i;
+  const char* arrays[] = {"row_scale", "grad_s", "grad_y", "y_s",   "y_y",     "coef_s",
+                          "coef_y",    "coef_g", "growth", "grown", "gram_sy", "gram_yy"};
   static_assert(sizeof arrays / sizeof *arrays == kScalarArrays);
   for (int i = 0; i < kScalarArrays; ++i) {
     const auto array = static_cast<ScalarArray>(i);

@@ -1,5 +1,9 @@
 // L-BFGS on scalars: the ring of curvature pairs, its Gram matrix and the two-loop recursion
 // (Algorithm 2), in float64. Shared by every backend; vectors never appear here.
+// With self-scaling (Oren and Luenberger's, as in Al-Baali, Computational Optimization and
+// Applications 9, 1998, pp. 191-203) H is first divided by tau = min(1, s.y / s.B s) <= 1 at every
+// pair, and the recursion begins with the scale of the oldest pair instead of the newest one's.
+// B s costs nothing, since s = -t H g: s.B s = -t s.g.
 //
 // The history has `slots` = history_size + 1 slots of two rows each. The slot `open` is being
 // filled: its S row is the current direction p and its Y row becomes y = g - g_prev. The `count`
@@ -17,7 +21,7 @@ namespace fuse_ext {
 enum Scalar : int {
   kCount,  // pairs in the ring
   kOpen,   // slot being filled
-  kGamma,  // s.y / y.y of the newest pair: the scale of the initial inverse Hessian
+  kGamma,  // s.y / y.y of the newest (self-scaling: oldest) pair: the initial inverse Hessian's
   kDirectionDotGrad,
   kDirectionSq,   // p.p
   kDirectionMax,  // max |p|
@@ -25,6 +29,7 @@ enum Scalar : int {
   kSkipped,       // pairs refused by the curvature test
   kPairCosine,    // s.y / (|s| |y|) of the last pair offered
   kYDotY,         // raw dots of the update pass with the pair being formed
+  kSelfScaling,   // 1: pairs from now on scale the inverse Hessian before them
   kHeaderSize = 16,
 };
 
@@ -37,6 +42,8 @@ enum ScalarArray : int {
   kCoefS,     // [slots]        p = coef_g g + sum coef_s[i] S[i] + coef_y[i] Y[i]
   kCoefY,     // [slots]
   kCoefG,     // [1]
+  kGrowth,    // [slots]        1 / tau - 1 of the pair; 0 without self-scaling
+  kGrown,     // [slots]        product of 1 / tau over all newer pairs
   kGramSY,    // [slots, slots] s_i . y_j, valid where pair j is at least as new as pair i
   kGramYY,    // [slots, slots] y_i . y_j
   kScalarArrays,
@@ -83,7 +90,7 @@ FUSE_INLINE bool commit_pair(LbfgsScalars state, double step_length, double curv
                              const Team& team = {}) {
   const std::int64_t open = state.open(), count = state.count(), slots = state.slots;
   double *row_scale = state.array(kRowScale), *gram_sy = state.array(kGramSY),
-         *gram_yy = state.array(kGramYY);
+         *gram_yy = state.array(kGramYY), *growth = state.array(kGrowth);
   const double *y_s = state.array(kYS), *y_y = state.array(kYY);
   const double sy = step_length * y_s[open], yy = state[kYDotY];
   const double norms = sqrt(step_length * step_length * state[kDirectionSq]) * sqrt(yy);
@@ -100,12 +107,16 @@ FUSE_INLINE bool commit_pair(LbfgsScalars state, double step_length, double curv
     state[kPairCosine] = sy / norms;
     state[accepted ? kAccepted : kSkipped] += 1.0;
     if (accepted) {
+      const bool scaling = state[kSelfScaling] != 0.0;
+      const double s_b_s = -step_length * step_length * state[kDirectionDotGrad];
       row_scale[open] = step_length;
+      growth[open] = scaling && s_b_s > sy && is_finite(s_b_s / sy) ? s_b_s / sy - 1.0 : 0.0;
       gram_sy[open * slots + open] = sy;
       gram_yy[open * slots + open] = yy;
-      state[kGamma] = sy / yy;
       state[kCount] = static_cast<double>(count + 1 < slots ? count + 1 : slots - 1);
       state[kOpen] = static_cast<double>((open + 1) % slots);
+      const std::int64_t first = scaling ? state.slot(state.count() - 1) : open;
+      state[kGamma] = gram_sy[first * slots + first] / gram_yy[first * slots + first];
     }
   }
   team.sync();
@@ -122,9 +133,16 @@ FUSE_INLINE void two_loop(LbfgsScalars state, const Team& team = {}) {
   const std::int64_t rank = team.rank(), size = team.size();
   const double *row_scale = state.array(kRowScale), *grad_s = state.array(kGradS),
                *grad_y = state.array(kGradY), *gram_sy = state.array(kGramSY),
-               *gram_yy = state.array(kGramYY);
-  double *coef_s = state.array(kCoefS), *coef_y = state.array(kCoefY);
+               *gram_yy = state.array(kGramYY), *growth = state.array(kGrowth);
+  double *coef_s = state.array(kCoefS), *coef_y = state.array(kCoefY), *grown = state.array(kGrown);
   const double gamma = count > 0 ? state[kGamma] : 1.0;
+  if (rank == 0) {
+    double product = 1.0;
+    for (std::int64_t age = 0; age < count; ++age) {
+      grown[state.slot(age)] = product;
+      product *= 1.0 + growth[state.slot(age)];
+    }
+  }
   // First loop, newest pair first; coef_y[i] holds s_i . p until alpha_i follows from it.
   for (std::int64_t age = rank; age < count; age += size) {
     const std::int64_t i = state.slot(age);
@@ -145,7 +163,8 @@ FUSE_INLINE void two_loop(LbfgsScalars state, const Team& team = {}) {
     coef_y[i] /= gram_sy[i * slots + i];
   }
   team.sync();
-  // Second loop, oldest pair first; coef_s[i] holds y_i . p until alpha_i - beta_i follows.
+  // Second loop, oldest pair first; coef_s[i] holds y_i . p until alpha_i - beta_i follows. p grows
+  // by 1 / tau before each pair but the oldest.
   for (std::int64_t age = rank; age < count; age += size) {
     const std::int64_t i = state.slot(age);
     double y_dot_p = -gamma * grad_y[i];
@@ -159,18 +178,20 @@ FUSE_INLINE void two_loop(LbfgsScalars state, const Team& team = {}) {
     team.sync();
     const std::int64_t j = state.slot(older);
     const double change = coef_y[j] - coef_s[j] / gram_sy[j * slots + j];
+    const double growing = 1.0 + growth[state.slot(older - 1)];
     for (std::int64_t age = rank; age < older; age += size) {
       const std::int64_t i = state.slot(age);
-      coef_s[i] += change * gram_sy[j * slots + i];
+      coef_s[i] = (coef_s[i] + change * gram_sy[j * slots + i]) * growing;
     }
   }
   team.sync();
+  const double initial = count > 0 ? -gamma * grown[state.slot(count - 1)] : -gamma;
   for (std::int64_t age = rank; age < count; age += size) {
     const std::int64_t i = state.slot(age);
-    coef_s[i] = row_scale[i] * (coef_y[i] - coef_s[i] / gram_sy[i * slots + i]);
-    coef_y[i] *= -gamma;
+    coef_s[i] = row_scale[i] * (coef_y[i] - coef_s[i] / gram_sy[i * slots + i]) * grown[i];
+    coef_y[i] *= initial;
   }
-  if (rank == 0) *state.array(kCoefG) = -gamma;
+  if (rank == 0) *state.array(kCoefG) = initial;
 }
 
 }  // namespace fuse_ext

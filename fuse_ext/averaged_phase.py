@@ -51,6 +51,8 @@ class AveragedPhase(CapturedPhases):
                 self._drop_lbfgs_state()
                 self._lbfgs = self._make_lbfgs()
                 assert isinstance(self._lbfgs, LbfgsEngine)
+                if self.param_groups[0]["self_scaling"] is None:
+                    self._lbfgs.history.scale_itself()
                 return self._lbfgs.step(closure, options)
             if not math.isfinite(value):
                 engine.count_non_finite()

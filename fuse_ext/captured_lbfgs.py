@@ -216,14 +216,23 @@ def settle(entry: dict[str, Any]) -> None:
     entry["pair_step"] = numbers.pair_step or None
 
 
-def make_lbfgs(flat: FlatParams, ops: Ops, entry: dict[str, Any], group: ParamGroup) -> LbfgsEngine:
-    """The engine for this group's options, capturable or not, whichever made ``entry``."""
-    if group.get("capturable"):
-        return CapturedLbfgs(flat, ops, entry, group["history_size"], group["history_dtype"])
-    settle(entry)
-    if "control" in entry:
-        _to_host(entry)
-    return LbfgsEngine(flat, ops, entry, group["history_size"], group["history_dtype"])
+def make_lbfgs(
+    flat: FlatParams, ops: Ops, entry: dict[str, Any], group: ParamGroup, self_scaling: bool
+) -> LbfgsEngine:
+    """The engine for this group's options, capturable or not, whichever made ``entry``.
+
+    A history that ``entry`` holds goes on as it began, with self-scaling or without.
+    """
+    new = "history" not in entry
+    kind = CapturedLbfgs if group.get("capturable") else LbfgsEngine
+    if kind is LbfgsEngine:
+        settle(entry)
+        if "control" in entry:
+            _to_host(entry)
+    engine = kind(flat, ops, entry, group["history_size"], group["history_dtype"])
+    if new and self_scaling:
+        engine.history.scale_itself()
+    return engine
 
 
 def _to_host(entry: dict[str, Any]) -> None:

@@ -166,6 +166,10 @@ class History:
         """The scalars the host decides by."""
         return ring.read_header(self.scalars)
 
+    def scale_itself(self) -> None:
+        """From now on each pair scales the inverse Hessian before it (csrc/two_loop.h)."""
+        self.scalars[ring.index("self_scaling", self.slots)] = 1.0
+
     def reset(self) -> None:
         """Forgets all pairs; the counters stay."""
         for name in ("count", "gamma"):

@@ -188,6 +188,8 @@ class LBFGS(FlatOptimizer):
             torch.int8 (with one float32 scale per 128 elements) for a quarter; None for float32
             (float64 for float64 parameters).
         curvature_tol: r above; 1e-8 for full batches, about 1e-4 for minibatches.
+        self_scaling: Scale the inverse Hessian before each pair (see ``FusePV``): for long runs on
+            one function with a large ``history_size``.
         deterministic: Promise that the closure is the same function at every call (no minibatch,
             no dropout): a step then starts from the last evaluation instead of repeating it,
             unless parameters or gradients were touched in between (``p.data.add_(1)`` goes
@@ -220,6 +222,7 @@ class LBFGS(FlatOptimizer):
         "maximize",
         "history_dtype",
         "curvature_tol",
+        "self_scaling",
         "deterministic",
         "capturable",
     )
@@ -241,6 +244,7 @@ class LBFGS(FlatOptimizer):
         weight_decay: float = 0.0,
         history_dtype: torch.dtype | None = None,
         curvature_tol: float = 1e-8,
+        self_scaling: bool = False,
         deterministic: bool = False,
         capturable: bool = False,
         backend: str = "auto",
@@ -260,6 +264,7 @@ class LBFGS(FlatOptimizer):
             "weight_decay": weight_decay,
             "history_dtype": history_dtype,
             "curvature_tol": curvature_tol,
+            "self_scaling": self_scaling,
             "deterministic": deterministic,
             "capturable": capturable,
         }
@@ -305,7 +310,8 @@ class LBFGS(FlatOptimizer):
         self._engine = self._make_engine()
 
     def _make_engine(self) -> LbfgsEngine:
-        return make_lbfgs(self.flat, self._ops, self._entry, self.param_groups[0])
+        group = self.param_groups[0]
+        return make_lbfgs(self.flat, self._ops, self._entry, group, bool(group["self_scaling"]))
 
     def _options(self) -> LbfgsOptions:
         groups = self.param_groups

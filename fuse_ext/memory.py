@@ -122,11 +122,12 @@ def estimate_memory(
     params: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | int,
     optimizer: str = "FusePV",
     *,
-    history_size: int = 10,
+    history_size: int | None = None,
     history_dtype: torch.dtype | None = None,
     amsgrad: bool = False,
     moment_dtype: torch.dtype | None = None,
     line_search: str | None = "auto",
+    deterministic: bool | None = None,
 ) -> MemoryEstimate:
     """The memory that an optimizer will hold; allocates none of it.
 
@@ -147,12 +148,14 @@ def estimate_memory(
             dtype), or just a number of float32 parameters.
         optimizer: "FusePV", "Adam", "LBFGS" or "Fuse".
         history_size: This and the rest: as the optimizer will be given; what it does not have is
-            ignored.
+            ignored. None is the optimizer's default.
         history_dtype: Storage of the pairs.
         amsgrad: Adam's third moment.
         moment_dtype: Storage of Adam's moments.
         line_search: Its name; None for a fixed step; "auto" for FusePV on averages, which holds
             more than with a line search, and for strong Wolfe elsewhere.
+        deterministic: What FusePV is told of the closure: with True "auto" is a line search, and
+            the default history is larger.
 
     Returns:
         Bytes of state and workspace for each phase.
@@ -163,30 +166,37 @@ def estimate_memory(
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     groups = _on_meta(params)
-    averages = line_search == AUTO and optimizer == "FusePV"
+    averages = line_search == AUTO and optimizer == "FusePV" and not deterministic
     if line_search == AUTO and not averages:
         line_search = "strong_wolfe"
-    lbfgs_options: dict[str, Any] = {"history_size": history_size, "history_dtype": history_dtype}
+    lbfgs_options: dict[str, Any] = {"history_dtype": history_dtype}
+    if history_size is not None:
+        lbfgs_options["history_size"] = history_size
     opt: FlatOptimizer  # made for the checks in its constructor, and for its flat layout
     if optimizer == "Adam":
         opt = Adam(groups, amsgrad=amsgrad, moment_dtype=moment_dtype)
     elif optimizer == "LBFGS":
         opt = LBFGS(groups, line_search_fn=line_search, **lbfgs_options)
     elif optimizer == "FusePV":
-        options = {**lbfgs_options, "moment_dtype": moment_dtype}
+        options = {
+            **lbfgs_options,
+            "moment_dtype": moment_dtype,
+            "deterministic": deterministic,
+        }
         opt = FusePV(groups, amsgrad=amsgrad, line_search=line_search, **options)
     else:
         opt = Fuse(groups, amsgrad=amsgrad, line_search=line_search, **lbfgs_options)
     flat, ops = opt.flat, kernels.select("reference", opt.flat.device)
     adam = lbfgs = scratch = 0
+    size = opt.param_groups[0].get("history_size", 0)
     if optimizer != "LBFGS":
         dtype = opt.param_groups[0].get("moment_dtype")
         adam = AdamEngine(flat, ops, defaultdict(dict), opt.param_groups, dtype).nbytes
     if averages:
-        engine = AveragedEngine(flat, ops, {}, history_size, history_dtype)
+        engine = AveragedEngine(flat, ops, {}, size, history_dtype)
         lbfgs, scratch = engine.nbytes, engine.workspace_nbytes
     elif optimizer != "Adam":
-        lbfgs = LbfgsEngine(flat, ops, {}, history_size, history_dtype).history.nbytes
+        lbfgs = LbfgsEngine(flat, ops, {}, size, history_dtype).history.nbytes
         vectors = 1 + (line_search in SAVING_SEARCHES)
         vectors += optimizer == "Fuse" and line_search is not None  # g at x, for Adam's half
         scratch = vectors * flat.numel * flat.dtype.itemsize

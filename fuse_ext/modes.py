@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fuse_ext.flat import ParamGroup
+from fuse_ext.flat import FlatParams, ParamGroup
 from fuse_ext.lbfgs import check_line_search
 from fuse_ext.switchover import AfterSteps, LossPlateau, Switchover, WarmUp
 
@@ -15,6 +15,9 @@ SEARCH = "approximate_wolfe"
 # Adam steps that give the averaged gradient and its metric, and L-BFGS on averages a start; from
 # there it is ahead of Adam (python -m benchmarks.stochastic).
 FIRST_STEPS = 50
+# Curvature pairs if nothing is said. On one function more are better, as long as they are cheap.
+LEAST_PAIRS, MOST_PAIRS = 10, 500
+HISTORY_BYTES = 64 * 2**20
 # Two calls of one function at one point differ by less than this, relative to the loss.
 SAME_LOSS = 1e-6
 
@@ -30,6 +33,8 @@ def check_modes(group: ParamGroup) -> None:
         raise TypeError(
             f"deterministic must be True, False or None, got {group['deterministic']!r}"
         )
+    if group["self_scaling"] not in (True, False, None):
+        raise TypeError(f"self_scaling must be True, False or None, got {group['self_scaling']!r}")
     if pairs != AVERAGED:
         return
     for name, allowed in (
@@ -61,6 +66,22 @@ def default_switch(group: ParamGroup) -> Switchover:
     if group["deterministic"]:
         return WarmUp() | LossPlateau()
     return LossPlateau()
+
+
+def default_history_size(group: ParamGroup, flat: FlatParams) -> int:
+    """Pairs to keep if nothing is said."""
+    if not self_scales(group):
+        return LEAST_PAIRS
+    dtype = group["history_dtype"] or flat.dtype
+    fit = HISTORY_BYTES // (2 * dtype.itemsize * max(flat.numel, 1))
+    return min(max(fit, LEAST_PAIRS), MOST_PAIRS)
+
+
+def self_scales(group: ParamGroup) -> bool:
+    """Whether L-BFGS scales itself: if asked for, or on one function with a line search."""
+    if group["self_scaling"] is not None:
+        return bool(group["self_scaling"])
+    return bool(group["deterministic"]) and group["line_search"] is not None
 
 
 def same_loss(a: float, b: float) -> bool:

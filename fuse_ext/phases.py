@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
+
+from torch import Tensor
 
 from fuse_ext.adam_engine import AdamEngine, check_adam_state, check_moments_fit
 from fuse_ext.averaged import AVERAGED_NAMES, VECTORS, AveragedEngine, check_averaged_state
@@ -13,6 +16,7 @@ from fuse_ext.flat import FlatOptimizer, FlatParams
 from fuse_ext.history import STATE_NAMES
 from fuse_ext.lbfgs import check_lbfgs_state
 from fuse_ext.lbfgs_engine import COUNTERS, ENGINE_NAMES, LbfgsEngine
+from fuse_ext.modes import self_scales
 from fuse_ext.report import LOG, NEW_LOG, check_log
 
 ADAM, LBFGS_PHASE = "adam", "lbfgs"
@@ -127,6 +131,22 @@ class TwoPhases(FlatOptimizer):
         elif any("step" in entry for entry in self.state.values()):
             self._adam = self._make_adam()
 
+    def _from_grad_scaler(self) -> tuple[Tensor | None, bool | None]:
+        """GradScaler's factor on the gradients and whether it found infinities; it sets both."""
+        found_inf = getattr(self, "found_inf", None)
+        found = None if found_inf is None else float(found_inf) != 0.0
+        return getattr(self, "grad_scale", None), found
+
+    def _warn_non_finite(self) -> None:
+        if not self.__dict__.get("_warned_non_finite"):
+            self._warned_non_finite = True
+            warnings.warn(
+                "FusePV met a loss or gradient that is not finite and did not take the step; "
+                "further ones are only counted in report()",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
     def _make_adam(self) -> AdamEngine:
         return make_adam(self.flat, self._ops, self.state, self.param_groups)
 
@@ -134,7 +154,7 @@ class TwoPhases(FlatOptimizer):
         """The engine of the state at hand, or a new one on averages."""
         group, entry = self.param_groups[0], self._entry
         if not averaged and VECTORS[0] not in entry:
-            return make_lbfgs(self.flat, self._ops, entry, group)
+            return make_lbfgs(self.flat, self._ops, entry, group, self_scales(group))
         size, dtype = group["history_size"], group["history_dtype"]
         return AveragedEngine(self.flat, self._ops, entry, size, dtype)
 

@@ -204,9 +204,15 @@ def _commit_pair(scalars: Tensor, slots: int, step_length: float, curvature_tol:
         gram_sy[i, opened] = row_scale[i] * y_s[i]
         gram_yy[i, opened] = gram_yy[opened, i] = y_y[i]
     gram_sy[opened, opened], gram_yy[opened, opened] = sy, yy
-    scalars[ring.index("gamma", slots)] = sy / yy
+    scaling = bool(scalars[ring.index("self_scaling", slots)])
+    grown = -step_length * step_length * header.direction_dot_grad / sy  # s.B s / s.y = 1 / tau
+    growth = ring.array(scalars, "growth", slots)
+    growth[opened] = grown - 1.0 if scaling and 1.0 < grown < math.inf else 0.0
+    held = min(count + 1, slots - 1)
+    first = (opened + 1 - held) % slots if scaling else opened
+    scalars[ring.index("gamma", slots)] = gram_sy[first, first] / gram_yy[first, first]
     scalars[ring.index("accepted", slots)] += 1
-    scalars[ring.index("count", slots)] = min(count + 1, slots - 1)
+    scalars[ring.index("count", slots)] = held
     scalars[ring.index("open", slots)] = (opened + 1) % slots
 
 
@@ -227,22 +233,31 @@ def _recursion(scalars: Tensor, slots: int) -> None:
     gamma = header.gamma if newest_first else 1.0
     named = {
         name: ring.array(scalars, name, slots).tolist()
-        for name in ("row_scale", "grad_s", "grad_y", "gram_sy", "gram_yy")
+        for name in ("row_scale", "grad_s", "grad_y", "growth", "gram_sy", "gram_yy")
     }
     scale, sy, yy = named["row_scale"], named["gram_sy"], named["gram_yy"]
     alpha: dict[int, float] = {}
     for i in newest_first:
         s_dot_p = -scale[i] * named["grad_s"][i] - sum(a * sy[i][j] for j, a in alpha.items())
         alpha[i] = s_dot_p / sy[i][i]
-    change: dict[int, float] = {}  # alpha_i - beta_i
+    grown, product = ring.array(scalars, "grown", slots), 1.0
+    for i in newest_first:
+        grown[i] = product
+        product *= 1.0 + named["growth"][i]
+    change: dict[int, float] = {}  # alpha_i - beta_i, and what has become of it
+    initial = -gamma
     for i in reversed(newest_first):
-        y_dot_p = -gamma * (named["grad_y"][i] + sum(alpha[j] * yy[i][j] for j in alpha))
+        if change:
+            growth = 1.0 + named["growth"][i]
+            initial *= growth
+            change = {j: c * growth for j, c in change.items()}
+        y_dot_p = initial * (named["grad_y"][i] + sum(alpha[j] * yy[i][j] for j in alpha))
         y_dot_p += sum(c * sy[j][i] for j, c in change.items())
         change[i] = alpha[i] - y_dot_p / sy[i][i]
     coef_s, coef_y = ring.array(scalars, "coef_s", slots), ring.array(scalars, "coef_y", slots)
     for i in newest_first:
-        coef_s[i], coef_y[i] = change[i] * scale[i], -gamma * alpha[i]
-    ring.array(scalars, "coef_g", slots)[0] = -gamma
+        coef_s[i], coef_y[i] = change[i] * scale[i], initial * alpha[i]
+    ring.array(scalars, "coef_g", slots)[0] = initial
 
 
 def lbfgs_decide(

@@ -18,7 +18,7 @@ class Header:
     Attributes:
         count: Pairs held.
         open: Slot being filled.
-        gamma: s.y / y.y of the newest pair.
+        gamma: s.y / y.y of the newest pair; of the oldest with self-scaling.
         direction_dot_grad: g.p, the slope along the direction.
         direction_sq: p.p.
         direction_max: max |p|.
