@@ -184,7 +184,8 @@ def test_who_scales_itself(options: dict[str, Any], expected: float) -> None:
     assert flag(optimizer) == expected
     assert losses[-1] < losses[0]
     # A checkpoint goes on as it began, whatever the other was told.
-    other = FusePV([nn.Parameter(torch.zeros(6, dtype=F64))], 1e-2, self_scaling=not expected)
+    options = {**options, "self_scaling": not expected}
+    other = FusePV([nn.Parameter(torch.zeros(6, dtype=F64))], 1e-2, **options)
     other.load_state_dict(optimizer.state_dict())
     assert flag(other) == expected
 
