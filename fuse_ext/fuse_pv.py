@@ -82,7 +82,8 @@ class FusePV(AveragedPhase):
         maximize: Ascend, in both phases.
         lbfgs_lr: First trial step of L-BFGS, and the step itself without a line search.
         history_size: m, the curvature pairs kept; None for 10 or, if ``deterministic``, as many as
-            fit 64 MiB, from 10 to 500 (they cost time as well: 4 m d reads an iteration).
+            fit 64 MiB, at most 500 and the number of parameters, but at least 10. (They cost time
+            as well: 4 m d reads an iteration.)
         history_dtype: Storage of the pairs: torch.bfloat16 halves it, torch.int8 quarters it.
         line_search: "approximate_wolfe" (which goes on by slopes where noise or rounding hides
             the loss's decrease, and is strong Wolfe elsewhere), "strong_wolfe", "armijo", None

@@ -73,8 +73,9 @@ def default_history_size(group: ParamGroup, flat: FlatParams) -> int:
     if not self_scales(group):
         return LEAST_PAIRS
     dtype = group["history_dtype"] or flat.dtype
-    fit = HISTORY_BYTES // (2 * dtype.itemsize * max(flat.numel, 1))
-    return min(max(fit, LEAST_PAIRS), MOST_PAIRS)
+    numel = max(flat.numel, 1)
+    fit = min(HISTORY_BYTES // (2 * dtype.itemsize * numel), numel, MOST_PAIRS)
+    return max(fit, LEAST_PAIRS)
 
 
 def self_scales(group: ParamGroup) -> bool:

@@ -124,6 +124,8 @@ def make(numel: int, **options: Any) -> FusePV:
         ({}, 1000, LEAST_PAIRS),
         ({"deterministic": False}, 1000, LEAST_PAIRS),
         ({"deterministic": True}, 1000, MOST_PAIRS),
+        ({"deterministic": True}, 200, 200),
+        ({"deterministic": True}, 2, LEAST_PAIRS),
         ({"deterministic": True}, 100_000, HISTORY_BYTES // 800_000),
         ({"deterministic": True, "history_dtype": torch.bfloat16}, 10**5, HISTORY_BYTES // 400_000),
         ({"deterministic": True}, 10**8, LEAST_PAIRS),
