@@ -12,7 +12,7 @@ from fuse_ext.flat import Closure
 from fuse_ext.hooks import with_grad
 from fuse_ext.lbfgs_engine import LbfgsEngine
 from fuse_ext.lbfgs_options import LbfgsOptions
-from fuse_ext.modes import AVERAGED, averages, finds_out, same_loss
+from fuse_ext.modes import AVERAGED, averages, finds_out, same_loss, self_scales
 
 
 class AveragedPhase(CapturedPhases):
@@ -51,7 +51,7 @@ class AveragedPhase(CapturedPhases):
                 self._drop_lbfgs_state()
                 self._lbfgs = self._make_lbfgs()
                 assert isinstance(self._lbfgs, LbfgsEngine)
-                if self.param_groups[0]["self_scaling"] is None:
+                if self_scales({**self.param_groups[0], "deterministic": True}):
                     self._lbfgs.history.scale_itself()
                 return self._lbfgs.step(closure, options)
             if not math.isfinite(value):

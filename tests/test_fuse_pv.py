@@ -96,8 +96,7 @@ def test_with_the_switch_at_once_it_is_lbfgs(
             {"lr" if name == "lbfgs_lr" else name: value for name, value in group.items()}
             for group in common["groups"]
         ]
-    scaled = bool(common.get("deterministic")) and line_search is not None
-    lbfgs = Fit(LBFGS, lr=0.3, line_search_fn=line_search, self_scaling=scaled, **common)
+    lbfgs = Fit(LBFGS, lr=0.3, line_search_fn=line_search, **common)
     assert fuse.step(20) == lbfgs.step(20)
     assert fuse.calls == lbfgs.calls
     assert torch.equal(fuse.flat, lbfgs.flat)

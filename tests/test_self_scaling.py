@@ -171,9 +171,12 @@ def flag(optimizer: FusePV) -> float:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"deterministic": True}, 1.0),
-        ({}, 1.0),  # found out to be one function
-        ({"self_scaling": False}, 0.0),
+        ({"deterministic": True, "history_size": 100}, 1.0),
+        ({"deterministic": True, "history_size": 99}, 0.0),
+        ({"deterministic": True}, 0.0),  # of so few parameters
+        ({"history_size": 100}, 1.0),  # found out to be one function
+        ({}, 0.0),
+        ({"history_size": 100, "self_scaling": False}, 0.0),
         ({"deterministic": True, "self_scaling": False}, 0.0),
         ({"deterministic": False, "line_search": "armijo", "switch": 5}, 0.0),
         ({"line_search": "armijo", "switch": 5, "self_scaling": True}, 1.0),
