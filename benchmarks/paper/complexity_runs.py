@@ -108,14 +108,17 @@ def summary(at: list[int], norms: list[float]) -> dict[str, Any]:
 
 # --- all images at every evaluation ---------------------------------------------------------
 
+# The paper's L-BFGS does not scale itself.
+PLAIN = {"deterministic": True, "self_scaling": False}
+
 
 def lbfgs(params: Params) -> Any:
-    return fuse_ext.FusePV(params, switch=fuse_ext.AtOnce(), deterministic=True)
+    return fuse_ext.FusePV(params, switch=fuse_ext.AtOnce(), **PLAIN)
 
 
 def fuse_pv(params: Params, lr: float) -> Any:
-    """All by default, but told that the closure is the same function at every call."""
-    return fuse_ext.FusePV(params, lr=lr, deterministic=True)
+    """All else by default, but told that the closure is the same function at every call."""
+    return fuse_ext.FusePV(params, lr=lr, **PLAIN)
 
 
 FULL: dict[str, Callable[..., Any]] = {
@@ -186,7 +189,7 @@ def fixed_step_lbfgs(params: Params, lbfgs_lr: float) -> Any:
 
 def then_all(params: Params, lr: float) -> Any:
     """Adam on small batches, L-BFGS with a line search on all images."""
-    return fuse_ext.FusePV(params, lr=lr, switch=fuse_ext.LossPlateau(), deterministic=True)
+    return fuse_ext.FusePV(params, lr=lr, switch=fuse_ext.LossPlateau(), **PLAIN)
 
 
 BATCHES: dict[str, Callable[..., Any]] = {
