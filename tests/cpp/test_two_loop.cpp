@@ -193,7 +193,7 @@ void check_layout() {
       end += scalar_array_size(array, slots);
     }
     CHECK_EQUAL(scalar_offset(kScalarArrays, slots), end);
-    CHECK_EQUAL(end, 16 + 7 * slots + 1 + 2 * slots * slots);
+    CHECK_EQUAL(end, 16 + 9 * slots + 1 + 2 * slots * slots);
   }
 }
 
