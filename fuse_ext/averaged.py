@@ -8,7 +8,9 @@ that mix two functions, and steps as long as a noisy model likes. Here
   over ``BLOCK`` batches (as in SlimQN and mL-BFGS), with Powell's damping of y;
 - H grows out of Adam's metric: its initial diagonal is D^-1, D = sqrt(v) + eps at the switch, and
   the length of a step in that metric is at most ``step_cap`` times that of Adam's last one (for lr
-  above 1e-3 that of one with 1e-3, but not below Adam's own), less and less as steps go by.
+  above 1e-3 that of one with 1e-3, but not below Adam's own), less and less as steps go by. Where
+  a block's mean gradient is ``RISE`` times as long as the last block's, steps have been too long:
+  from then on the cap is ``RETREAT`` of what it was, down to Adam's own length.
 
 So without a pair a step is Adam's, and every step costs one gradient. All vectors are kept in
 Adam's coordinates, x' = D^(1/2) x, where D is the identity: s' = D^(1/2) s, g' = D^(-1/2) g, and
@@ -54,11 +56,22 @@ LARGEST_LR = 1e-3
 LEAST_METRIC = 1e-3
 # The cap falls as (k0 / (k0 + k))^CAP_DECAY, k0 Adam steps and k steps after them.
 CAP_DECAY = 0.5
+# A gradient that has grown so much from block to block is no noise: losses have jumped. The cap
+# falls by this factor then.
+RISE, RETREAT = 3.0, 0.5
 
 # Vectors in the state entry, in Adam's coordinates but for the first.
 VECTORS = ("root_metric", "grad_avg", "iterate_diff", "iterate_rise", "grad_sum", "grad_mean")
 # Numbers in it.
-NUMBERS = ("block_step", "blocks", "adam_steps", "adam_step_norm", "adam_lr", "averaged_steps")
+NUMBERS = (
+    "block_step",
+    "blocks",
+    "adam_steps",
+    "adam_step_norm",
+    "adam_lr",
+    "averaged_steps",
+    "cap_share",
+)
 AVERAGED_NAMES = (*VECTORS, *NUMBERS)
 
 
@@ -130,6 +143,7 @@ class AveragedEngine:
             block_step=0,
             blocks=0,
             averaged_steps=0,
+            cap_share=1.0,
             adam_steps=legacy.steps,
             adam_step_norm=legacy.lr * float(average.norm()),
             adam_lr=legacy.lr,
@@ -216,7 +230,8 @@ class AveragedEngine:
         length = options.lr * (1.0 if header.count > 0 else entry["adam_lr"])
         begun = max(entry["adam_steps"], 1)
         fall = (begun / (begun + entry["averaged_steps"])) ** CAP_DECAY
-        cap = longest(step_cap, entry["adam_lr"]) * entry["adam_step_norm"] * options.lr * fall
+        lengths = longest(reduced(step_cap, entry["cap_share"]), entry["adam_lr"])
+        cap = lengths * entry["adam_step_norm"] * options.lr * fall
         return float(min(length, cap / math.sqrt(header.direction_sq)))
 
     def _move(self, options: LbfgsOptions, shrink: list[float | None]) -> None:
@@ -249,6 +264,8 @@ class AveragedEngine:
         entry = self._entry
         mean = entry["grad_sum"].div_(BLOCK)
         if entry["blocks"] > 0:
+            if float(mean.norm()) > RISE * float(entry["grad_mean"].norm()):
+                entry["cap_share"] *= RETREAT
             y = torch.sub(mean, entry["grad_mean"], out=self._scratch)
             self._offer(entry["iterate_diff"], y, options.curvature_tol)
         for now, later in (("grad_mean", "grad_sum"), ("iterate_diff", "iterate_rise")):
@@ -269,6 +286,11 @@ class AveragedEngine:
         """Notes that a step was not taken for a NaN or infinite value."""
         self._entry["non_finite"] += 1
         self.progress.reason = "non_finite"
+
+
+def reduced(step_cap: float, share: float) -> float:
+    """This share of the cap, but not less than the length of Adam's last step."""
+    return max(step_cap * share, min(step_cap, 1.0))
 
 
 def longest(step_cap: float, lr: float) -> float:

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from fuse_ext import FusePV, Never, averaged
-from fuse_ext.averaged import BLOCK, CAP_DECAY, DAMPING, LARGEST_LR, damp, longest
+from fuse_ext.averaged import BLOCK, CAP_DECAY, DAMPING, LARGEST_LR, RISE, damp, longest, reduced
 
 BACKENDS = ("native", "reference")
 
@@ -51,7 +51,6 @@ def twin(problem: Noisy, warm: int, steps: int, lr: float, m: int, cap: float) -
         x = x - lr * exp_avg / (1 - 0.9**k) / metric
     average = exp_avg / (1 - 0.9**warm)
     last = lr * (average**2 / metric).sum().sqrt()
-    first_cap = min(cap, max(1.0, cap * LARGEST_LR / lr)) * last
     pairs: list[tuple[Tensor, Tensor]] = []
     block: list[tuple[Tensor, Tensor]] = []
     before = None
@@ -60,7 +59,8 @@ def twin(problem: Noisy, warm: int, steps: int, lr: float, m: int, cap: float) -
         average = 0.9 * average + 0.1 * g
         p = two_loop(average, pairs, 1 / metric)
         t = 1.0 if pairs else lr
-        limit = first_cap * (warm / (warm + k)) ** CAP_DECAY
+        first_cap = min(cap, max(1.0, cap * LARGEST_LR / lr))
+        limit = first_cap * last * (warm / (warm + k)) ** CAP_DECAY
         t = min(t, float(limit / (p * p * metric).sum().sqrt()))
         block.append((x, g))
         x = x + t * p
@@ -68,6 +68,9 @@ def twin(problem: Noisy, warm: int, steps: int, lr: float, m: int, cap: float) -
             continue
         mean = [torch.stack(column).mean(0) for column in zip(*block, strict=True)]
         if before is not None:
+            norms = [float((g * g / metric).sum().sqrt()) for g in (mean[1], before[1])]
+            if norms[0] > RISE * norms[1]:
+                cap = max(0.5 * cap, min(cap, 1.0))
             s, y = mean[0] - before[0], mean[1] - before[1]
             if pairs:
                 s_last, y_last = pairs[-1]
@@ -103,6 +106,25 @@ def test_it_is_what_its_description_says(backend: str, noise: float, cap: float)
     assert opt.report().pairs_held == 4  # the ring has gone round
     expected = twin(again, 6, 75, 0.05, 4, cap)
     torch.testing.assert_close(problem.x, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_the_cap_falls_where_the_gradient_jumps() -> None:
+    torch.manual_seed(3)
+    problem = Noisy(noise=0.0)
+    opt = FusePV(problem.params, lr=1e-3, switch=10, pairs="averaged", step_cap=5.0)
+    shares, lengths = [], []
+    for k in range(-10, 10 * BLOCK):
+        loss = problem()
+        if k // BLOCK in (3, 5, 7):  # in these blocks it is ten times as long
+            torch._foreach_mul_([p.grad for p in problem.params], 10.0)
+        opt.step(loss=loss)
+        if k >= 0:
+            share = opt.state[problem.params[0]]["cap_share"]
+            shares.append(share)
+            lengths.append(reduced(5.0, share))
+    assert shares[::BLOCK] == [1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
+    assert lengths[-1] == 1.0  # Adam's own
+    assert reduced(0.3, 0.125) == 0.3  # unless less was asked for
 
 
 def test_pairs_are_differences_of_means() -> None:
