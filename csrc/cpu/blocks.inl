@@ -131,21 +131,44 @@ FUSE_INLINE const T* read_row(const Row& row, std::int64_t first, std::int64_t n
   return scratch;
 }
 
-// One block of a row in 8 bits, rounded to nearest; the values become what was
-// stored. The scale of a block with a value that is not finite is NaN, and so
-// is then every value read back.
+// Where values to be stored in a row from `first` on may be made: there, if it holds T.
 template <class T>
-FUSE_INLINE void write_scaled_block(std::int8_t* out, float* scale, std::int64_t n, T* values) {
-  constexpr T kLargest = 127;
-  T largest = 0, poison = 0;
-#pragma omp simd reduction(max : largest) reduction(+ : poison)
+FUSE_INLINE T* place_in_row(const Row& row, std::int64_t first, T* scratch) {
+  return row.dtype == dtype_of<T>() ? static_cast<T*>(row.data) + first : scratch;
+}
+
+// The bits of |value|, as a whole number: in the order of the magnitudes, and with those of
+// infinity and NaN above all others.
+FUSE_INLINE std::uint32_t magnitude_bits(float value) { return float_bits(value) & 0x7fffffffu; }
+FUSE_INLINE std::uint64_t magnitude_bits(double value) {
+  std::uint64_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits & 0x7fffffffffffffffu;
+}
+
+constexpr int kLargestByte = 127;
+
+// The scale of a block of a row in 8 bits. With a value that is not finite it is NaN, and so is
+// then every value read back.
+template <class T>
+FUSE_INLINE float block_scale(std::int64_t n, const T* values) {
+  decltype(magnitude_bits(T(0))) bits = 0;
+#pragma omp simd reduction(max : bits)
   for (std::int64_t i = 0; i < n; ++i) {
-    const T magnitude = values[i] < 0 ? -values[i] : values[i];
-    largest = magnitude > largest ? magnitude : largest;
-    poison += values[i] * T(0);
+    const auto magnitude = magnitude_bits(values[i]);
+    bits = magnitude > bits ? magnitude : bits;
   }
-  *scale = static_cast<float>(largest / kLargest + poison);
-  const T stored_scale = static_cast<T>(*scale);
+  T largest;
+  std::memcpy(&largest, &bits, sizeof largest);
+  const T poison = largest * T(0);
+  return static_cast<float>(largest / T(kLargestByte) + poison);
+}
+
+// A block in 8 bits, rounded to nearest; the values become what was stored.
+template <class T>
+FUSE_INLINE void write_scaled(std::int8_t* out, float scale, std::int64_t n, T* values) {
+  constexpr T kLargest = kLargestByte;
+  const T stored_scale = static_cast<T>(scale);
   const T inverse = stored_scale > 0 ? T(1) / stored_scale : T(0);
 #pragma omp simd
   for (std::int64_t i = 0; i < n; ++i) {
@@ -164,11 +187,20 @@ FUSE_INLINE void write_scaled_block(std::int8_t* out, float* scale, std::int64_t
 template <class T>
 FUSE_INLINE void write_row(const Row& row, std::int64_t first, std::int64_t n, T* values) {
   if (row.dtype != DType::i8) return write<T>(row.dtype, row.data, first, n, values, true);
-  for (std::int64_t done = 0; done < n; done += kScaleBlock) {
-    write_scaled_block<T>(static_cast<std::int8_t*>(row.data) + first + done,
-                          row.scales + (first + done) / kScaleBlock,
-                          n - done < kScaleBlock ? n - done : kScaleBlock, values + done);
+  std::int8_t* const out = static_cast<std::int8_t*>(row.data) + first;
+  float* const scales = row.scales + first / kScaleBlock;
+  const std::int64_t whole = n / kScaleBlock * kScaleBlock;
+  // Blocks of a constant length are unrolled; and all scales come first, as each waits for its
+  // whole block, but not for the others.
+  for (std::int64_t at = 0; at < whole; at += kScaleBlock) {
+    scales[at / kScaleBlock] = block_scale<T>(kScaleBlock, values + at);
   }
+  for (std::int64_t at = 0; at < whole; at += kScaleBlock) {
+    write_scaled<T>(out + at, scales[at / kScaleBlock], kScaleBlock, values + at);
+  }
+  if (whole == n) return;
+  scales[whole / kScaleBlock] = block_scale<T>(n - whole, values + whole);
+  write_scaled<T>(out + whole, scales[whole / kScaleBlock], n - whole, values + whole);
 }
 
 }  // namespace

@@ -45,9 +45,12 @@ FUSE_INLINE Lanes<T> all_lanes(T value) {
 
 template <class T>
 FUSE_INLINE double sum_of_lanes(Lanes<T> lanes) {
-  double sum = 0;
-  for (std::int64_t k = 0; k < kLanes<T>; ++k) sum += static_cast<double>(lanes[k]);
-  return sum;
+  double sums[kLanes<T>];
+  for (std::int64_t k = 0; k < kLanes<T>; ++k) sums[k] = static_cast<double>(lanes[k]);
+  for (std::int64_t half = kLanes<T> / 2; half > 0; half /= 2) {
+    for (std::int64_t k = 0; k < half; ++k) sums[k] += sums[k + half];
+  }
+  return sums[0];
 }
 
 // a b + c in every lane, rounded as by mul_add. Intrinsics where there are some: lane by lane, GCC
@@ -77,6 +80,23 @@ FUSE_INLINE Vector mul_add_lanes(Vector a, Vector b, Vector c) {
 template <class Vector>
 FUSE_INLINE Vector mul_add_lanes(Vector a, Vector b, Vector c) {
   return a * b + c;
+}
+#endif
+
+// kLanes bytes with a sign, as floats. Where there is no instruction for it, they are better taken
+// out of words (rows.inl).
+#if defined(FUSE_CPU_FMA)
+#define FUSE_CPU_WIDENS 1
+FUSE_INLINE Lanes<float> load_bytes(const std::int8_t* from) {
+#if FUSE_CPU_LANE_BYTES == 64
+  // With a mask of all: GCC 12 warns of the other form.
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  const __m512i words = _mm512_maskz_cvtepi8_epi32(0xffff, bytes);
+#else
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  const __m256i words = _mm256_cvtepi8_epi32(bytes);
+#endif
+  return __builtin_convertvector((Lanes<std::int32_t>)words, Lanes<float>);
 }
 #endif
 

@@ -53,11 +53,8 @@ struct BFloat16Row {
   }
 };
 
-// A plane holds whole numbers times 2^24: bytes in the places of the highest ones.
 struct Int8Row {
   using Scalar = float;
-  using Read = Words;
-  static constexpr int kPlanes = 4;
   static constexpr std::int64_t kSumRun = kScaleBlock;
 
   const std::int8_t* data;
@@ -65,6 +62,22 @@ struct Int8Row {
 
   FUSE_MEMBER explicit Int8Row(const Row& row)
       : data(static_cast<const std::int8_t*>(row.data)), scales(row.scales) {}
+
+#if defined(FUSE_CPU_WIDENS)
+  using Read = Lanes<float>;
+  static constexpr int kPlanes = 1;
+
+  FUSE_MEMBER Read read(std::int64_t i) const { return load_bytes(data + i); }
+  FUSE_MEMBER float scale(std::int64_t i) const { return scales[i / kScaleBlock]; }
+  template <int plane>
+  FUSE_MEMBER static Lanes<float> plane_of(Read read) {
+    return read;
+  }
+#else
+  // A plane holds whole numbers times 2^24: bytes in the places of the highest ones.
+  using Read = Words;
+  static constexpr int kPlanes = 4;
+
   FUSE_MEMBER Read read(std::int64_t i) const { return load_words(data + i); }
   FUSE_MEMBER float scale(std::int64_t i) const { return 0x1p-24f * scales[i / kScaleBlock]; }
   template <int plane>
@@ -73,6 +86,7 @@ struct Int8Row {
     const Words top = plane == 0 ? moved : moved & 0xff000000u;
     return __builtin_convertvector((Lanes<std::int32_t>)top, Lanes<float>);
   }
+#endif
 };
 
 static_assert(kScaleBlock % (4 * kLanes<float>) == 0 && kRun % kScaleBlock == 0);
@@ -111,8 +125,9 @@ FUSE_INLINE void from_planes(const float* in, std::int64_t n, float* out) {
 template <int kRows, class Format>
 FUSE_INLINE void read_rows(const Format* rows, std::int64_t i, std::int64_t ahead,
                            typename Format::Read* reads) {
+  for_each_constant<kRows>([&](auto r) FUSE_LAMBDA { reads[r] = rows[r].read(i); });
+  if (ahead == 0) return;
   for_each_constant<kRows>([&](auto r) FUSE_LAMBDA {
-    reads[r] = rows[r].read(i);
     __builtin_prefetch(reinterpret_cast<const char*>(rows[r].data + i) + ahead, 0, 2);
   });
 }
