@@ -122,6 +122,13 @@ FUSE_INLINE void from_planes(const float* in, std::int64_t n, float* out) {
   }
 }
 
+// n values, which may lie there already, and zeros up to `length`.
+template <class T>
+FUSE_INLINE void fill_up(const T* values, std::int64_t n, std::int64_t length, T* out) {
+  if (values != out) std::memcpy(out, values, static_cast<std::size_t>(n) * sizeof(T));
+  for (std::int64_t i = n; i < length; ++i) out[i] = T(0);
+}
+
 template <int kRows, class Format>
 FUSE_INLINE void read_rows(const Format* rows, std::int64_t i, std::int64_t ahead,
                            typename Format::Read* reads) {
@@ -268,6 +275,19 @@ FUSE_INLINE void with_converted_runs(const Rows& rows, std::int64_t at, std::int
   }
 }
 
+// For the fewer than kScaleBlock elements behind the last whole block: rows converted and filled up
+// with zeros to whole vectors. Calls visit(make, length).
+template <class T, class Visit>
+FUSE_INLINE void with_rest(const Rows& rows, std::int64_t at, std::int64_t n, Visit&& visit) {
+  const std::int64_t length = (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  T scratch[kGroup][kScaleBlock];
+  visit([&](std::int64_t r, int place) {
+    T* const row = scratch[place];
+    fill_up(read_row<T>(rows.row[r], at, n, row), n, length, row);
+    return DenseRow<T>{row};
+  }, length);
+}
+
 // Dot products of `a`, and of `b` when with_b, with all rows from `at` on, added to out_a, out_b.
 template <class T, bool with_b>
 FUSE_INLINE void dot_all_rows(const T* a, const T* b, const Rows& rows, std::int64_t at,
@@ -299,15 +319,17 @@ FUSE_INLINE void dot_all_rows(const T* a, const T* b, const Rows& rows, std::int
       });
     });
   }
-  T rest[kScaleBlock];
-  for (std::int64_t r = 0; whole < n && r < rows.count; ++r) {
-    const T* row = read_row<T>(rows.row[r], at + whole, n - whole, rest);
-    for (std::int64_t i = whole; i < n; ++i) {
-      const double element = static_cast<double>(row[i - whole]);
-      out_a[r] += static_cast<double>(a[i]) * element;
-      if (with_b) out_b[r] += static_cast<double>(b[i]) * element;
-    }
-  }
+  if (whole == n) return;
+  with_rest<T>(rows, at + whole, n - whole, [&](auto&& make, std::int64_t length) {
+    T rest_a[kScaleBlock], rest_b[kScaleBlock];
+    fill_up(a + whole, n - whole, length, rest_a);
+    if (with_b) fill_up(b + whole, n - whole, length, rest_b);
+    for_each_group<DenseRow<T>>(rows.count, make,
+                                [&](const DenseRow<T>* group, auto size, std::int64_t first) {
+      dot_rows<DenseRow<T>, size, with_b>(rest_a, with_b ? rest_b : rest_a, group, 0, length, 0,
+                                          out_a + first, out_b + first);
+    });
+  });
 }
 
 // out += sum of coefs[r] * rows[r], from `at` on.
