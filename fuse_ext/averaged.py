@@ -3,14 +3,19 @@
 Three things make quasi-Newton steps fail on minibatches: a direction that is mostly noise, pairs
 that mix two functions, and steps as long as a noisy model likes. Here
 
-- the direction is -H m, with m the moving average of the gradients that Adam has begun;
+- the direction is -H m, with m the moving average of the gradients that Adam has begun. It
+  reaches back over ``REACH`` steps at first, since long steps soon outdate a gradient, and over
+  more and more as they get shorter, up to as many as Adam's;
 - a pair is the difference of two successive block means, s of iterates and y of gradients, each
   over ``BLOCK`` batches (as in SlimQN and mL-BFGS), with Powell's damping of y;
 - H grows out of Adam's metric: its initial diagonal is D^-1, D = sqrt(v) + eps at the switch, and
   the length of a step in that metric is at most ``step_cap`` times that of Adam's last one (for lr
-  above 1e-3 that of one with 1e-3, but not below Adam's own), less and less as steps go by. Where
-  a block's mean gradient is ``RISE`` times as long as the last block's, steps have been too long:
-  from then on the cap is ``RETREAT`` of what it was, down to Adam's own length.
+  above 1e-3 that of one with 1e-3, but not below Adam's own), less and less as steps go by. Nor
+  does any element move by more than so many times lr, as Adam's would not.
+
+Where m has grown ``JUMP`` times as long as the last block's mean, the metric is outdated and steps
+have been too long. Then D becomes (D^2 + m^2)^(1/2), so that no element of D^-1 m exceeds 1, the
+pairs are forgotten, and the cap is ``RETREAT`` of what it was, down to Adam's own length.
 
 So without a pair a step is Adam's, and every step costs one gradient. All vectors are kept in
 Adam's coordinates, x' = D^(1/2) x, where D is the identity: s' = D^(1/2) s, g' = D^(-1/2) g, and
@@ -56,9 +61,11 @@ LARGEST_LR = 1e-3
 LEAST_METRIC = 1e-3
 # The cap falls as (k0 / (k0 + k))^CAP_DECAY, k0 Adam steps and k steps after them.
 CAP_DECAY = 0.5
-# A gradient that has grown so much from block to block is no noise: losses have jumped. The cap
+# Steps that the averaged gradient reaches back over at first.
+REACH = 3.0
+# An average that has grown so much since the last block is no noise: losses have jumped. The cap
 # falls by this factor then.
-RISE, RETREAT = 3.0, 0.5
+JUMP, RETREAT = 3.0, 0.5
 
 # Vectors in the state entry, in Adam's coordinates but for the first.
 VECTORS = ("root_metric", "grad_avg", "iterate_diff", "iterate_rise", "grad_sum", "grad_mean")
@@ -71,6 +78,7 @@ NUMBERS = (
     "adam_lr",
     "averaged_steps",
     "cap_share",
+    "grad_norm",
 )
 AVERAGED_NAMES = (*VECTORS, *NUMBERS)
 
@@ -144,6 +152,7 @@ class AveragedEngine:
             blocks=0,
             averaged_steps=0,
             cap_share=1.0,
+            grad_norm=0.0,
             adam_steps=legacy.steps,
             adam_step_norm=legacy.lr * float(average.norm()),
             adam_lr=legacy.lr,
@@ -168,7 +177,7 @@ class AveragedEngine:
 
         Args:
             options: lr is relative to 1 at the switch; it scales step and cap.
-            beta: Decay rate of the averaged gradient.
+            beta: Decay rate of the averaged gradient, at most.
             step_cap: Longest step, in lengths of Adam's last one, in Adam's metric.
             shrink: What decoupled weight decay multiplies each parameter by, None where weight
                 decay is an L2 term; empty for None everywhere.
@@ -186,16 +195,20 @@ class AveragedEngine:
             self.count_non_finite()
             return False
         entry["n_iter"] += 1
-        entry["grad_avg"].lerp_(grad, 1.0 - beta)
+        entry["grad_avg"].lerp_(grad, max(1.0 - beta, self._fall() / REACH))
+        if entry["blocks"] and float(entry["grad_avg"].norm()) > JUMP * entry["grad_norm"]:
+            self._renew_metric(grad)
         header = self._direction(options)
         if header is None:
             self.progress.reason = "no_descent"
             return True
         entry["grad_sum"].add_(grad)
-        length = self._length(header, options, step_cap)
+        lengths = longest(reduced(step_cap, entry["cap_share"]), entry["adam_lr"]) * options.lr
+        length = self._length(header, options, lengths)
         # z = t p, whatever the rows' dtype.
         self._step.zero_()
         self.history.move(self._scratch, length, save=True)
+        self._bound_elements(lengths * entry["adam_lr"])
         self._advance_block()
         self._move(options, shrink)
         entry["averaged_steps"] += 1
@@ -224,19 +237,42 @@ class AveragedEngine:
             self._entry["resets"] += 1
             self.history.reset()
 
-    def _length(self, header: Header, options: LbfgsOptions, step_cap: float) -> float:
+    def _fall(self) -> float:
+        """What is left of the cap."""
+        begun = max(self._entry["adam_steps"], 1)
+        return float((begun / (begun + self._entry["averaged_steps"])) ** CAP_DECAY)
+
+    def _renew_metric(self, grad: Tensor) -> None:
+        """D = (D^2 + m^2)^(1/2), and what was known in the old metric is given up but m and g."""
+        entry = self._entry
+        root, average, spare = (entry[name] for name in ("root_metric", "grad_avg", "grad_sum"))
+        average.mul_(root)
+        grad.mul_(root)
+        torch.hypot(torch.mul(root, root, out=spare), average, out=spare)
+        torch.sqrt(spare, out=root)
+        average.div_(root)
+        grad.div_(root)
+        for name in ("iterate_diff", "iterate_rise", "grad_sum", "grad_mean"):
+            entry[name].zero_()
+        entry.update(block_step=0, blocks=0, cap_share=RETREAT * entry["cap_share"])
+        entry["resets"] += 1
+        self.history.reset()
+
+    def _length(self, header: Header, options: LbfgsOptions, lengths: float) -> float:
         """Adam's own step while there is no pair, then 1, times lr; at most the cap."""
         entry = self._entry
         length = options.lr * (1.0 if header.count > 0 else entry["adam_lr"])
-        begun = max(entry["adam_steps"], 1)
-        fall = (begun / (begun + entry["averaged_steps"])) ** CAP_DECAY
-        lengths = longest(reduced(step_cap, entry["cap_share"]), entry["adam_lr"])
-        cap = lengths * entry["adam_step_norm"] * options.lr * fall
+        cap = lengths * entry["adam_step_norm"] * self._fall()
         return float(min(length, cap / math.sqrt(header.direction_sq)))
+
+    def _bound_elements(self, bound: float) -> None:
+        """No parameter moves by more; the step in its own coordinates goes to the scratch."""
+        root = self._entry["root_metric"]
+        torch.div(self._step, root, out=self._scratch).clamp_(-bound, bound)
+        torch.mul(self._scratch, root, out=self._step)
 
     def _move(self, options: LbfgsOptions, shrink: list[float | None]) -> None:
         params = self._flat.params
-        torch.div(self._step, self._entry["root_metric"], out=self._scratch)
         for param, factor in zip(params, shrink, strict=True) if shrink else ():
             if factor is not None:
                 param.mul_(factor)
@@ -263,9 +299,8 @@ class AveragedEngine:
         """Offers the pair that the block completes and begins the next one."""
         entry = self._entry
         mean = entry["grad_sum"].div_(BLOCK)
+        entry["grad_norm"] = float(mean.norm())
         if entry["blocks"] > 0:
-            if float(mean.norm()) > RISE * float(entry["grad_mean"].norm()):
-                entry["cap_share"] *= RETREAT
             y = torch.sub(mean, entry["grad_mean"], out=self._scratch)
             self._offer(entry["iterate_diff"], y, options.curvature_tol)
         for now, later in (("grad_mean", "grad_sum"), ("iterate_diff", "iterate_rise")):

@@ -120,8 +120,9 @@ class FusePV(AveragedPhase):
               only where both are of one batch (see ``batch_id`` in :meth:`step`).
             - "auto": averaged or same_batch, as ``line_search`` is without or with one.
         step_cap: Longest step on averages, in lengths of Adam's last step (above lr = 1e-3 of one
-            with 1e-3, but not below Adam's own), in Adam's metric; the cap falls as steps go by,
-            and halves where the gradient jumps.
+            with 1e-3, but not below Adam's own), in Adam's metric; nor does any element move by
+            more than so many times lr. The cap falls as steps go by, and halves where the gradient
+            jumps.
         check_finite: Before an Adam step, check loss and gradient, and skip the step if either is
             not finite: one read of the gradients more, 4 bytes a parameter beside 28. L-BFGS
             always checks.
@@ -198,7 +199,7 @@ class FusePV(AveragedPhase):
         self_scaling: bool | None = None,
         deterministic: bool | None = None,
         pairs: str = AUTO,
-        step_cap: float = 5.0,
+        step_cap: float = 7.0,
         check_finite: bool = True,
         capturable: bool = False,
         on_switch: Callable[[FusePV], None] | None = None,

@@ -14,7 +14,17 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from fuse_ext import FusePV, Never, averaged
-from fuse_ext.averaged import BLOCK, CAP_DECAY, DAMPING, LARGEST_LR, RISE, damp, longest, reduced
+from fuse_ext.averaged import (
+    BLOCK,
+    CAP_DECAY,
+    DAMPING,
+    JUMP,
+    LARGEST_LR,
+    REACH,
+    damp,
+    longest,
+    reduced,
+)
 
 BACKENDS = ("native", "reference")
 
@@ -53,24 +63,30 @@ def twin(problem: Noisy, warm: int, steps: int, lr: float, m: int, cap: float) -
     last = lr * (average**2 / metric).sum().sqrt()
     pairs: list[tuple[Tensor, Tensor]] = []
     block: list[tuple[Tensor, Tensor]] = []
-    before = None
+    before, share = None, 1.0
+
+    def length(gradient: Tensor) -> Tensor:
+        return (gradient * gradient / metric).sum().sqrt()
+
     for k in range(steps):
         g = gradient()
-        average = 0.9 * average + 0.1 * g
+        fall = (warm / (warm + k)) ** CAP_DECAY
+        weight = max(0.1, fall / REACH)
+        average = (1 - weight) * average + weight * g
+        if before is not None and length(average) > JUMP * length(before[1]):
+            metric = torch.hypot(metric, average)
+            before, block, pairs, share = None, [], [], 0.5 * share
         p = two_loop(average, pairs, 1 / metric)
         t = 1.0 if pairs else lr
-        first_cap = min(cap, max(1.0, cap * LARGEST_LR / lr))
-        limit = first_cap * last * (warm / (warm + k)) ** CAP_DECAY
-        t = min(t, float(limit / (p * p * metric).sum().sqrt()))
+        lengths = max(share * cap, min(cap, 1.0))
+        lengths = min(lengths, max(1.0, lengths * LARGEST_LR / lr))
+        t = min(t, float(lengths * last * fall / (p * p * metric).sum().sqrt()))
         block.append((x, g))
-        x = x + t * p
+        x = x + (t * p).clamp(-lengths * lr, lengths * lr)
         if len(block) < BLOCK:
             continue
         mean = [torch.stack(column).mean(0) for column in zip(*block, strict=True)]
         if before is not None:
-            norms = [float((g * g / metric).sum().sqrt()) for g in (mean[1], before[1])]
-            if norms[0] > RISE * norms[1]:
-                cap = max(0.5 * cap, min(cap, 1.0))
             s, y = mean[0] - before[0], mean[1] - before[1]
             if pairs:
                 s_last, y_last = pairs[-1]
@@ -108,23 +124,46 @@ def test_it_is_what_its_description_says(backend: str, noise: float, cap: float)
     torch.testing.assert_close(problem.x, expected, rtol=1e-7, atol=1e-9)
 
 
-def test_the_cap_falls_where_the_gradient_jumps() -> None:
+def test_a_gradient_that_jumps_renews_the_metric() -> None:
     torch.manual_seed(3)
     problem = Noisy(noise=0.0)
     opt = FusePV(problem.params, lr=1e-3, switch=10, pairs="averaged", step_cap=5.0)
-    shares, lengths = [], []
-    for k in range(-10, 10 * BLOCK):
+    entry = opt.state[problem.params[0]]
+    shares = []
+    for k in range(-10, 12 * BLOCK):
         loss = problem()
-        if k // BLOCK in (3, 5, 7):  # in these blocks it is ten times as long
-            torch._foreach_mul_([p.grad for p in problem.params], 10.0)
+        jumps = k >= 0 and k % (3 * BLOCK) == 2 * BLOCK + 3
+        if jumps:  # in a block that has another before it
+            torch._foreach_mul_([p.grad for p in problem.params], 100.0)
+            held, metric = entry["resets"], entry["root_metric"].clone()
+            assert opt.report().pairs_held > 0 or k < 3 * BLOCK
         opt.step(loss=loss)
         if k >= 0:
-            share = opt.state[problem.params[0]]["cap_share"]
-            shares.append(share)
-            lengths.append(reduced(5.0, share))
-    assert shares[::BLOCK] == [1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
-    assert lengths[-1] == 1.0  # Adam's own
+            shares.append(entry["cap_share"])
+        if jumps:
+            assert entry["resets"] == held + 1 and opt.report().pairs_held == 0
+            assert (entry["root_metric"] >= metric).all()
+            # m / D in the parameters' coordinates: Adam's own bound.
+            assert float((entry["grad_avg"] / entry["root_metric"]).abs().max()) <= 1.0 + 1e-12
+    assert shares[:: 3 * BLOCK] == [1.0, 0.5, 0.25, 0.125]
+    assert reduced(5.0, 0.125) == 1.0  # Adam's own length
     assert reduced(0.3, 0.125) == 0.3  # unless less was asked for
+
+
+def test_no_element_moves_further_than_adams_would_in_so_many_steps() -> None:
+    torch.manual_seed(2)
+    problem = Noisy(noise=1.0)
+    opt = FusePV(problem.params, lr=1e-3, switch=10, pairs="averaged", step_cap=2.0)
+    furthest = 0.0
+    for k in range(80):
+        before = problem.x
+        problem()
+        if k >= 10:
+            problem.params[0].grad.view(-1)[0] += 1e3  # and none has seen that before
+        opt.step()
+        if k >= 10:
+            furthest = max(furthest, float((problem.x - before).abs().max()))
+    assert 1.9e-3 < furthest <= 2e-3 * (1 + 1e-9)
 
 
 def test_pairs_are_differences_of_means() -> None:
