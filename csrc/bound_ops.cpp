@@ -190,37 +190,75 @@ std::array<double, kGradStats + 1> grad_stats(const Layout& layout, const Tensor
   return numbers;
 }
 
+// A ring of curvature pairs and the gradients that an op takes to it.
+struct RingCall {
+  const Layout& layout;
+  const Tensors& grads;
+  const Numbers& weight_decay;
+  bool maximize;
+  const at::Tensor& history;
+  const MaybeTensor& grad_prev;
+  const at::Tensor& scalars;
+  const MaybeTensor& history_scale;
+  Tensors params = layout.params();
+
+  // Pass 1 and the recursion; to be called in an InOp, as what follows.
+  void update(std::optional<double> pair_step, double curvature_tol) const {
+    static const auto pass =
+        find<void(at::TensorList, at::TensorList, at::IntArrayRef, at::ArrayRef<double>, bool,
+                  at::Tensor, const MaybeTensor&, at::Tensor, bool, const MaybeTensor&,
+                  const MaybeTensor&)>("fuse_ext::lbfgs_update");
+    static const auto two_loop =
+        find<void(at::Tensor, std::int64_t, bool, double, double)>("fuse_ext::lbfgs_two_loop");
+    pass.call(params, grads, layout.offsets(), weight_decay, maximize, history, grad_prev, scalars,
+              pair_step.has_value(), history_scale, std::nullopt);
+    two_loop.call(scalars, history.size(1), pair_step.has_value(), pair_step.value_or(0.0),
+                  curvature_tol);
+  }
+
+  // Pass 2; the numbers of the scalars' head.
+  std::array<double, kPairCosine + 1> direction(const Numbers& lr_scale) const {
+    static const auto pass =
+        find<void(at::TensorList, at::TensorList, at::IntArrayRef, at::ArrayRef<double>,
+                  at::ArrayRef<double>, bool, at::Tensor, const MaybeTensor&, at::Tensor,
+                  const MaybeTensor&, const MaybeTensor&)>("fuse_ext::lbfgs_direction");
+    pass.call(params, grads, layout.offsets(), weight_decay, lr_scale, maximize, history, grad_prev,
+              scalars, history_scale, std::nullopt);
+    return first_numbers<kPairCosine + 1>(scalars);
+  }
+};
+
 void lbfgs_update(const Layout& layout, const Tensors& grads, const Numbers& weight_decay,
                   bool maximize, const at::Tensor& history, const MaybeTensor& grad_prev,
                   const at::Tensor& scalars, const MaybeTensor& history_scale,
                   std::optional<double> pair_step, double curvature_tol) {
-  static const auto update =
-      find<void(at::TensorList, at::TensorList, at::IntArrayRef, at::ArrayRef<double>, bool,
-                at::Tensor, const MaybeTensor&, at::Tensor, bool, const MaybeTensor&,
-                const MaybeTensor&)>("fuse_ext::lbfgs_update");
-  static const auto two_loop =
-      find<void(at::Tensor, std::int64_t, bool, double, double)>("fuse_ext::lbfgs_two_loop");
-  const Tensors params = layout.params();
+  const RingCall ring{layout,  grads,     weight_decay, maximize,
+                      history, grad_prev, scalars,      history_scale};
   const InOp scope;
-  update.call(params, grads, layout.offsets(), weight_decay, maximize, history, grad_prev, scalars,
-              pair_step.has_value(), history_scale, std::nullopt);
-  two_loop.call(scalars, history.size(1), pair_step.has_value(), pair_step.value_or(0.0),
-                curvature_tol);
+  ring.update(pair_step, curvature_tol);
 }
 
 std::array<double, kPairCosine + 1> lbfgs_direction(
     const Layout& layout, const Tensors& grads, const Numbers& weight_decay,
     const Numbers& lr_scale, bool maximize, const at::Tensor& history, const MaybeTensor& grad_prev,
     const at::Tensor& scalars, const MaybeTensor& history_scale) {
-  static const auto op =
-      find<void(at::TensorList, at::TensorList, at::IntArrayRef, at::ArrayRef<double>,
-                at::ArrayRef<double>, bool, at::Tensor, const MaybeTensor&, at::Tensor,
-                const MaybeTensor&, const MaybeTensor&)>("fuse_ext::lbfgs_direction");
-  const Tensors params = layout.params();
+  const RingCall ring{layout,  grads,     weight_decay, maximize,
+                      history, grad_prev, scalars,      history_scale};
   const InOp scope;
-  op.call(params, grads, layout.offsets(), weight_decay, lr_scale, maximize, history, grad_prev,
-          scalars, history_scale, std::nullopt);
-  return first_numbers<kPairCosine + 1>(scalars);
+  return ring.direction(lr_scale);
+}
+
+// Both in one call.
+std::array<double, kPairCosine + 1> lbfgs_update_direction(
+    const Layout& layout, const Tensors& grads, const Numbers& weight_decay,
+    const Numbers& lr_scale, bool maximize, const at::Tensor& history, const MaybeTensor& grad_prev,
+    const at::Tensor& scalars, const MaybeTensor& history_scale, std::optional<double> pair_step,
+    double curvature_tol) {
+  const RingCall ring{layout,  grads,     weight_decay, maximize,
+                      history, grad_prev, scalars,      history_scale};
+  const InOp scope;
+  ring.update(pair_step, curvature_tol);
+  return ring.direction(lr_scale);
 }
 
 void lbfgs_move(const Layout& layout, const at::Tensor& origin, const at::Tensor& history,
@@ -253,6 +291,7 @@ void define_bound_ops(py::module_& m) {
       .def("grad_stats", wrap_pybind_function(&grad_stats))
       .def("lbfgs_update", wrap_pybind_function(&lbfgs_update))
       .def("lbfgs_direction", wrap_pybind_function(&lbfgs_direction))
+      .def("lbfgs_update_direction", wrap_pybind_function(&lbfgs_update_direction))
       .def("lbfgs_move", wrap_pybind_function(&lbfgs_move));
   m.def("is_observed", &is_observed);
 }

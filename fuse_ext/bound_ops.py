@@ -105,6 +105,22 @@ class BoundOps(Protocol):
     ) -> list[float]:
         """Pass 2; the entries of :class:`fuse_ext.scalars.Header`."""
 
+    def lbfgs_update_direction(
+        self,
+        grads: list[Tensor],
+        weight_decay: list[float],
+        lr_scale: list[float],
+        maximize: bool,
+        history: Tensor,
+        grad_prev: Tensor | None,
+        scalars: Tensor,
+        history_scale: Tensor | None,
+        pair_step: float | None,
+        curvature_tol: float,
+        /,
+    ) -> list[float]:
+        """Both of them in one call."""
+
     def lbfgs_move(
         self,
         origin: Tensor,
@@ -178,6 +194,11 @@ class _Listed:
             self._params, grads, self._flat.offsets, *arguments, scalars, history_scale=scale
         )
         return scalars[: len(HEADER)].tolist()
+
+    def lbfgs_update_direction(self, grads: list[Tensor], *rest: Any) -> list[float]:
+        decay, lr_scale, *ring, pair_step, curvature_tol = rest
+        self.lbfgs_update(grads, decay, *ring, pair_step, curvature_tol)
+        return self.lbfgs_direction(grads, decay, lr_scale, *ring)
 
     def lbfgs_move(self, *rest: Any) -> None:
         *arguments, scale, step, save = rest

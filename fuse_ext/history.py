@@ -244,6 +244,30 @@ class History:
         )
         return Header(*numbers)
 
+    def update_direction(
+        self,
+        grads: list[Tensor],
+        decay: list[float],
+        lr_scale: list[float],
+        maximize: bool,
+        pair_step: float | None,
+        curvature_tol: float,
+    ) -> Header:
+        """:meth:`update` and :meth:`direction` in one call, for small problems' sake."""
+        numbers = self._bound.lbfgs_update_direction(
+            grads,
+            decay,
+            lr_scale,
+            maximize,
+            self.rows,
+            self.grad_prev,
+            self.scalars,
+            self.scales,
+            pair_step,
+            curvature_tol,
+        )
+        return Header(*numbers)
+
     def offer(self, s: Tensor, y: Tensor, curvature_tol: float) -> None:
         """Keeps a pair made elsewhere if s.y > curvature_tol |s| |y|; both flat.
 

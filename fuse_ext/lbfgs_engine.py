@@ -217,20 +217,22 @@ class LbfgsEngine(Evaluations):
 
     def find_direction(self, point: Point, options: LbfgsOptions) -> Header | None:
         """-H g at the point; -g, with the history forgotten, where that does not descend."""
-        self._update(point, options)
+        grads = options.moving(point.grads)
         while True:
-            header = self.history.direction(
-                options.moving(point.grads),
+            header = self.history.update_direction(
+                grads,
                 options.weight_decay,
                 options.lr_scale,
                 options.maximize,
+                self._entry["pair_step"],
+                options.curvature_tol,
             )
+            self.drop_pair()
             if header.direction_dot_grad < 0.0 and math.isfinite(header.direction_sq):
                 return header
             if header.count == 0:
                 return None
             self._reset()
-            self._update(point, options)
 
     def _update(self, point: Point, options: LbfgsOptions) -> None:
         self.history.update(

