@@ -13,9 +13,9 @@ that mix two functions, and steps as long as a noisy model likes. Here
   above 1e-3 that of one with 1e-3, but not below Adam's own), less and less as steps go by. Nor
   does any element move by more than so many times lr, as Adam's would not.
 
-Where m has grown ``JUMP`` times as long as the last block's mean, the metric is outdated and steps
-have been too long. Then D becomes (D^2 + m^2)^(1/2), so that no element of D^-1 m exceeds 1, the
-pairs are forgotten, and the cap is ``RETREAT`` of what it was, down to Adam's own length.
+Where m has grown ``JUMP`` times as long as it was in the last block, the metric is outdated and
+steps have been too long. Then D becomes (D^2 + m^2)^(1/2), so that no element of D^-1 m exceeds 1,
+the pairs are forgotten, and the cap is ``RETREAT`` of what it was, down to Adam's own length.
 
 So without a pair a step is Adam's, and every step costs one gradient. All vectors are kept in
 Adam's coordinates, x' = D^(1/2) x, where D is the identity: s' = D^(1/2) s, g' = D^(-1/2) g, and
@@ -63,8 +63,8 @@ LEAST_METRIC = 1e-3
 CAP_DECAY = 0.5
 # Steps that the averaged gradient reaches back over at first.
 REACH = 3.0
-# An average that has grown so much since the last block is no noise: losses have jumped. The cap
-# falls by this factor then.
+# An average that has grown so much over what it was in the last block, noise and all, is no noise:
+# losses have jumped. The cap falls by this factor then.
 JUMP, RETREAT = 3.0, 0.5
 
 # Vectors in the state entry, in Adam's coordinates but for the first.
@@ -78,7 +78,8 @@ NUMBERS = (
     "adam_lr",
     "averaged_steps",
     "cap_share",
-    "grad_norm",
+    "norm_sum",
+    "last_norm",
 )
 AVERAGED_NAMES = (*VECTORS, *NUMBERS)
 
@@ -152,7 +153,8 @@ class AveragedEngine:
             blocks=0,
             averaged_steps=0,
             cap_share=1.0,
-            grad_norm=0.0,
+            norm_sum=0.0,
+            last_norm=0.0,
             adam_steps=legacy.steps,
             adam_step_norm=legacy.lr * float(average.norm()),
             adam_lr=legacy.lr,
@@ -196,13 +198,16 @@ class AveragedEngine:
             return False
         entry["n_iter"] += 1
         entry["grad_avg"].lerp_(grad, max(1.0 - beta, self._fall() / REACH))
-        if entry["blocks"] and float(entry["grad_avg"].norm()) > JUMP * entry["grad_norm"]:
+        norm = float(entry["grad_avg"].norm())
+        if entry["blocks"] and norm > JUMP * entry["last_norm"]:
             self._renew_metric(grad)
+            norm = float(entry["grad_avg"].norm())
         header = self._direction(options)
         if header is None:
             self.progress.reason = "no_descent"
             return True
         entry["grad_sum"].add_(grad)
+        entry["norm_sum"] += norm
         lengths = longest(reduced(step_cap, entry["cap_share"]), entry["adam_lr"]) * options.lr
         length = self._length(header, options, lengths)
         # z = t p, whatever the rows' dtype.
@@ -254,7 +259,7 @@ class AveragedEngine:
         grad.div_(root)
         for name in ("iterate_diff", "iterate_rise", "grad_sum", "grad_mean"):
             entry[name].zero_()
-        entry.update(block_step=0, blocks=0, cap_share=RETREAT * entry["cap_share"])
+        entry.update(block_step=0, blocks=0, norm_sum=0.0, cap_share=RETREAT * entry["cap_share"])
         entry["resets"] += 1
         self.history.reset()
 
@@ -299,7 +304,7 @@ class AveragedEngine:
         """Offers the pair that the block completes and begins the next one."""
         entry = self._entry
         mean = entry["grad_sum"].div_(BLOCK)
-        entry["grad_norm"] = float(mean.norm())
+        entry["last_norm"], entry["norm_sum"] = entry["norm_sum"] / BLOCK, 0.0
         if entry["blocks"] > 0:
             y = torch.sub(mean, entry["grad_mean"], out=self._scratch)
             self._offer(entry["iterate_diff"], y, options.curvature_tol)

@@ -63,7 +63,8 @@ def twin(problem: Noisy, warm: int, steps: int, lr: float, m: int, cap: float) -
     last = lr * (average**2 / metric).sum().sqrt()
     pairs: list[tuple[Tensor, Tensor]] = []
     block: list[tuple[Tensor, Tensor]] = []
-    before, share = None, 1.0
+    norms: list[Tensor] = []
+    before, before_norm, share = None, math.inf, 1.0
 
     def length(gradient: Tensor) -> Tensor:
         return (gradient * gradient / metric).sum().sqrt()
@@ -73,9 +74,11 @@ def twin(problem: Noisy, warm: int, steps: int, lr: float, m: int, cap: float) -
         fall = (warm / (warm + k)) ** CAP_DECAY
         weight = max(0.1, fall / REACH)
         average = (1 - weight) * average + weight * g
-        if before is not None and length(average) > JUMP * length(before[1]):
+        if length(average) > JUMP * before_norm:
             metric = torch.hypot(metric, average)
             before, block, pairs, share = None, [], [], 0.5 * share
+            before_norm, norms = math.inf, []
+        norms.append(length(average))
         p = two_loop(average, pairs, 1 / metric)
         t = 1.0 if pairs else lr
         lengths = max(share * cap, min(cap, 1.0))
@@ -97,6 +100,7 @@ def twin(problem: Noisy, warm: int, steps: int, lr: float, m: int, cap: float) -
                     y = theta * y + (1 - theta) * bs
             if s @ y > 0:
                 pairs = [*pairs, (s, y)][-m:]
+        before_norm, norms = float(torch.stack(norms).mean()), []
         before, block = mean, []
     return x
 
