@@ -251,8 +251,8 @@ class AveragedEngine:
         """D = (D^2 + m^2)^(1/2), and what was known in the old metric is given up but m and g."""
         entry = self._entry
         root, average, spare = (entry[name] for name in ("root_metric", "grad_avg", "grad_sum"))
-        average.mul_(root)
-        grad.mul_(root)
+        for vector in (average, grad):
+            vector.mul_(root).nan_to_num_(0.0)  # 0 * inf, where nothing moves
         torch.hypot(torch.mul(root, root, out=spare), average, out=spare)
         torch.sqrt(spare, out=root)
         average.div_(root)
@@ -275,6 +275,7 @@ class AveragedEngine:
         root = self._entry["root_metric"]
         torch.div(self._step, root, out=self._scratch).clamp_(-bound, bound)
         torch.mul(self._scratch, root, out=self._step)
+        self._step.nan_to_num_(0.0)  # 0 * inf, where nothing moves
 
     def _move(self, options: LbfgsOptions, shrink: list[float | None]) -> None:
         params = self._flat.params

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -21,6 +22,7 @@ from fuse_ext.averaged import (
     JUMP,
     LARGEST_LR,
     REACH,
+    RETREAT,
     damp,
     longest,
     reduced,
@@ -268,6 +270,15 @@ def test_shares_of_lr_and_frozen_groups() -> None:
     losses = fit.step(60)
     assert all(map(torch.equal, frozen, fit.params[:2]))
     assert losses[-1] < losses[0]
+    assert fit.optimizer.report().pairs_held > 0
+    entry = fit.optimizer.state[fit.params[0]]
+    for param in fit.params[2:]:
+        param.register_hook(lambda grad: 1e4 * grad)  # a jump
+    fit.step(3)
+    assert entry["cap_share"] == RETREAT
+    assert all(map(torch.equal, frozen, fit.params[:2]))
+    for name in averaged.VECTORS[1:]:
+        assert entry[name].isfinite().all()
 
 
 def test_elements_that_adam_has_not_seen_move_like_the_others() -> None:
@@ -441,6 +452,28 @@ def test_without_a_closure() -> None:
 
 
 # --- what it is for ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_a_network_that_learns_its_images_by_heart_does_not_lose_them(seed: int) -> None:
+    """Near a loss of 0, without another metric, the loss of these jumped back to 2 for good."""
+    images, digits = load_digits(return_X_y=True)
+    x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(digits)
+    torch.manual_seed(seed)
+    sizes = [64, 256, 256, 10]
+    layers = [torch.nn.Linear(n, m) for n, m in itertools.pairwise(sizes)]
+    model = torch.nn.Sequential(layers[0], torch.nn.ReLU(), layers[1], torch.nn.ReLU(), layers[2])
+    opt = FusePV(model.parameters(), lr=1e-3)
+    order, losses = torch.Generator().manual_seed(seed), []
+    for _ in range(24):
+        for rows in torch.randperm(1437, generator=order).split(64):
+            opt.zero_grad()
+            torch.nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+            opt.step()
+        with torch.no_grad():
+            losses.append(torch.nn.functional.cross_entropy(model(x[:1437]), y[:1437]).item())
+    assert max(losses[8:]) < 0.2
+    assert losses[-1] < 0.02
 
 
 @pytest.mark.parametrize("seed", range(3))
