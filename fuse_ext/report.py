@@ -69,8 +69,8 @@ class Report:
         pairs_held: Curvature pairs in the history.
         pairs_accepted: Pairs accepted so far.
         pairs_skipped: Pairs refused by the curvature test.
-        history_resets: Times the history was dropped: the direction did not descend, or no
-            acceptable step was found along it.
+        history_resets: Times the history was dropped: the direction did not descend, no acceptable
+            step was found along it, or, on averages, the gradient had jumped.
         step_cuts: Times the next step along -g was made shorter, since none was found.
         fallbacks: Times Adam took over again, since line searches kept failing.
         step_length: t of the last L-BFGS step.
