@@ -233,8 +233,9 @@ class AveragedEngine:
         """-H m, with the history forgotten where that does not descend; None where m is 0."""
         average = [self._entry["grad_avg"]]
         while True:
-            self.history.update(average, [], False, None, options.curvature_tol)
-            header = self.history.direction(average, [], [], False)
+            header = self.history.update_direction(
+                average, [], [], False, None, options.curvature_tol
+            )
             if header.direction_dot_grad < 0.0 and math.isfinite(header.direction_sq):
                 return header
             if header.count == 0:

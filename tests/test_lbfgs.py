@@ -331,7 +331,9 @@ def test_a_pair_in_waiting_dies_with_its_point() -> None:
 
 def test_a_new_objective_is_evaluated_again() -> None:
     mine = Objective(quadratic(10.0))
-    optimizer = make([mine.x], deterministic=True, tolerance_grad=1e-9)
+    # Strong Wolfe may end before: the new objective, about 90, hides the last decreases.
+    search = "approximate_wolfe"
+    optimizer = make([mine.x], deterministic=True, tolerance_grad=1e-9, line_search_fn=search)
     for _ in range(60):
         optimizer.step(mine.closure)
     at_rest = mine.calls
@@ -341,9 +343,7 @@ def test_a_new_objective_is_evaluated_again() -> None:
     for _ in range(60):
         optimizer.step(mine.closure)
     assert mine.calls > at_rest
-    # As far as the loss, whose penalty is about 90, shows a decrease.
-    mine.closure()
-    assert (mine.x.grad + 10.0 * mine.x.detach()).abs().max() <= 1e-7
+    assert (mine.x.grad + 10.0 * mine.x.detach()).abs().max() <= 1e-9
 
 
 @pytest.mark.parametrize("line_search", SEARCHES)
