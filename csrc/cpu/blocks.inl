@@ -137,13 +137,19 @@ FUSE_INLINE T* place_in_row(const Row& row, std::int64_t first, T* scratch) {
   return row.dtype == dtype_of<T>() ? static_cast<T*>(row.data) + first : scratch;
 }
 
-// The bits of |value|, as a whole number: in the order of the magnitudes, and with those of
-// infinity and NaN above all others.
-FUSE_INLINE std::uint32_t magnitude_bits(float value) { return float_bits(value) & 0x7fffffffu; }
-FUSE_INLINE std::uint64_t magnitude_bits(double value) {
+FUSE_INLINE std::uint32_t value_bits(float value) { return float_bits(value); }
+FUSE_INLINE std::uint64_t value_bits(double value) {
   std::uint64_t bits;
   std::memcpy(&bits, &value, sizeof bits);
-  return bits & 0x7fffffffffffffffu;
+  return bits;
+}
+
+// The bits of |value|, as a whole number: in the order of the magnitudes, and with those of
+// infinity and NaN above all others.
+template <class T>
+FUSE_INLINE auto magnitude_bits(T value) {
+  const auto bits = value_bits(value);
+  return bits & (static_cast<decltype(bits)>(-1) >> 1);
 }
 
 constexpr int kLargestByte = 127;
@@ -152,7 +158,7 @@ constexpr int kLargestByte = 127;
 // then every value read back.
 template <class T>
 FUSE_INLINE float block_scale(std::int64_t n, const T* values) {
-  decltype(magnitude_bits(T(0))) bits = 0;
+  decltype(value_bits(T(0))) bits = 0;
 #pragma omp simd reduction(max : bits)
   for (std::int64_t i = 0; i < n; ++i) {
     const auto magnitude = magnitude_bits(values[i]);
@@ -164,21 +170,21 @@ FUSE_INLINE float block_scale(std::int64_t n, const T* values) {
   return static_cast<float>(largest / T(kLargestByte) + poison);
 }
 
-// A block in 8 bits, rounded to nearest; the values become what was stored.
+// A block in 8 bits, rounded to nearest, ties to even; the values become what was stored.
 template <class T>
 FUSE_INLINE void write_scaled(std::int8_t* out, float scale, std::int64_t n, T* values) {
-  constexpr T kLargest = kLargestByte;
+  // Adding 1.5 * 2^p leaves the nearest whole number in the last bits, and its last byte there as
+  // it is. No value exceeds 127 scales but where the scale has lost digits below the normal numbers
+  // (those blocks are stored as zeros) or is NaN (and so is then what is read back).
+  constexpr T kRound = sizeof(T) == sizeof(float) ? T(0x1.8p23) : T(0x1.8p52);
+  constexpr float kLeastNormal = 0x1p-126f;
   const T stored_scale = static_cast<T>(scale);
-  const T inverse = stored_scale > 0 ? T(1) / stored_scale : T(0);
+  const T inverse = scale >= kLeastNormal ? T(1) / stored_scale : T(0);
 #pragma omp simd
   for (std::int64_t i = 0; i < n; ++i) {
-    // Adding and subtracting 1.5 * 2^p rounds to the nearest whole number, ties
-    // to even.
-    constexpr T kRound = sizeof(T) == sizeof(float) ? T(0x1.8p23) : T(0x1.8p52);
-    const T whole = (values[i] * inverse + kRound) - kRound;
-    const T bounded = whole > kLargest ? kLargest : (whole >= -kLargest ? whole : -kLargest);
-    out[i] = static_cast<std::int8_t>(bounded);
-    values[i] = bounded * stored_scale;
+    const T rounded = values[i] * inverse + kRound;
+    out[i] = static_cast<std::int8_t>(value_bits(rounded));
+    values[i] = (rounded - kRound) * stored_scale;
   }
 }
 

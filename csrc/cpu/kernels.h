@@ -51,14 +51,15 @@ struct StateKernels {
 
   // Pass 2. p = coef_g g + sum coefs[i] rows[i], scaled by the segments'
   // lr_scale, rounded to the row's dtype and stored in p_row; grad_prev <- g.
+  // `far`: vectors of T that are only written go past the caches.
   void (*combine)(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sign,
                   const Rows& rows, const double* coefs, double coef_g, const Row& p_row,
-                  T* grad_prev, double* out);
+                  T* grad_prev, bool far, double* out);
 
-  // param = origin + step * row; with save, origin <- param first. step 0
-  // restores exactly.
+  // param = origin + step * row; with save, origin <- param first (past the
+  // caches if `far`). step 0 restores exactly.
   void (*move)(const SegmentTable& table, std::int64_t begin, std::int64_t end, T* origin,
-               const Row& row, double step, bool save);
+               const Row& row, double step, bool save, bool far);
 
   // Algorithm 3: param = theta * param + (1 - theta) * (origin + step * row);
   // row <- the step really taken; out[0] = its squared norm.

@@ -38,6 +38,36 @@ FUSE_INLINE Words load_words(const void* from) {
   return words;
 }
 
+// n values, stored without reading the memory behind `out` into the caches first, and without
+// leaving anything there: for more than they hold, to be read again much later.
+template <class T>
+FUSE_INLINE void copy_past_caches(const T* in, std::int64_t n, T* out) {
+#if defined(__x86_64__)
+  constexpr std::uintptr_t kWidth = FUSE_CPU_LANE_BYTES;
+  std::int64_t i = 0;
+  while (i < n && reinterpret_cast<std::uintptr_t>(out + i) % kWidth != 0) out[i] = in[i], ++i;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) {
+    const Lanes<T> lanes = load_lanes(in + i);
+#if FUSE_CPU_LANE_BYTES == 64
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), (__m512i)lanes);
+#elif FUSE_CPU_LANE_BYTES == 32
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i), (__m256i)lanes);
+#else
+    _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), (__m128i)lanes);
+#endif
+  }
+  for (; i < n; ++i) out[i] = in[i];
+#else
+  std::memcpy(out, in, static_cast<std::size_t>(n) * sizeof(T));
+#endif
+}
+// Other threads see what was stored so only after this.
+FUSE_INLINE void end_copies_past_caches() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 template <class T>
 FUSE_INLINE Lanes<T> all_lanes(T value) {
   return Lanes<T>{} + value;

@@ -19,6 +19,13 @@ void with_state_type(at::ScalarType dtype, Function&& function) {
   }
 }
 
+// Whether a vector is so long that nothing of it would be left in a cache after a pass over the
+// history.
+bool is_far(std::int64_t numel, at::ScalarType dtype) {
+  constexpr std::int64_t kFar = std::int64_t{32} << 20;
+  return numel * static_cast<std::int64_t>(at::elementSize(dtype)) >= kFar;
+}
+
 // kGradStats numbers; `direction` may be null.
 void stats_of(const TensorSegments& segments, at::ScalarType dtype, bool maximize,
               const Row* direction, double* out) {
@@ -207,6 +214,7 @@ void lbfgs_direction(at::TensorList params, at::TensorList grads, at::IntArrayRe
     coefs.push_back(state.array(kCoefY)[slot]);
   }
   double sums[kDirectionStats];
+  const bool far = is_far(ring.numel(), previous.dtype);
   with_state_type(previous.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T sign = maximize ? T(-1) : T(1);
@@ -214,7 +222,7 @@ void lbfgs_direction(at::TensorList params, at::TensorList grads, at::IntArrayRe
     run_chunks(0, ring.numel(), pass, sums, [&](std::int64_t begin, std::int64_t end, double* out) {
       cpu_kernels().of<T>().combine(segments.table(), begin, end, sign, rows, coefs.data(),
                                     *state.array(kCoefG), ring.open_row(),
-                                    static_cast<T*>(previous.data), out);
+                                    static_cast<T*>(previous.data), far, out);
     });
   });
   state[kDirectionDotGrad] = sums[kDotGrad];
@@ -241,13 +249,14 @@ void lbfgs_move(at::TensorList params, at::IntArrayRef offsets, at::Tensor origi
     stay = order.stay, step = order.step, save = order.save;
   }
   if (!stay) {
+    const bool far = is_far(ring.numel(), dtype);
     with_state_type(dtype, [&](auto zero) {
       using T = decltype(zero);
       double none;
       const Pass pass{.vectors = save ? 4 : 3};
       run_chunks(0, ring.numel(), pass, &none, [&](std::int64_t begin, std::int64_t end, double*) {
         cpu_kernels().of<T>().move(segments.table(), begin, end, origin.data_ptr<T>(),
-                                   ring.open_row(), step, save);
+                                   ring.open_row(), step, save, far);
       });
     });
     if (!save || step != 0.0) segments.params_changed();

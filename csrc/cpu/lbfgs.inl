@@ -101,14 +101,15 @@ void dots(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sig
 template <class T>
 void combine(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sign,
              const Rows& rows, const double* coefs, double coef_g, const Row& p_row, T* grad_prev,
-             double* out) {
+             bool far, double* out) {
+  const bool p_is_far = far && p_row.dtype == dtype_of<T>();
   const std::int64_t block = block_beside(rows);
   T grad_scratch[kBlock], p_scratch[kBlock];
   double slope = 0, square = 0, maximum = 0;
   for (std::int64_t at = begin; at < end; at += block) {
     const std::int64_t n = end - at < block ? end - at : block;
     const T* g = load_gradient<T>(table, at, at + n, sign, grad_scratch);
-    T* p = place_in_row<T>(p_row, at, p_scratch);
+    T* p = p_is_far ? p_scratch : place_in_row<T>(p_row, at, p_scratch);
     const T scale = static_cast<T>(coef_g);
 #pragma omp simd
     for (std::int64_t i = 0; i < n; ++i) p[i] = scale * g[i];
@@ -119,8 +120,16 @@ void combine(const SegmentTable& table, std::int64_t begin, std::int64_t end, T 
       const T share = static_cast<T>(s.lr_scale);
       for (std::int64_t i = flat - at; i < flat - at + length; ++i) p[i] *= share;
     });
-    write_row<T>(p_row, at, n, p);
-    T* previous = grad_prev + at;
+    if (p_is_far) {
+      copy_past_caches(p, n, static_cast<T*>(p_row.data) + at);
+    } else {
+      write_row<T>(p_row, at, n, p);
+    }
+    if (far) {
+      copy_past_caches(g, n, grad_prev + at);
+    } else {
+      std::memcpy(grad_prev + at, g, static_cast<std::size_t>(n) * sizeof(T));
+    }
     for (std::int64_t done = 0; done < n; done += kRun) {
       const std::int64_t stop = n - done < kRun ? n : done + kRun;
       T sum_gp = 0, sum_pp = 0, max_abs = 0;
@@ -130,13 +139,13 @@ void combine(const SegmentTable& table, std::int64_t begin, std::int64_t end, T 
         sum_gp += g[i] * p[i];
         sum_pp += p[i] * p[i];
         max_abs = magnitude > max_abs ? magnitude : max_abs;
-        previous[i] = g[i];
       }
       slope += static_cast<double>(sum_gp);
       square += static_cast<double>(sum_pp);
       maximum = static_cast<double>(max_abs) > maximum ? static_cast<double>(max_abs) : maximum;
     }
   }
+  if (far) end_copies_past_caches();
   out[kDotGrad] = slope;
   out[kSq] = square;
   out[kMax] = maximum;
@@ -144,7 +153,7 @@ void combine(const SegmentTable& table, std::int64_t begin, std::int64_t end, T 
 
 template <class T>
 void move(const SegmentTable& table, std::int64_t begin, std::int64_t end, T* origin,
-          const Row& row, double step, bool save) {
+          const Row& row, double step, bool save, bool far) {
   T param_scratch[kRun], row_scratch[kRun];
   const T length_of_step = static_cast<T>(step);
   table.for_each_piece(
@@ -152,14 +161,18 @@ void move(const SegmentTable& table, std::int64_t begin, std::int64_t end, T* or
       [&](const Segment& s, std::int64_t first, std::int64_t flat, std::int64_t length) {
     for (std::int64_t done = 0; done < length; done += kRun) {
       const std::int64_t n = length - done < kRun ? length - done : kRun;
-      T* from = origin + flat + done;
+      T* const place = origin + flat + done;
+      const T* from = place;
       if (save) {
-        const T* x = read<T>(s.param_dtype, s.param, first + done, n, param_scratch);
-#pragma omp simd
-        for (std::int64_t i = 0; i < n; ++i) from[i] = x[i];
+        from = read<T>(s.param_dtype, s.param, first + done, n, param_scratch);
+        if (far) {
+          copy_past_caches(from, n, place);
+        } else {
+          std::memcpy(place, from, static_cast<std::size_t>(n) * sizeof(T));
+        }
       }
       if (step == 0.0) {
-        if (!save) write<T>(s.param_dtype, s.param, first + done, n, from, false);
+        if (!save) write<T>(s.param_dtype, s.param, first + done, n, place, false);
         continue;
       }
       const T* p = read_row<T>(row, flat + done, n, row_scratch);
@@ -168,6 +181,7 @@ void move(const SegmentTable& table, std::int64_t begin, std::int64_t end, T* or
       write<T>(s.param_dtype, s.param, first + done, n, param_scratch, false);
     }
   });
+  if (save && far) end_copies_past_caches();
 }
 
 template <class T>

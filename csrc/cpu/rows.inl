@@ -140,43 +140,52 @@ FUSE_INLINE void read_rows(const Format* rows, std::int64_t i, std::int64_t ahea
 }
 
 // Adds to totals_a (and totals_b when with_b), a vector for each row, the products of `a` and `b`
-// with kRows rows on [at, at + n), at most kSumRun elements. A function by itself, as the compiler
-// would else give the totals registers that the sums need.
+// with kRows rows on [at, at + n), at most kRun elements; those of kSumRun elements are added up by
+// themselves. A function by itself, as the compiler would else give the totals registers that the
+// sums need.
 template <class Format, int kRows, bool with_b, class T = typename Format::Scalar>
 [[gnu::noinline]] void dot_run(const T* a, const T* b, const Format* rows, std::int64_t at,
                                std::int64_t n, std::int64_t ahead, Lanes<T>* totals_a,
                                Lanes<T>* totals_b) {
   constexpr std::int64_t kLength = kLanes<T>;
-  Lanes<T> sums_a[kRows] = {}, sums_b[kRows] = {};
-  for (std::int64_t i = 0; i < n; i += Format::kPlanes * kLength) {
-    typename Format::Read reads[kRows];
-    read_rows<kRows>(rows, at + i, ahead, reads);
-    for_each_constant<Format::kPlanes>([&](auto plane) FUSE_LAMBDA {
-      const Lanes<T> element_a = load_lanes(a + i + plane * kLength),
-                     element_b = load_lanes(b + i + plane * kLength);
-      for_each_constant<kRows>([&](auto r) FUSE_LAMBDA {
-        const Lanes<T> element = Format::template plane_of<plane>(reads[r]);
-        sums_a[r] = mul_add_lanes(element_a, element, sums_a[r]);
-        if (with_b) sums_b[r] = mul_add_lanes(element_b, element, sums_b[r]);
+  Lanes<T> run_a[kRows] = {}, run_b[kRows] = {};
+  for (std::int64_t first = 0; first < n; first += Format::kSumRun) {
+    const std::int64_t stop = n - first < Format::kSumRun ? n : first + Format::kSumRun;
+    Lanes<T> sums_a[kRows] = {}, sums_b[kRows] = {};
+    for (std::int64_t i = first; i < stop; i += Format::kPlanes * kLength) {
+      typename Format::Read reads[kRows];
+      read_rows<kRows>(rows, at + i, ahead, reads);
+      for_each_constant<Format::kPlanes>([&](auto plane) FUSE_LAMBDA {
+        const Lanes<T> element_a = load_lanes(a + i + plane * kLength),
+                       element_b = load_lanes(b + i + plane * kLength);
+        for_each_constant<kRows>([&](auto r) FUSE_LAMBDA {
+          const Lanes<T> element = Format::template plane_of<plane>(reads[r]);
+          sums_a[r] = mul_add_lanes(element_a, element, sums_a[r]);
+          if (with_b) sums_b[r] = mul_add_lanes(element_b, element, sums_b[r]);
+        });
       });
+    }
+    for_each_constant<kRows>([&](auto r) FUSE_LAMBDA {
+      const T scale = rows[r].scale(at + first);
+      run_a[r] += scale * sums_a[r];
+      if (with_b) run_b[r] += scale * sums_b[r];
     });
   }
   for_each_constant<kRows>([&](auto r) FUSE_LAMBDA {
-    const T scale = rows[r].scale(at);
-    totals_a[r] += scale * sums_a[r];
-    if (with_b) totals_b[r] += scale * sums_b[r];
+    totals_a[r] += run_a[r];
+    if (with_b) totals_b[r] += run_b[r];
   });
 }
 
 // Dot products of `a`, and of `b` when with_b, with kRows rows on [at, at + n), added to out_a and
 // out_b. a and b are in the order of planes and begin at `at`, a multiple of kScaleBlock (as is n)
-// but for dense rows. Runs of kSumRun elements are added up by themselves, then their sums.
+// but for dense rows.
 template <class Format, int kRows, bool with_b, class T = typename Format::Scalar>
 FUSE_INLINE void dot_rows(const T* a, const T* b, const Format* rows, std::int64_t at,
                           std::int64_t n, std::int64_t ahead, double* out_a, double* out_b) {
   Lanes<T> totals_a[kRows] = {}, totals_b[kRows] = {};
-  for (std::int64_t run = 0; run < n; run += Format::kSumRun) {
-    const std::int64_t length = n - run < Format::kSumRun ? n - run : Format::kSumRun;
+  for (std::int64_t run = 0; run < n; run += kRun) {
+    const std::int64_t length = n - run < kRun ? n - run : kRun;
     dot_run<Format, kRows, with_b>(a + run, b + run, rows, at + run, length, ahead, totals_a,
                                    totals_b);
   }

@@ -84,8 +84,7 @@ class Int8Kernels {
 
   void check_all() {
     check_dots();
-    check_combine();
-    check_move();
+    for (const bool far : {false, true}) check_combine(far), check_move(far);
     check_blend();
     for (const Buffer* buffer : {&grad_, &previous_, &param_, &origin_}) {
       buffer->expect_zones("a flat vector");
@@ -115,7 +114,7 @@ class Int8Kernels {
     out.expect_zones("dots");
   }
 
-  void check_combine() {
+  void check_combine(bool far) {
     Int8Row p(random_, numel_);
     const double coefs[] = {0.5, -1.5, 1, 0.25, -2};
     Vector exact, g;
@@ -125,7 +124,7 @@ class Int8Kernels {
       for (std::size_t i = 0; i < exact.size(); ++i) exact[i] += coefs[r] * row[i];
     }
     Buffer out(DType::f64, kDirectionStats), previous(dtype_of<T>(), numel_);
-    k_.combine(table(), 0, numel_, 1, {list_.data(), 5}, coefs, -1, p.row(), previous.as<T>(),
+    k_.combine(table(), 0, numel_, 1, {list_.data(), 5}, coefs, -1, p.row(), previous.as<T>(), far,
                out.as<double>());
     p.expect("p", exact, kRoundoff);
     const Vector stored = p.read();
@@ -135,9 +134,9 @@ class Int8Kernels {
     out.expect_zones("combine");
   }
 
-  void check_move() {
+  void check_move(bool far) {
     const Vector p = rows_[0]->read();
-    k_.move(table(), 0, numel_, origin_.as<T>(), list_[0], 0.5, false);
+    k_.move(table(), 0, numel_, origin_.as<T>(), list_[0], 0.5, false, far);
     for (std::int64_t i = 0; i < numel_; ++i) {
       const double exact = origin_.get(i) + 0.5 * p[static_cast<std::size_t>(i)];
       CHECK_NEAR(param_.get(i), exact, 200 * kRoundoff);

@@ -60,13 +60,17 @@ class Kernels {
         const std::int64_t rows = random_.below(10);
         check_dots(tensors, range, row_dtype, sign, rows, false);
         check_dots(tensors, range, row_dtype, sign, rows, true);
-        check_combine(tensors, range, row_dtype, sign, rows);
+        for (const bool far : {false, true}) {
+          check_combine(tensors, range, row_dtype, sign, rows, far);
+        }
       }
       check_copies(tensors, range);
-      check_move(tensors, range, row_dtype, 0.5, true);
-      check_move(tensors, range, row_dtype, -2, false);
-      check_move(tensors, range, row_dtype, 0, true);
-      check_move(tensors, range, row_dtype, 0, false);
+      for (const bool far : {false, true}) {
+        check_move(tensors, range, row_dtype, 0.5, true, far);
+        check_move(tensors, range, row_dtype, -2, false, far);
+        check_move(tensors, range, row_dtype, 0, true, far);
+        check_move(tensors, range, row_dtype, 0, false, far);
+      }
       check_blend(tensors, range, row_dtype);
     }
   }
@@ -194,7 +198,7 @@ class Kernels {
   }
 
   void check_combine(Tensors& tensors, const Range& range, DType row_dtype, double sign,
-                     std::int64_t count) {
+                     std::int64_t count, bool far) {
     const Vector g = tensors.effective(sign);
     const RowList list(random_, row_dtype, range.numel, count);
     const Vector coefs = check::integers(random_, count);
@@ -210,7 +214,7 @@ class Kernels {
     Buffer out(DType::f64, kDirectionStats);
     k_.combine(tensors.table(), range.begin, range.end, static_cast<T>(sign), list.rows,
                coefs.data(), -2, row_of(p.buffer, row_dtype), previous.buffer.template as<T>(),
-               out.as<double>());
+               far, out.as<double>());
     Vector expected(kDirectionStats);
     expected[kDotGrad] = sum_of_products(range, g, p.values);
     expected[kSq] = sum_of_products(range, p.values, p.values);
@@ -221,7 +225,8 @@ class Kernels {
     for (const auto& flat : list.flats) flat->expect("row");
   }
 
-  void check_move(Tensors& tensors, const Range& range, DType row_dtype, double step, bool save) {
+  void check_move(Tensors& tensors, const Range& range, DType row_dtype, double step, bool save,
+                  bool far) {
     Flat origin = state(range);
     Flat row(random_, row_dtype, range.numel);
     for_flat(range, [&](std::size_t i) {
@@ -230,7 +235,7 @@ class Kernels {
       tensors.x[i] = origin.values[i] + step * row.values[i];
     });
     k_.move(tensors.table(), range.begin, range.end, origin.buffer.template as<T>(),
-            row_of(row.buffer, row_dtype), step, save);
+            row_of(row.buffer, row_dtype), step, save, far);
     origin.expect("origin");
     row.expect("row");
     tensors.expect_params(tensors.x);
@@ -310,7 +315,7 @@ void check_long_sums(const StateKernels<float>& k) {
   CHECK_EQUAL(out[kGradDotDirection], square);
   CHECK_EQUAL(out[kGradSq], square);
 
-  k.combine(table, 0, numel, 1, {five, 0}, nullptr, 1, y_row, zero.as<float>(), out.data());
+  k.combine(table, 0, numel, 1, {five, 0}, nullptr, 1, y_row, zero.as<float>(), false, out.data());
   CHECK_EQUAL(out[kDotGrad], square);
   CHECK_EQUAL(out[kSq], square);
 
