@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <vector>
 
 #include "stats.h"
@@ -248,29 +249,41 @@ std::array<double, kPairCosine + 1> lbfgs_direction(
   return ring.direction(lr_scale);
 }
 
-// Both in one call.
-std::array<double, kPairCosine + 1> lbfgs_update_direction(
+void move_by(const Layout& layout, const at::Tensor& origin, const at::Tensor& history,
+             const at::Tensor& scalars, const MaybeTensor& history_scale, double step, bool save) {
+  static const auto op =
+      find<void(at::TensorList, at::IntArrayRef, at::Tensor, at::Tensor, at::Tensor, double, bool,
+                const MaybeTensor&, const MaybeTensor&)>("fuse_ext::lbfgs_move");
+  op.call(layout.params(), layout.offsets(), origin, history, scalars, step, save, history_scale,
+          std::nullopt);
+}
+
+// Update and direction in one call, and the move where it can only be one by `step`; the last
+// number says whether it was made.
+std::array<double, kPairCosine + 2> lbfgs_update_direction(
     const Layout& layout, const Tensors& grads, const Numbers& weight_decay,
     const Numbers& lr_scale, bool maximize, const at::Tensor& history, const MaybeTensor& grad_prev,
     const at::Tensor& scalars, const MaybeTensor& history_scale, std::optional<double> pair_step,
-    double curvature_tol) {
+    double curvature_tol, const MaybeTensor& origin, double step, double least_slope) {
   const RingCall ring{layout,  grads,     weight_decay, maximize,
                       history, grad_prev, scalars,      history_scale};
   const InOp scope;
   ring.update(pair_step, curvature_tol);
-  return ring.direction(lr_scale);
+  const auto head = ring.direction(lr_scale);
+  const bool moves = origin && head[kCount] > 0 && -head[kDirectionDotGrad] > least_slope &&
+                     std::isfinite(head[kDirectionSq]);
+  if (moves) move_by(layout, *origin, history, scalars, history_scale, step, true);
+  std::array<double, kPairCosine + 2> numbers{};
+  std::ranges::copy(head, numbers.begin());
+  numbers.back() = moves;
+  return numbers;
 }
 
 void lbfgs_move(const Layout& layout, const at::Tensor& origin, const at::Tensor& history,
                 const at::Tensor& scalars, const MaybeTensor& history_scale, double step,
                 bool save) {
-  static const auto op =
-      find<void(at::TensorList, at::IntArrayRef, at::Tensor, at::Tensor, at::Tensor, double, bool,
-                const MaybeTensor&, const MaybeTensor&)>("fuse_ext::lbfgs_move");
-  const Tensors params = layout.params();
   const InOp scope;
-  op.call(params, layout.offsets(), origin, history, scalars, step, save, history_scale,
-          std::nullopt);
+  move_by(layout, origin, history, scalars, history_scale, step, save);
 }
 
 // Whether a profiler or anything else listens to torch's ranges and ops.

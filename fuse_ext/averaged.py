@@ -233,7 +233,7 @@ class AveragedEngine:
         """-H m, with the history forgotten where that does not descend; None where m is 0."""
         average = [self._entry["grad_avg"]]
         while True:
-            header = self.history.update_direction(
+            header, _ = self.history.update_direction(
                 average, [], [], False, None, options.curvature_tol
             )
             if header.direction_dot_grad < 0.0 and math.isfinite(header.direction_sq):

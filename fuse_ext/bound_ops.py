@@ -6,6 +6,7 @@ other set of ops is called with lists of tensors.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from fuse_ext import ops as kernels
 from fuse_ext.flat import FlatParams
 from fuse_ext.ops import Ops
-from fuse_ext.scalars import HEADER
+from fuse_ext.scalars import HEADER, Header
 
 
 class AdamNumbers(NamedTuple):
@@ -117,9 +118,16 @@ class BoundOps(Protocol):
         history_scale: Tensor | None,
         pair_step: float | None,
         curvature_tol: float,
+        origin: Tensor | None,
+        step: float,
+        least_slope: float,
         /,
     ) -> list[float]:
-        """Both of them in one call."""
+        """Both of them in one call, and with ``origin`` perhaps the move too.
+
+        It is made, and the last number is 1 instead of 0, where the step can only be ``step``:
+        pairs are held, p is finite and -g.p > ``least_slope`` >= 0.
+        """
 
     def lbfgs_move(
         self,
@@ -196,9 +204,20 @@ class _Listed:
         return scalars[: len(HEADER)].tolist()
 
     def lbfgs_update_direction(self, grads: list[Tensor], *rest: Any) -> list[float]:
-        decay, lr_scale, *ring, pair_step, curvature_tol = rest
+        decay, lr_scale, *ring, pair_step, curvature_tol, origin, step, least_slope = rest
         self.lbfgs_update(grads, decay, *ring, pair_step, curvature_tol)
-        return self.lbfgs_direction(grads, decay, lr_scale, *ring)
+        numbers = self.lbfgs_direction(grads, decay, lr_scale, *ring)
+        header = Header(*numbers)
+        moves = (
+            origin is not None
+            and header.count > 0
+            and -header.direction_dot_grad > least_slope
+            and math.isfinite(header.direction_sq)
+        )
+        if moves:
+            _, history, _, scalars, scale = ring
+            self.lbfgs_move(origin, history, scalars, scale, step, True)
+        return [*numbers, float(moves)]
 
     def lbfgs_move(self, *rest: Any) -> None:
         *arguments, scale, step, save = rest

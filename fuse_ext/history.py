@@ -252,9 +252,16 @@ class History:
         maximize: bool,
         pair_step: float | None,
         curvature_tol: float,
-    ) -> Header:
-        """:meth:`update` and :meth:`direction` in one call, for small problems' sake."""
-        numbers = self._bound.lbfgs_update_direction(
+        origin: Tensor | None = None,
+        step: float = 0.0,
+        least_slope: float = 0.0,
+    ) -> tuple[Header, bool]:
+        """:meth:`update` and :meth:`direction` in one call, for small problems' sake.
+
+        With ``origin``, which becomes the parameters, also :meth:`move` by ``step``, where pairs
+        are held, p is finite and -g.p > ``least_slope``. Says whether it did.
+        """
+        *numbers, moved = self._bound.lbfgs_update_direction(
             grads,
             decay,
             lr_scale,
@@ -265,8 +272,11 @@ class History:
             self.scales,
             pair_step,
             curvature_tol,
+            origin,
+            step,
+            least_slope,
         )
-        return Header(*numbers)
+        return Header(*numbers), moved != 0.0
 
     def offer(self, s: Tensor, y: Tensor, curvature_tol: float) -> None:
         """Keeps a pair made elsewhere if s.y > curvature_tol |s| |y|; both flat.

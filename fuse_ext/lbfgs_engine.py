@@ -179,12 +179,12 @@ class LbfgsEngine(Evaluations):
     ) -> Point | None:
         """Direction and step; the new point, or None where its gradient is not known."""
         self._entry["n_iter"] += 1
-        header = self.find_direction(point, options)
+        header, moved = self._set_out(point, options, self.origin())
         if header is None:
             self.progress.reason = "no_descent"
             self._remember(point, options, settled=True)
             return None
-        if -header.direction_dot_grad <= options.tolerance_change:
+        if not moved and -header.direction_dot_grad <= options.tolerance_change:
             self.progress.reason = "slope"
             self._remember(point, options, settled=True)
             return None
@@ -193,9 +193,9 @@ class LbfgsEngine(Evaluations):
         self._direction_max = header.direction_max
         step = self.first_trial(header, point, options)
         if options.line_search is None:
-            return self._fixed_step(closure, options, header, step, iteration)
+            return self._fixed_step(closure, options, header, step, moved, iteration)
         assert closure is not None
-        return self._searched_step(closure, options, point, header, step, budget, iteration)
+        return self._searched_step(closure, options, point, header, step, moved, budget, iteration)
 
     def first_trial(self, header: Header, point: Point, options: LbfgsOptions) -> float:
         """lr, cut to a visible step of 1-norm about lr while nothing is known of the curvature."""
@@ -217,21 +217,35 @@ class LbfgsEngine(Evaluations):
 
     def find_direction(self, point: Point, options: LbfgsOptions) -> Header | None:
         """-H g at the point; -g, with the history forgotten, where that does not descend."""
+        return self._set_out(point, options, None)[0]
+
+    def _set_out(
+        self, point: Point, options: LbfgsOptions, origin: Tensor | None
+    ) -> tuple[Header | None, bool]:
+        """The direction, and with ``origin`` the first trial too where it is lr.
+
+        Returns:
+            The direction's numbers, None where nothing descends; and whether the parameters are
+            at lr p now, in which case the slope is below -tolerance_change.
+        """
         grads = options.moving(point.grads)
         while True:
-            header = self.history.update_direction(
+            header, moved = self.history.update_direction(
                 grads,
                 options.weight_decay,
                 options.lr_scale,
                 options.maximize,
                 self._entry["pair_step"],
                 options.curvature_tol,
+                origin,
+                options.lr,
+                options.tolerance_change,
             )
             self.drop_pair()
-            if header.direction_dot_grad < 0.0 and math.isfinite(header.direction_sq):
-                return header
+            if moved or (header.direction_dot_grad < 0.0 and math.isfinite(header.direction_sq)):
+                return header, moved
             if header.count == 0:
-                return None
+                return None, False
             self._reset()
 
     def _update(self, point: Point, options: LbfgsOptions) -> None:
@@ -303,10 +317,12 @@ class LbfgsEngine(Evaluations):
         options: LbfgsOptions,
         header: Header,
         step: float,
+        moved: bool,
         iteration: int,
     ) -> Point | None:
         origin = self.origin()
-        self.history.move(origin, step, save=True)
+        if not moved:
+            self.history.move(origin, step, save=True)
         self.take_step(step)
         self.progress.line_search = "fixed"
         last = iteration + 1 == options.max_iter
@@ -334,12 +350,13 @@ class LbfgsEngine(Evaluations):
         point: Point,
         header: Header,
         step: float,
+        moved: bool,
         budget: int,
         iteration: int,
     ) -> Point | None:
         origin = self.origin()
         met = self._entry["non_finite"]
-        result, at, best = self.search(closure, options, point, header, step, budget)
+        result, at, best = self.search(closure, options, point, header, step, budget, moved)
         if not _lowers(result, point):
             self._go_back(origin)
             if self._entry["non_finite"] > met:
@@ -365,24 +382,27 @@ class LbfgsEngine(Evaluations):
         header: Header,
         step: float,
         budget: int,
+        moved: bool = False,
     ) -> tuple[LineSearchResult, Point, Point]:
         """Line search along the direction at ``point``, starting with ``step``.
 
-        Leaves the parameters at the last trial and the point of departure in :meth:`origin`.
+        Leaves the parameters at the last trial and the point of departure in :meth:`origin`; with
+        ``moved`` they are at ``step`` already.
 
         Returns:
             The result, the last trial and the best one.
         """
         origin = self.origin()
-        save = True
+        save = not moved
         while True:
             search = self._search(str(options.line_search), budget)
             trial: float | None = search.start(point.value, header.direction_dot_grad, step)
             at, best = point, point
             try:
                 while trial is not None:
-                    self.history.move(origin, trial, save)
-                    save = False
+                    if not (moved and trial == step):
+                        self.history.move(origin, trial, save)
+                    save = moved = False
                     at = self.evaluate(closure, options, True)
                     self._entry["non_finite"] += not at.finite
                     trial = search.tell(at.value if at.finite else math.inf, at.stats.slope)

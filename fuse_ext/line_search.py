@@ -32,7 +32,7 @@ References:
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 from fuse_ext.more_thuente import RETREAT, LineSearchPoint, MoreThuente
 
@@ -50,8 +50,7 @@ Reason: TypeAlias = Literal[
 ]
 
 
-@dataclass(frozen=True)
-class LineSearchResult:
+class LineSearchResult(NamedTuple):
     """What a line search found.
 
     A search that stops before its own test holds falls back on the trial of least loss among

@@ -125,24 +125,29 @@ void combine(const SegmentTable& table, std::int64_t begin, std::int64_t end, T 
     } else {
       write_row<T>(p_row, at, n, p);
     }
-    if (far) {
-      copy_past_caches(g, n, grad_prev + at);
-    } else {
-      std::memcpy(grad_prev + at, g, static_cast<std::size_t>(n) * sizeof(T));
-    }
-    for (std::int64_t done = 0; done < n; done += kRun) {
-      const std::int64_t stop = n - done < kRun ? n : done + kRun;
-      T sum_gp = 0, sum_pp = 0, max_abs = 0;
+    T* const previous = grad_prev + at;
+    const auto sum_up = [&](auto keep_g) {
+      for (std::int64_t done = 0; done < n; done += kRun) {
+        const std::int64_t stop = n - done < kRun ? n : done + kRun;
+        T sum_gp = 0, sum_pp = 0, max_abs = 0;
 #pragma omp simd reduction(+ : sum_gp, sum_pp) reduction(max : max_abs)
-      for (std::int64_t i = done; i < stop; ++i) {
-        const T magnitude = p[i] < 0 ? -p[i] : p[i];
-        sum_gp += g[i] * p[i];
-        sum_pp += p[i] * p[i];
-        max_abs = magnitude > max_abs ? magnitude : max_abs;
+        for (std::int64_t i = done; i < stop; ++i) {
+          const T magnitude = p[i] < 0 ? -p[i] : p[i];
+          sum_gp += g[i] * p[i];
+          sum_pp += p[i] * p[i];
+          max_abs = magnitude > max_abs ? magnitude : max_abs;
+          if (keep_g) previous[i] = g[i];
+        }
+        slope += static_cast<double>(sum_gp);
+        square += static_cast<double>(sum_pp);
+        maximum = static_cast<double>(max_abs) > maximum ? static_cast<double>(max_abs) : maximum;
       }
-      slope += static_cast<double>(sum_gp);
-      square += static_cast<double>(sum_pp);
-      maximum = static_cast<double>(max_abs) > maximum ? static_cast<double>(max_abs) : maximum;
+    };
+    if (far) {
+      sum_up(std::false_type{});
+      copy_past_caches(g, n, previous);
+    } else {
+      sum_up(std::true_type{});
     }
   }
   if (far) end_copies_past_caches();
@@ -165,19 +170,22 @@ void move(const SegmentTable& table, std::int64_t begin, std::int64_t end, T* or
       const T* from = place;
       if (save) {
         from = read<T>(s.param_dtype, s.param, first + done, n, param_scratch);
-        if (far) {
-          copy_past_caches(from, n, place);
-        } else {
-          std::memcpy(place, from, static_cast<std::size_t>(n) * sizeof(T));
-        }
+        if (far) copy_past_caches(from, n, place);
+      } else if (step == 0.0) {
+        write<T>(s.param_dtype, s.param, first + done, n, place, false);
       }
+      const bool keep = save && !far;
       if (step == 0.0) {
-        if (!save) write<T>(s.param_dtype, s.param, first + done, n, place, false);
+        for (std::int64_t i = 0; keep && i < n; ++i) place[i] = from[i];
         continue;
       }
       const T* p = read_row<T>(row, flat + done, n, row_scratch);
 #pragma omp simd
-      for (std::int64_t i = 0; i < n; ++i) param_scratch[i] = from[i] + length_of_step * p[i];
+      for (std::int64_t i = 0; i < n; ++i) {
+        const T x = from[i];
+        if (keep) place[i] = x;
+        param_scratch[i] = x + length_of_step * p[i];
+      }
       write<T>(s.param_dtype, s.param, first + done, n, param_scratch, false);
     }
   });
