@@ -252,8 +252,13 @@ def _calls(row: LbfgsRow) -> dict[str, float]:
     """Of each op in an iteration; a search closes the last pair of a call of step as well."""
     trials = row.evaluations.get("fp32", 1.0)
     extra = 1.0 / SEARCHED_ITERATIONS if row.evaluations else 0.0
-    counts = {"grad_stats": trials, "lbfgs_update": 1.0 + extra, "lbfgs_move": trials}
-    return {name: counts.get(name, 1.0) for name in row.bare}
+    counts = {
+        "grad_stats": trials,
+        iteration_limits.UPDATE_AND_SET_OUT: 1.0,
+        "lbfgs_update": extra,
+        "lbfgs_move": trials - 1.0,
+    }
+    return {name: counts.get(name, 0.0) for name in row.bare}
 
 
 # --- pictures -------------------------------------------------------------------------------

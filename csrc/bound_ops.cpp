@@ -227,6 +227,26 @@ struct RingCall {
               scalars, history_scale, std::nullopt);
     return first_numbers<kPairCosine + 1>(scalars);
   }
+
+  // The same, with the parameters moved by `step`.
+  std::array<double, kPairCosine + 1> set_out(const Numbers& lr_scale, const at::Tensor& origin,
+                                              double step) const {
+    static const auto pass =
+        find<void(at::TensorList, at::TensorList, at::IntArrayRef, at::ArrayRef<double>,
+                  at::ArrayRef<double>, bool, at::Tensor, const MaybeTensor&, at::Tensor,
+                  at::Tensor, double, const MaybeTensor&)>("fuse_ext::lbfgs_set_out");
+    pass.call(params, grads, layout.offsets(), weight_decay, lr_scale, maximize, history, grad_prev,
+              scalars, origin, step, history_scale);
+    return first_numbers<kPairCosine + 1>(scalars);
+  }
+
+  void move(const at::Tensor& origin, double step, bool save) const {
+    static const auto op =
+        find<void(at::TensorList, at::IntArrayRef, at::Tensor, at::Tensor, at::Tensor, double, bool,
+                  const MaybeTensor&, const MaybeTensor&)>("fuse_ext::lbfgs_move");
+    op.call(params, layout.offsets(), origin, history, scalars, step, save, history_scale,
+            std::nullopt);
+  }
 };
 
 void lbfgs_update(const Layout& layout, const Tensors& grads, const Numbers& weight_decay,
@@ -249,17 +269,9 @@ std::array<double, kPairCosine + 1> lbfgs_direction(
   return ring.direction(lr_scale);
 }
 
-void move_by(const Layout& layout, const at::Tensor& origin, const at::Tensor& history,
-             const at::Tensor& scalars, const MaybeTensor& history_scale, double step, bool save) {
-  static const auto op =
-      find<void(at::TensorList, at::IntArrayRef, at::Tensor, at::Tensor, at::Tensor, double, bool,
-                const MaybeTensor&, const MaybeTensor&)>("fuse_ext::lbfgs_move");
-  op.call(layout.params(), layout.offsets(), origin, history, scalars, step, save, history_scale,
-          std::nullopt);
-}
-
-// Update and direction in one call, and the move where it can only be one by `step`; the last
-// number says whether it was made.
+// Update and direction in one call and, where there is an origin and pairs are held, the move too:
+// without them the step depends on the gradient. Where the direction turns out to be none the
+// parameters go back. The last number says whether they have moved.
 std::array<double, kPairCosine + 2> lbfgs_update_direction(
     const Layout& layout, const Tensors& grads, const Numbers& weight_decay,
     const Numbers& lr_scale, bool maximize, const at::Tensor& history, const MaybeTensor& grad_prev,
@@ -269,10 +281,13 @@ std::array<double, kPairCosine + 2> lbfgs_update_direction(
                       history, grad_prev, scalars,      history_scale};
   const InOp scope;
   ring.update(pair_step, curvature_tol);
-  const auto head = ring.direction(lr_scale);
+  // What is on a device is not waited for: the move follows the head that comes with the direction.
+  const bool early = origin && scalars.is_cpu() && scalars.const_data_ptr<double>()[kCount] > 0;
+  const auto head = early ? ring.set_out(lr_scale, *origin, step) : ring.direction(lr_scale);
   const bool moves = origin && head[kCount] > 0 && -head[kDirectionDotGrad] > least_slope &&
                      std::isfinite(head[kDirectionSq]);
-  if (moves) move_by(layout, *origin, history, scalars, history_scale, step, true);
+  if (early && !moves) ring.move(*origin, 0.0, false);
+  if (moves && !early) ring.move(*origin, step, true);
   std::array<double, kPairCosine + 2> numbers{};
   std::ranges::copy(head, numbers.begin());
   numbers.back() = moves;
@@ -282,8 +297,12 @@ std::array<double, kPairCosine + 2> lbfgs_update_direction(
 void lbfgs_move(const Layout& layout, const at::Tensor& origin, const at::Tensor& history,
                 const at::Tensor& scalars, const MaybeTensor& history_scale, double step,
                 bool save) {
+  const Tensors none;
+  const Numbers no_decay;
+  const MaybeTensor no_grad;
+  const RingCall ring{layout, none, no_decay, false, history, no_grad, scalars, history_scale};
   const InOp scope;
-  move_by(layout, origin, history, scalars, history_scale, step, save);
+  ring.move(origin, step, save);
 }
 
 // Whether a profiler or anything else listens to torch's ranges and ops.

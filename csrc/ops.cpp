@@ -55,6 +55,13 @@ TORCH_LIBRARY(fuse_ext, m) {
       "grad_prev, "
       "Tensor(c!) scalars, *, Tensor(d!)? history_scale=None, Tensor? control=None) -> ()");
   m.def(
+      "lbfgs_set_out(Tensor(a!)[] params, Tensor[] grads, int[] offsets, "
+      "float[] weight_decay, "
+      "float[] lr_scale, bool maximize, Tensor(b!) history, Tensor(c!)? "
+      "grad_prev, "
+      "Tensor(d!) scalars, Tensor(e!) origin, float step, *, "
+      "Tensor(f!)? history_scale=None) -> ()");
+  m.def(
       "lbfgs_move(Tensor(a!)[] params, int[] offsets, Tensor(b!) origin, "
       "Tensor history, "
       "Tensor scalars, float step, bool save, *, Tensor? history_scale=None, "

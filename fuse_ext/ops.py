@@ -23,6 +23,7 @@ NAMES = (
     "lbfgs_two_loop",
     "lbfgs_decide",
     "lbfgs_direction",
+    "lbfgs_set_out",
     "lbfgs_move",
     "fuse_blend",
     "grad_gather",
@@ -162,6 +163,24 @@ class Ops(Protocol):
 
         Does nothing where ``control`` says so.
         """
+
+    def lbfgs_set_out(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        offsets: list[int],
+        weight_decay: list[float],
+        lr_scale: list[float],
+        maximize: bool,
+        history: Tensor,
+        grad_prev: Tensor | None,
+        scalars: Tensor,
+        origin: Tensor,
+        step: float,
+        *,
+        history_scale: Tensor | None = None,
+    ) -> None:
+        """:meth:`lbfgs_direction`, then :meth:`lbfgs_move` with ``save``: one pass on the CPU."""
 
     def lbfgs_move(
         self,

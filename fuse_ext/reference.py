@@ -333,6 +333,28 @@ def lbfgs_direction(
     scalars[ring.index("direction_max", slots)] = float(p.abs().max()) if numel else 0.0
 
 
+def lbfgs_set_out(
+    params: list[Tensor],
+    grads: list[Tensor],
+    offsets: list[int],
+    weight_decay: list[float],
+    lr_scale: list[float],
+    maximize: bool,
+    history: Tensor,
+    grad_prev: Tensor | None,
+    scalars: Tensor,
+    origin: Tensor,
+    step: float,
+    *,
+    history_scale: Tensor | None = None,
+) -> None:
+    """See :class:`fuse_ext.ops.Ops`."""
+    check(params, None, offsets, history.size(2), origin.dtype)
+    given = params, grads, offsets, weight_decay, lr_scale, maximize
+    lbfgs_direction(*given, history, grad_prev, scalars, history_scale=history_scale)
+    lbfgs_move(params, offsets, origin, history, scalars, step, True, history_scale=history_scale)
+
+
 def lbfgs_move(
     params: list[Tensor],
     offsets: list[int],

@@ -406,6 +406,20 @@ def move_arguments(
     return point_arguments(tensors, history, origin) | told
 
 
+def set_out_arguments(
+    tensors: Tensors,
+    history: Ring,
+    origin: Tensor,
+    decay: Sequence[float] = (),
+    lr_scale: Sequence[float] = (),
+    maximize: bool = False,
+) -> dict[str, Any]:
+    """Arguments of lbfgs_set_out."""
+    arguments = direction_arguments(tensors, history, decay, lr_scale, maximize)
+    del arguments["control"]
+    return arguments | {"origin": origin, "step": 0.5}
+
+
 def decide_arguments(history: Ring, **options: Any) -> dict[str, Any]:
     """Arguments of lbfgs_decide; the ring must have a control."""
     return {
@@ -529,6 +543,9 @@ def every_op(
         },
         "lbfgs_decide": decide,
         "lbfgs_direction": direction_arguments(tensors, history, decay, lr_scale, awkward),
+        "lbfgs_set_out": set_out_arguments(
+            tensors, history, point["origin"], decay, lr_scale, awkward
+        ),
         "lbfgs_move": move_arguments(tensors, history, point["origin"], 0.5, awkward),
         "fuse_blend": point | {"theta": 0.25, "step": 0.5},
         "grad_gather": copy_arguments(tensors, torch.zeros(numel)),

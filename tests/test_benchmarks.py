@@ -93,9 +93,8 @@ def test_targets_that_are_times_have_a_bound(results):
         assert limit["bound"].startswith("ops alone") and limit["verdict"]
         assert limit["bound_seconds"]["median"] > 0
         assert limit["target"] in results["per_iteration"]["printed"]
-    assert {"grad_stats", "lbfgs_update", "lbfgs_direction", "lbfgs_move"} == set(
-        results["per_iteration"]["lbfgs"][0]["bare_ops_seconds"]
-    )
+    passes = {"lbfgs_update", "lbfgs_direction", "lbfgs_move", "lbfgs_update + lbfgs_set_out"}
+    assert {"grad_stats", *passes} == set(results["per_iteration"]["lbfgs"][0]["bare_ops_seconds"])
 
 
 def test_all_optimizers_did_the_same_work(results):
@@ -224,8 +223,8 @@ def test_bounds_say_what_follows_from_them():
 
 def test_bounds_are_computed_from_the_run():
     # 43 rows, g and the previous g twice each; then x twice and p.
-    assert bytes_of_iteration(10, 4.0) == (4 * 10 + 3) * 4 + 16 + 12
-    assert bytes_of_iteration(10, 4.0, 2.0) == (4 * 10 + 3) * 4 + 16 + 2 * (12 + 8)
+    assert bytes_of_iteration(10, 4.0) == (4 * 10 + 3) * 4 + 16 + 8
+    assert bytes_of_iteration(10, 4.0, 2.0) == (4 * 10 + 3) * 4 + 16 + (8 + 8) + (12 + 8)
     ours, peer = Spread.of([4.0, 4.0]), Spread.of([8.0, 8.0])
     limit = memory_limit("t", 10.0, 100, Spread.of([500.0, 1000.0]), ours, peer, 5.0)
     assert limit.bound.values == (2.0, 1.0)

@@ -1,6 +1,7 @@
 """The C++ layout: what it notices of parameters and gradients, and its way of calling the ops."""
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -9,7 +10,7 @@ from adam_cases import frozen, snapshot
 from lbfgs_cases import NEVER_STOP
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fuse_ext import _C, LBFGS, Adam, Fuse, FusePV, adam_engine, bound_ops, history
+from fuse_ext import _C, LBFGS, Adam, Fuse, FusePV, adam_engine, bound_ops, history, ops
 from fuse_ext.flat import FlatParams
 
 OPTIMIZERS = {
@@ -392,3 +393,66 @@ def test_as_on_a_device_a_trial_reads_loss_and_norms_at_once(backend, search, mo
     assert (losses, params) == (again, same)
     if backend == "reference":  # what C++ reads of a CPU tensor goes past the dispatcher
         assert apart - together >= 6
+
+
+# --- the move that comes with the direction -------------------------------------------------
+
+
+@torch.no_grad()
+def ring_in_use(backend, dtype=None):
+    """A history of 5 x.x with two pairs, its parameters, and arguments of update_direction."""
+    torch.manual_seed(3)
+    groups = [{"params": [torch.randn(2, 3).requires_grad_(), torch.randn(5).requires_grad_()]}]
+    flat = FlatParams(groups)
+    ring = history.History(flat, ops.select(backend, flat.device), {}, 3, dtype)
+    origin = torch.zeros(flat.numel)
+    pair_step = None
+    for _ in range(3):
+        grads = [10.0 * p.detach() for p in flat.params]
+        ring.update_direction(grads, [], [], False, pair_step, 1e-8)
+        ring.move(origin, 0.01, True)
+        pair_step = 0.01
+    grads = [10.0 * p.detach() for p in flat.params]
+    return ring, flat, (grads, [], [], False, pair_step, 1e-8)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@torch.no_grad()
+def test_the_move_with_the_direction_is_the_one_after_it(backend, dtype):
+    (one, at_once, arguments), (two, in_turn, same) = (ring_in_use(backend, dtype) for _ in "ab")
+    origins = [torch.zeros(at_once.numel) for _ in range(2)]
+    header, moved = one.update_direction(*arguments, origins[0], 0.25, 0.0)
+    assert moved and header.count == 3
+    assert two.update_direction(*same) == (header, False)
+    two.move(origins[1], 0.25, True)
+    assert torch.equal(*origins)
+    assert all(map(torch.equal, at_once.params, in_turn.params))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@torch.no_grad()
+def test_what_is_no_direction_moves_nothing(backend):
+    """The slope is known only after the pass that moves; then the parameters go back."""
+    ring, flat, arguments = ring_in_use(backend)
+    before = [p.detach().clone() for p in flat.params]
+    header, moved = ring.update_direction(*arguments, torch.zeros(flat.numel), 0.25, 1e30)
+    assert not moved and header.direction_dot_grad < 0.0
+    assert all(map(torch.equal, flat.params, before))
+    arguments[0][0].fill_(math.inf)
+    _, moved = ring.update_direction(*arguments, torch.zeros(flat.numel), 0.25, 0.0)
+    assert not moved
+    assert all(map(torch.equal, flat.params, before))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@torch.no_grad()
+def test_without_pairs_the_step_is_not_known_yet(backend):
+    ring, flat, arguments = ring_in_use(backend)
+    ring.reset()
+    before = [p.detach().clone() for p in flat.params]
+    *rest, _, tolerance = arguments
+    origin = torch.zeros(flat.numel)
+    header, moved = ring.update_direction(*rest, None, tolerance, origin, 0.25, 0.0)
+    assert not moved and header.count == 0
+    assert all(map(torch.equal, flat.params, before))

@@ -28,6 +28,7 @@ from ops_cases import (
     make_tensors,
     point_arguments,
     same_bits,
+    set_out_arguments,
     split,
     stats_arguments,
     tensors_of,
@@ -108,6 +109,7 @@ def cases(numel: int, dtype: torch.dtype, row: torch.dtype) -> dict[str, dict[st
         "grad_stats": stats_arguments(tensors, made, decay),
         "lbfgs_update": update_arguments(tensors, made, True, decay),
         "lbfgs_direction": direction_arguments(tensors, made, decay, scale),
+        "lbfgs_set_out": set_out_arguments(tensors, made, origin, decay, scale),
         "lbfgs_move": point | {"step": 0.5, "save": True},
         "fuse_blend": point | {"theta": 0.3, "step": 0.5},
     }

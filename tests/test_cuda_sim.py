@@ -500,13 +500,13 @@ def test_8_bit_rows_are_those_of_the_cpu(cuda: Any, numel: int, state: torch.dty
 
 @pytest.mark.parametrize("awkward", [False, True])
 @pytest.mark.parametrize("name", ops.NAMES)
-def test_one_launch_and_the_same_bits_in_every_schedule(
+def test_few_launches_and_the_same_bits_in_every_schedule(
     cuda: Any, name: str, awkward: bool
 ) -> None:
     arguments = every_op(awkward)[name]
     before = cuda.launches()
     first = results(name, cuda, arguments)
-    assert cuda.launches() == before + 1
+    assert cuda.launches() == before + (2 if name == "lbfgs_set_out" else 1)
     schedules = [("forward", 0), ("reverse", 0), ("shuffled", 5), ("shuffled", 6)]
     for order, seed in schedules[:1] if TSAN else schedules:
         cuda.schedule(order, seed)

@@ -268,7 +268,9 @@ def test_scales_must_fit(change: dict[str, Any], error: type[Exception], message
         ops.select("native", CPU).lbfgs_update(**{**arguments, **change})
 
 
-@pytest.mark.parametrize("name", ["grad_stats", "lbfgs_update", "lbfgs_direction", "lbfgs_move"])
+@pytest.mark.parametrize(
+    "name", ["grad_stats", "lbfgs_update", "lbfgs_direction", "lbfgs_set_out", "lbfgs_move"]
+)
 def test_opcheck(name: str) -> None:
     param = torch.randn(300)
     history = make_history(param, "native")
@@ -279,6 +281,7 @@ def test_opcheck(name: str) -> None:
         "grad_stats": (*places, [], False, ring[0], ring[2], torch.zeros(5, dtype=torch.float64)),
         "lbfgs_update": (*places, [], False, *ring, True),
         "lbfgs_direction": (*places, [], [], False, *ring),
+        "lbfgs_set_out": (*places, [], [], False, *ring, torch.zeros(300), 0.5),
         "lbfgs_move": ([param], [0], torch.zeros(300), ring[0], ring[2], 0.5, True),
     }
     op = getattr(torch.ops.fuse_ext, name).default

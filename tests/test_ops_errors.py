@@ -26,6 +26,7 @@ from ops_cases import (
     make_tensors,
     move_arguments,
     point_arguments,
+    set_out_arguments,
     stats_arguments,
     tensors_of,
     update_arguments,
@@ -64,6 +65,7 @@ def good(name: str) -> Arguments:
         },
         "lbfgs_decide": lambda: decide_arguments(decided),
         "lbfgs_direction": lambda: direction_arguments(tensors, made),
+        "lbfgs_set_out": lambda: set_out_arguments(tensors, made, point["origin"]),
         "lbfgs_move": lambda: move_arguments(tensors, made, point["origin"]),
         "fuse_blend": lambda: point | {"theta": 0.5, "step": 0.5},
         "grad_gather": lambda: copy_arguments(tensors, torch.randn(NUMEL)),
@@ -176,7 +178,14 @@ def test_overlapping_gradients_cannot_be_written() -> None:
 
 
 # What may be wrong with the rest, op by op.
-RING_OPS = ("grad_stats", "lbfgs_update", "lbfgs_direction", "lbfgs_move", "fuse_blend")
+RING_OPS = (
+    "grad_stats",
+    "lbfgs_update",
+    "lbfgs_direction",
+    "lbfgs_set_out",
+    "lbfgs_move",
+    "fuse_blend",
+)
 BAD_STATE: list[tuple[str, Callable[[Arguments], None], type[Exception], str]] = [
     ("adam_step", argument("exp_avg", Tensor.half), TypeError, "exp_avg has dtype"),
     ("adam_step", argument("exp_avg", Tensor.long), TypeError, "float32, float64 or bfloat16"),
@@ -220,8 +229,15 @@ BAD_STATE: list[tuple[str, Callable[[Arguments], None], type[Exception], str]] =
         (name, argument("control", torch.zeros(3, dtype=F64)), ValueError, "control has shape [3]")
         for name in ("lbfgs_decide", "lbfgs_move")
     ),
-    ("lbfgs_move", argument("origin", Tensor.half), TypeError, "origin has dtype"),
-    ("lbfgs_move", argument("origin", torch.zeros(9)), ValueError, "origin has shape [9]"),
+    *(
+        (name, argument("origin", made), kind, message)
+        for name in ("lbfgs_move", "lbfgs_set_out")
+        for made, kind, message in (
+            (Tensor.half, TypeError, "origin has dtype"),
+            (torch.zeros(9), ValueError, "origin has shape [9]"),
+        )
+    ),
+    ("lbfgs_set_out", argument("origin", Tensor.double), TypeError, "origin has dtype Double"),
     ("fuse_blend", argument("origin", Tensor.bfloat16), TypeError, "origin has dtype"),
     ("fuse_blend", argument("origin", torch.zeros(2, 5)), ValueError, "origin has shape [2, 5]"),
     ("grad_gather", argument("flat", Tensor.half), TypeError, "flat has dtype"),
@@ -230,7 +246,7 @@ BAD_STATE: list[tuple[str, Callable[[Arguments], None], type[Exception], str]] =
     ("grad_scatter", argument("flat", torch.zeros(20)[::2]), ValueError, "flat has shape [10]"),
     *(
         (name, argument("grad_prev", made), kind, message)
-        for name in ("lbfgs_update", "lbfgs_direction")
+        for name in ("lbfgs_update", "lbfgs_direction", "lbfgs_set_out")
         for made, kind, message in (
             (torch.zeros(NUMEL, dtype=F16), TypeError, "grad_prev has dtype"),
             (torch.zeros(NUMEL + 1), ValueError, "grad_prev has shape [11]"),
@@ -338,17 +354,15 @@ BAD_EITHER: list[tuple[str, Callable[[Arguments], None], type[Exception], str]] 
     ),
     *(
         (name, argument("weight_decay", [0.1]), ValueError, "weight_decay has 1 entries for 2")
-        for name in ("grad_stats", "lbfgs_update", "lbfgs_direction")
+        for name in ("grad_stats", "lbfgs_update", "lbfgs_direction", "lbfgs_set_out")
     ),
-    (
-        "lbfgs_direction",
-        argument("lr_scale", [1.0] * 3),
-        ValueError,
-        "lr_scale has 3 entries for 2",
+    *(
+        (name, argument("lr_scale", [1.0] * 3), ValueError, "lr_scale has 3 entries for 2")
+        for name in ("lbfgs_direction", "lbfgs_set_out")
     ),
     *(
         (name, argument("history", to), TypeError, "grad_prev is missing")
-        for name in ("lbfgs_update", "lbfgs_direction")
+        for name in ("lbfgs_update", "lbfgs_direction", "lbfgs_set_out")
         for to in (Tensor.bfloat16, Tensor.half)
     ),
 ]

@@ -31,6 +31,7 @@ from ops_cases import (
     make_tensors,
     point_arguments,
     same_bits,
+    set_out_arguments,
     split,
     stats_arguments,
     unit_roundoff,
@@ -83,6 +84,7 @@ def run_every_op(state: torch.dtype, row: torch.dtype, param: torch.dtype, piece
     run("grad_stats", stats_arguments(tensors, made, decay))
     run("lbfgs_update", update_arguments(tensors, made, True, decay))
     run("lbfgs_direction", direction_arguments(tensors, made, decay, lr_scale))
+    run("lbfgs_set_out", set_out_arguments(tensors, made, flat, decay, lr_scale))
     run("lbfgs_move", point | {"step": 0.5, "save": True})
     run("fuse_blend", point | {"theta": 0.25, "step": 0.5})
     run("grad_gather", copy_arguments(tensors, flat))
@@ -192,14 +194,19 @@ def check_levels_agree(
 ) -> None:
     """Elementwise results have equal bits: nothing is contracted. Sums have their own order."""
     sums = {"adam_step.stats", "grad_stats.stats"}
-    sums |= {f"{name}.scalars" for name in ("lbfgs_update", "lbfgs_direction", "fuse_blend")}
+    sum_ops = ("lbfgs_update", "lbfgs_direction", "lbfgs_set_out", "fuse_blend")
+    sums |= {f"{name}.scalars" for name in sum_ops}
     different = differences(a, b) - sums
-    assert different <= {"lbfgs_direction.history"}, different
     # p is a sum over the rows; how they are grouped may depend on the registers.
-    p, q = (r["lbfgs_direction"]["history"][0, 2] for r in (a, b))
-    size = q.to(F64).abs()
-    error = 64 * unit_roundoff(state) * size.max() + 2 * unit_roundoff(row) * size
-    assert_stored(p, q.to(F64), error)
+    allowed = {"lbfgs_direction.history", "lbfgs_set_out.history", "lbfgs_set_out.params"}
+    assert different <= allowed, different
+    for name in ("lbfgs_direction", "lbfgs_set_out"):
+        p, q = (r[name]["history"][0, 2] for r in (a, b))
+        size = q.to(F64).abs()
+        error = 64 * unit_roundoff(state) * size.max() + 2 * unit_roundoff(row) * size
+        assert_stored(p, q.to(F64), error)
+    x, y = (r["lbfgs_set_out"]["params"] for r in (a, b))
+    assert_stored(x, y.to(F64), error + 2 * unit_roundoff(param) * y.to(F64).abs())
     for name in sums:
         op, key = name.split(".")
         u = 32 * roundoff_of_sums(op, state, param)

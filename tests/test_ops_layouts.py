@@ -23,6 +23,7 @@ from ops_cases import (
     make_ring,
     point_arguments,
     same_bits,
+    set_out_arguments,
     stats_arguments,
     tensors_of,
     update_arguments,
@@ -120,6 +121,7 @@ def check_same_as_vectors(
     run("grad_stats", stats_arguments(plain, made, decay))
     run("lbfgs_update", update_arguments(plain, made, True, decay, True))
     run("lbfgs_direction", direction_arguments(plain, made, decay, lr_scale))
+    run("lbfgs_set_out", set_out_arguments(plain, made, origin, decay, lr_scale))
     run("lbfgs_move", point_arguments(plain, made, origin) | {"step": 0.5, "save": True})
     run("fuse_blend", point_arguments(plain, made, origin) | {"theta": 0.3, "step": 0.5})
     run("grad_gather", copy_arguments(plain, origin))

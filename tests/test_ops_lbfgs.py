@@ -22,6 +22,7 @@ from ops_cases import (
     Tensors,
     assert_stored,
     assert_sum,
+    clone_arguments,
     copy_arguments,
     direction_arguments,
     fits,
@@ -32,8 +33,10 @@ from ops_cases import (
     normal,
     point_arguments,
     same_bits,
+    set_out_arguments,
     split,
     stats_arguments,
+    tensors_of,
     unit_roundoff,
     update_arguments,
 )
@@ -153,6 +156,22 @@ class Case:
         written = ["direction_dot_grad", "direction_sq", "direction_max"]
         self.check_scalars(scalars_were, [], [], written)
 
+    def check_set_out(self, backend: str) -> None:
+        """The same bits as from the two ops one after the other."""
+        origin = torch.randn(self.tensors.numel).to(self.state)
+        given = set_out_arguments(
+            self.tensors, self.ring, origin, self.decay, self.lr_scale, self.maximize
+        )
+        at_once, in_turn = clone_arguments(given), clone_arguments(given)
+        op = BACKENDS[backend]
+        op.lbfgs_set_out(**at_once)
+        to_move = ("params", "offsets", "origin", "history", "scalars", "history_scale", "step")
+        op.lbfgs_direction(**{k: v for k, v in in_turn.items() if k not in ("origin", "step")})
+        op.lbfgs_move(**{k: in_turn[k] for k in to_move}, save=True)
+        one, two = tensors_of(at_once), tensors_of(in_turn)
+        for name in one:
+            assert same_bits(one[name], two[name]), name
+
     def check_move(self, backend: str, step: float, save: bool) -> None:
         origin = self.ring.previous.clone() if self.ring.grad_prev is None else self.ring.grad_prev
         was, params_were = origin.clone(), [p.clone() for p in self.tensors.params]
@@ -232,6 +251,7 @@ class Case:
         self.check_stats(backend, False)
         self.check_update(backend, False)
         self.check_update(backend, True)
+        self.check_set_out(backend)
         self.check_direction(backend)
         self.check_move(backend, 0.5, True)
         self.check_move(backend, -2.0, False)
@@ -328,6 +348,7 @@ def test_gaps_between_the_parameters(backend: str) -> None:
     case = make_case(sizes, exact=True, gaps=gaps, decay=[2.0] * 20, lr_scale=[2.0] * 20)
     case.check_stats(backend, True)
     case.check_update(backend, True)
+    case.check_set_out(backend)
     case.check_direction(backend)
     case.check_move(backend, 0.5, True)
     case.check_move(backend, 0.5, False)

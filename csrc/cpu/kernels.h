@@ -51,10 +51,11 @@ struct StateKernels {
 
   // Pass 2. p = coef_g g + sum coefs[i] rows[i], scaled by the segments'
   // lr_scale, rounded to the row's dtype and stored in p_row; grad_prev <- g.
-  // `far`: vectors of T that are only written go past the caches.
+  // With an origin (not null), then as in move with save. `far`: vectors of T
+  // that are only written go past the caches.
   void (*combine)(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sign,
                   const Rows& rows, const double* coefs, double coef_g, const Row& p_row,
-                  T* grad_prev, bool far, double* out);
+                  T* grad_prev, T* origin, double step, bool far, double* out);
 
   // param = origin + step * row; with save, origin <- param first (past the
   // caches if `far`). step 0 restores exactly.

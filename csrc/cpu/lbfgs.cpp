@@ -193,16 +193,19 @@ void lbfgs_decide(at::Tensor scalars, std::int64_t slots, at::Tensor control, do
   bump_version(control);
 }
 
-void lbfgs_direction(at::TensorList params, at::TensorList grads, at::IntArrayRef offsets,
-                     at::ArrayRef<double> weight_decay, at::ArrayRef<double> lr_scale,
-                     bool maximize, at::Tensor history, const std::optional<at::Tensor>& grad_prev,
-                     at::Tensor scalars, const std::optional<at::Tensor>& history_scale,
-                     const std::optional<at::Tensor>& control) {
+// Pass 2; with an origin, params = origin + step * p as well, after origin <- params.
+void take_direction(at::TensorList params, at::TensorList grads, at::IntArrayRef offsets,
+                    at::ArrayRef<double> weight_decay, at::ArrayRef<double> lr_scale, bool maximize,
+                    const at::Tensor& history, const std::optional<at::Tensor>& grad_prev,
+                    const at::Tensor& scalars, const std::optional<at::Tensor>& history_scale,
+                    const std::optional<at::Tensor>& control,
+                    const std::optional<at::Tensor>& origin, double step) {
   const History ring(history, history_scale, scalars);
   const PreviousGradient previous(ring, grad_prev, control.has_value());
   const double* const decided = control_data(control);
-  const TensorSegments segments(params, grads, offsets, ring.numel(), previous.dtype,
-                                {weight_decay, lr_scale});
+  if (origin) check_flat(*origin, "origin", ring.numel(), previous.dtype);
+  TensorSegments segments(params, grads, offsets, ring.numel(), previous.dtype,
+                          {weight_decay, lr_scale});
   if (decided != nullptr && decided[kMove] != kGo) return;
   const LbfgsScalars state = ring.scalars();
   const RingRows list(ring);
@@ -218,11 +221,13 @@ void lbfgs_direction(at::TensorList params, at::TensorList grads, at::IntArrayRe
   with_state_type(previous.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T sign = maximize ? T(-1) : T(1);
-    const Pass pass{.vectors = rows.count + 3, .width = kDirectionStats, .maxima = 1};
+    T* const from = origin ? origin->data_ptr<T>() : nullptr;
+    const Pass pass{
+        .vectors = rows.count + (origin ? 6 : 3), .width = kDirectionStats, .maxima = 1};
     run_chunks(0, ring.numel(), pass, sums, [&](std::int64_t begin, std::int64_t end, double* out) {
       cpu_kernels().of<T>().combine(segments.table(), begin, end, sign, rows, coefs.data(),
                                     *state.array(kCoefG), ring.open_row(),
-                                    static_cast<T*>(previous.data), far, out);
+                                    static_cast<T*>(previous.data), from, step, far, out);
     });
   });
   state[kDirectionDotGrad] = sums[kDotGrad];
@@ -232,6 +237,27 @@ void lbfgs_direction(at::TensorList params, at::TensorList grads, at::IntArrayRe
   bump_version(scalars);
   if (history_scale) bump_version(*history_scale);
   if (grad_prev) bump_version(*grad_prev);
+  if (!origin) return;
+  bump_version(*origin);
+  if (step != 0.0) segments.params_changed();
+}
+
+void lbfgs_direction(at::TensorList params, at::TensorList grads, at::IntArrayRef offsets,
+                     at::ArrayRef<double> weight_decay, at::ArrayRef<double> lr_scale,
+                     bool maximize, at::Tensor history, const std::optional<at::Tensor>& grad_prev,
+                     at::Tensor scalars, const std::optional<at::Tensor>& history_scale,
+                     const std::optional<at::Tensor>& control) {
+  take_direction(params, grads, offsets, weight_decay, lr_scale, maximize, history, grad_prev,
+                 scalars, history_scale, control, std::nullopt, 0.0);
+}
+
+void lbfgs_set_out(at::TensorList params, at::TensorList grads, at::IntArrayRef offsets,
+                   at::ArrayRef<double> weight_decay, at::ArrayRef<double> lr_scale, bool maximize,
+                   at::Tensor history, const std::optional<at::Tensor>& grad_prev,
+                   at::Tensor scalars, at::Tensor origin, double step,
+                   const std::optional<at::Tensor>& history_scale) {
+  take_direction(params, grads, offsets, weight_decay, lr_scale, maximize, history, grad_prev,
+                 scalars, history_scale, std::nullopt, origin, step);
 }
 
 void lbfgs_move(at::TensorList params, at::IntArrayRef offsets, at::Tensor origin,
@@ -331,6 +357,7 @@ void register_ops(torch::Library& m) {
   m.impl("lbfgs_two_loop", &lbfgs_two_loop);
   m.impl("lbfgs_decide", &lbfgs_decide);
   m.impl("lbfgs_direction", &lbfgs_direction);
+  m.impl("lbfgs_set_out", &lbfgs_set_out);
   m.impl("lbfgs_move", &lbfgs_move);
   m.impl("fuse_blend", &fuse_blend);
   m.impl("grad_gather", &grad_gather);

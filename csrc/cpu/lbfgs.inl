@@ -98,10 +98,38 @@ void dots(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sig
   }
 }
 
+// param = origin + step * p on n elements, at most kRun, from a segment's element `first` on; with
+// save, origin <- param before. p may be null where step is 0.
+template <class T>
+FUSE_INLINE void move_run(const Segment& s, std::int64_t first, std::int64_t n, const T* p,
+                          double step, T* origin, bool save, bool far) {
+  T scratch[kRun];
+  const T* from = origin;
+  if (save) {
+    from = read<T>(s.param_dtype, s.param, first, n, scratch);
+    if (far) copy_past_caches(from, n, origin);
+  } else if (step == 0.0) {
+    write<T>(s.param_dtype, s.param, first, n, origin, false);
+  }
+  const bool keep = save && !far;
+  if (step == 0.0) {
+    for (std::int64_t i = 0; keep && i < n; ++i) origin[i] = from[i];
+    return;
+  }
+  const T length_of_step = static_cast<T>(step);
+#pragma omp simd
+  for (std::int64_t i = 0; i < n; ++i) {
+    const T x = from[i];
+    if (keep) origin[i] = x;
+    scratch[i] = x + length_of_step * p[i];
+  }
+  write<T>(s.param_dtype, s.param, first, n, scratch, false);
+}
+
 template <class T>
 void combine(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sign,
              const Rows& rows, const double* coefs, double coef_g, const Row& p_row, T* grad_prev,
-             bool far, double* out) {
+             T* origin, double step, bool far, double* out) {
   const bool p_is_far = far && p_row.dtype == dtype_of<T>();
   const std::int64_t block = block_beside(rows);
   T grad_scratch[kBlock], p_scratch[kBlock];
@@ -149,6 +177,16 @@ void combine(const SegmentTable& table, std::int64_t begin, std::int64_t end, T 
     } else {
       sum_up(std::true_type{});
     }
+    if (origin == nullptr) continue;
+    table.for_each_piece(
+        at, at + n,
+        [&](const Segment& s, std::int64_t first, std::int64_t flat, std::int64_t length) {
+      for (std::int64_t done = 0; done < length; done += kRun) {
+        const std::int64_t run = length - done < kRun ? length - done : kRun;
+        const std::int64_t place = flat + done;
+        move_run(s, first + done, run, p + (place - at), step, origin + place, true, far);
+      }
+    });
   }
   if (far) end_copies_past_caches();
   out[kDotGrad] = slope;
@@ -159,34 +197,14 @@ void combine(const SegmentTable& table, std::int64_t begin, std::int64_t end, T 
 template <class T>
 void move(const SegmentTable& table, std::int64_t begin, std::int64_t end, T* origin,
           const Row& row, double step, bool save, bool far) {
-  T param_scratch[kRun], row_scratch[kRun];
-  const T length_of_step = static_cast<T>(step);
+  T row_scratch[kRun];
   table.for_each_piece(
       begin, end,
       [&](const Segment& s, std::int64_t first, std::int64_t flat, std::int64_t length) {
     for (std::int64_t done = 0; done < length; done += kRun) {
       const std::int64_t n = length - done < kRun ? length - done : kRun;
-      T* const place = origin + flat + done;
-      const T* from = place;
-      if (save) {
-        from = read<T>(s.param_dtype, s.param, first + done, n, param_scratch);
-        if (far) copy_past_caches(from, n, place);
-      } else if (step == 0.0) {
-        write<T>(s.param_dtype, s.param, first + done, n, place, false);
-      }
-      const bool keep = save && !far;
-      if (step == 0.0) {
-        for (std::int64_t i = 0; keep && i < n; ++i) place[i] = from[i];
-        continue;
-      }
-      const T* p = read_row<T>(row, flat + done, n, row_scratch);
-#pragma omp simd
-      for (std::int64_t i = 0; i < n; ++i) {
-        const T x = from[i];
-        if (keep) place[i] = x;
-        param_scratch[i] = x + length_of_step * p[i];
-      }
-      write<T>(s.param_dtype, s.param, first + done, n, param_scratch, false);
+      const T* p = step == 0.0 ? nullptr : read_row<T>(row, flat + done, n, row_scratch);
+      move_run(s, first + done, n, p, step, origin + flat + done, save, far);
     }
   });
   if (save && far) end_copies_past_caches();

@@ -282,6 +282,21 @@ void lbfgs_move(at::TensorList params, at::IntArrayRef offsets, at::Tensor origi
   if (control) bump_version(*control);
 }
 
+// Two kernels: what lbfgs_direction leaves is read back from the second-level cache or from memory.
+void lbfgs_set_out(at::TensorList params, at::TensorList grads, at::IntArrayRef offsets,
+                   at::ArrayRef<double> weight_decay, at::ArrayRef<double> lr_scale, bool maximize,
+                   at::Tensor history, const std::optional<at::Tensor>& grad_prev,
+                   at::Tensor scalars, at::Tensor origin, double step,
+                   const std::optional<at::Tensor>& history_scale) {
+  const Pass pass(params, grads, offsets, {weight_decay, lr_scale}, history, history_scale,
+                  grad_prev, scalars, std::nullopt);  // before anything is written
+  check_flat(on_device(origin, "origin", pass.device), "origin", pass.ring.numel,
+             pass.previous.dtype);
+  lbfgs_direction(params, grads, offsets, weight_decay, lr_scale, maximize, history, grad_prev,
+                  scalars, history_scale, std::nullopt);
+  lbfgs_move(params, offsets, origin, history, scalars, step, true, history_scale, std::nullopt);
+}
+
 void fuse_blend(at::TensorList params, at::IntArrayRef offsets, at::Tensor origin,
                 at::Tensor history, at::Tensor scalars, double theta, double step,
                 const std::optional<at::Tensor>& history_scale) {
@@ -330,6 +345,7 @@ void register_ops(torch::Library& m) {
   m.impl("lbfgs_two_loop", &lbfgs_two_loop);
   m.impl("lbfgs_decide", &lbfgs_decide);
   m.impl("lbfgs_direction", &lbfgs_direction);
+  m.impl("lbfgs_set_out", &lbfgs_set_out);
   m.impl("lbfgs_move", &lbfgs_move);
   m.impl("fuse_blend", &fuse_blend);
   m.impl("grad_gather", &grad_gather);

@@ -124,8 +124,8 @@ class Int8Kernels {
       for (std::size_t i = 0; i < exact.size(); ++i) exact[i] += coefs[r] * row[i];
     }
     Buffer out(DType::f64, kDirectionStats), previous(dtype_of<T>(), numel_);
-    k_.combine(table(), 0, numel_, 1, {list_.data(), 5}, coefs, -1, p.row(), previous.as<T>(), far,
-               out.as<double>());
+    k_.combine(table(), 0, numel_, 1, {list_.data(), 5}, coefs, -1, p.row(), previous.as<T>(),
+               nullptr, 0, far, out.as<double>());
     p.expect("p", exact, kRoundoff);
     const Vector stored = p.read();
     expect_sum(out.get(kDotGrad), g, stored);

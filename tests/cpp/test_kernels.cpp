@@ -61,7 +61,8 @@ class Kernels {
         check_dots(tensors, range, row_dtype, sign, rows, false);
         check_dots(tensors, range, row_dtype, sign, rows, true);
         for (const bool far : {false, true}) {
-          check_combine(tensors, range, row_dtype, sign, rows, far);
+          check_combine(tensors, range, row_dtype, sign, rows, 0, far);
+          check_combine(tensors, range, row_dtype, sign, rows, 0.5, far);
         }
       }
       check_copies(tensors, range);
@@ -198,11 +199,12 @@ class Kernels {
   }
 
   void check_combine(Tensors& tensors, const Range& range, DType row_dtype, double sign,
-                     std::int64_t count, bool far) {
+                     std::int64_t count, double step, bool far) {
     const Vector g = tensors.effective(sign);
     const RowList list(random_, row_dtype, range.numel, count);
     const Vector coefs = check::integers(random_, count);
-    Flat p(random_, row_dtype, range.numel), previous = state(range);
+    Flat p(random_, row_dtype, range.numel), previous = state(range), origin = state(range);
+    const bool moves = step != 0;
     for_flat(range, [&](std::size_t i) {
       double sum = -2 * g[i];
       for (std::size_t r = 0; r < list.flats.size(); ++r) {
@@ -210,11 +212,14 @@ class Kernels {
       }
       p.values[i] = sum * tensors.share[i];
       previous.values[i] = g[i];
+      if (!moves || tensors.covered[i] == 0) return;
+      origin.values[i] = tensors.x[i];
+      tensors.x[i] += step * p.values[i];
     });
     Buffer out(DType::f64, kDirectionStats);
     k_.combine(tensors.table(), range.begin, range.end, static_cast<T>(sign), list.rows,
                coefs.data(), -2, row_of(p.buffer, row_dtype), previous.buffer.template as<T>(),
-               far, out.as<double>());
+               moves ? origin.buffer.template as<T>() : nullptr, step, far, out.as<double>());
     Vector expected(kDirectionStats);
     expected[kDotGrad] = sum_of_products(range, g, p.values);
     expected[kSq] = sum_of_products(range, p.values, p.values);
@@ -222,7 +227,10 @@ class Kernels {
     out.expect("combine", expected);
     p.expect("p");
     previous.expect("grad_prev");
+    origin.expect("origin");
     for (const auto& flat : list.flats) flat->expect("row");
+    tensors.expect_params(tensors.x);
+    reset_params(tensors);
   }
 
   void check_move(Tensors& tensors, const Range& range, DType row_dtype, double step, bool save,
@@ -315,7 +323,8 @@ void check_long_sums(const StateKernels<float>& k) {
   CHECK_EQUAL(out[kGradDotDirection], square);
   CHECK_EQUAL(out[kGradSq], square);
 
-  k.combine(table, 0, numel, 1, {five, 0}, nullptr, 1, y_row, zero.as<float>(), false, out.data());
+  k.combine(table, 0, numel, 1, {five, 0}, nullptr, 1, y_row, zero.as<float>(), nullptr, 0, false,
+            out.data());
   CHECK_EQUAL(out[kDotGrad], square);
   CHECK_EQUAL(out[kSq], square);
 
