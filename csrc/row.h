@@ -5,6 +5,10 @@
 
 namespace fuse_ext {
 
+// Below the normal numbers a scale has lost digits, and its inverse may be infinite: blocks with a
+// smaller one are stored as zeros.
+constexpr float kLeastScale = 0x1p-126f;
+
 // As long as the flat vector. `scales` only with DType::i8: one per kScaleBlock
 // elements.
 struct Row {

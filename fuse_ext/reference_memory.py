@@ -193,7 +193,9 @@ class Rows:
             # The product is NaN, and with it the scale, where a value is not finite.
             self._scales[side, slot] = blocks.abs().amax(1) / 127 + (blocks * 0).sum(1)
             scale = self._spread(self._scales[side, slot])
-            values = torch.where(scale > 0, values / scale, 0).round().clamp(-127, 127)
+            # kLeastScale: below the normal numbers a scale has lost digits.
+            least = torch.finfo(torch.float32).tiny
+            values = torch.where(scale >= least, values / scale, 0).round().clamp(-127, 127)
         self._history[side, slot] = values
         return self.read(side, slot)
 

@@ -139,6 +139,21 @@ def test_a_block_of_zeros(backend: str) -> None:
     torch.testing.assert_close(stored(history, 0, 0, torch.float32), -g)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("size", [1e-40, 1e-42, 2.8e-45])
+def test_a_block_below_the_normal_numbers_is_zero(size: float, backend: str) -> None:
+    """Its scale would have lost digits, or have no inverse."""
+    history = make_history(torch.zeros(300), backend)
+    g = torch.full((300,), size)
+    g[:128] = torch.linspace(-1, 1, 128)
+    g[150] = 0.0
+    history.update([g], [], False, None, 0.0)
+    history.direction([g], [], [], False)
+    row = stored(history, 0, 0, torch.float32)
+    assert not history.rows[0, 0, 128:].any() and not row[128:].any()
+    torch.testing.assert_close(row[:128], -g[:128], rtol=0.0, atol=0.5 / 127)
+
+
 def test_threads_do_not_matter() -> None:
     results = []
     for threads in (1, 2):

@@ -174,12 +174,11 @@ FUSE_INLINE float block_scale(std::int64_t n, const T* values) {
 template <class T>
 FUSE_INLINE void write_scaled(std::int8_t* out, float scale, std::int64_t n, T* values) {
   // Adding 1.5 * 2^p leaves the nearest whole number in the last bits, and its last byte there as
-  // it is. No value exceeds 127 scales but where the scale has lost digits below the normal numbers
-  // (those blocks are stored as zeros) or is NaN (and so is then what is read back).
+  // it is. No value exceeds 127 scales but where the scale is NaN, and so is then what is read
+  // back.
   constexpr T kRound = sizeof(T) == sizeof(float) ? T(0x1.8p23) : T(0x1.8p52);
-  constexpr float kLeastNormal = 0x1p-126f;
   const T stored_scale = static_cast<T>(scale);
-  const T inverse = scale >= kLeastNormal ? T(1) / stored_scale : T(0);
+  const T inverse = scale >= kLeastScale ? T(1) / stored_scale : T(0);
 #pragma omp simd
   for (std::int64_t i = 0; i < n; ++i) {
     const T rounded = values[i] * inverse + kRound;

@@ -73,7 +73,7 @@ __device__ __forceinline__ void store_bytes(const Row& row, Index at, Index nume
     store_global(row.scales + at / kScaleBlock, float_bits(stored_scale));
   }
   const T scale = static_cast<T>(stored_scale);
-  const T inverse = scale > T(0) ? T(1) / scale : T(0);
+  const T inverse = stored_scale >= kLeastScale ? T(1) / scale : T(0);
   std::uint32_t words[N / 4] = {};
 #pragma unroll
   for (int k = 0; k < N; ++k) {
