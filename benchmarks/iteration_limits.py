@@ -35,6 +35,7 @@ HEADERS = (
 )
 # Of an element of a history row; in 8 bits with its share of a block's scale.
 ROW_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0 + 4.0 / 128}
+# The two passes in one call, the first move included.
 UPDATE_AND_SET_OUT = "lbfgs_update + lbfgs_set_out"
 # So much of a bound counts as all of it: what is left is noise.
 REACHED = 0.95

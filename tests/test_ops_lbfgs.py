@@ -356,6 +356,14 @@ def test_gaps_between_the_parameters(backend: str) -> None:
     case.check_copies(backend)
 
 
+def test_vectors_that_no_cache_holds() -> None:
+    """From 32 MiB on, what is only written goes past the caches."""
+    case = make_case([2**23, 5], exact=False, position=(2, 1, 1))
+    case.check_set_out("native")
+    case.check_direction("native")
+    case.check_move("native", 0.5, True)
+
+
 @each_backend
 @pytest.mark.parametrize("row", DTYPES)
 def test_long_sums_lose_nothing(backend: str, row: torch.dtype) -> None:
