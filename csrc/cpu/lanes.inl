@@ -73,14 +73,33 @@ FUSE_INLINE Lanes<T> all_lanes(T value) {
   return Lanes<T>{} + value;
 }
 
-template <class T>
-FUSE_INLINE double sum_of_lanes(Lanes<T> lanes) {
-  double sums[kLanes<T>];
-  for (std::int64_t k = 0; k < kLanes<T>; ++k) sums[k] = static_cast<double>(lanes[k]);
-  for (std::int64_t half = kLanes<T> / 2; half > 0; half /= 2) {
-    for (std::int64_t k = 0; k < half; ++k) sums[k] += sums[k + half];
+// The first and the second half of a vector.
+template <class Vector>
+struct Halves {
+  using Element = std::remove_cvref_t<decltype(Vector{}[0])>;
+  typedef Element Half __attribute__((vector_size(sizeof(Vector) / 2)));
+  Half low, high;
+
+  FUSE_MEMBER explicit Halves(Vector whole) { std::memcpy(this, &whole, sizeof whole); }
+};
+
+FUSE_INLINE double sum_of_doubles(double sum) { return sum; }
+template <class Vector>
+FUSE_INLINE double sum_of_doubles(Vector doubles) {
+  const Halves<Vector> halves(doubles);
+  if constexpr (sizeof halves.low == sizeof(double)) {
+    return halves.low[0] + halves.high[0];
+  } else {
+    return sum_of_doubles(halves.low + halves.high);
   }
-  return sums[0];
+}
+
+// In double, by halves.
+FUSE_INLINE double sum_of_lanes(Lanes<double> lanes) { return sum_of_doubles(lanes); }
+FUSE_INLINE double sum_of_lanes(Lanes<float> lanes) {
+  const Halves<Lanes<float>> halves(lanes);
+  return sum_of_doubles(__builtin_convertvector(halves.low, Lanes<double>) +
+                        __builtin_convertvector(halves.high, Lanes<double>));
 }
 
 // a b + c in every lane, rounded as by mul_add. Intrinsics where there are some: lane by lane, GCC

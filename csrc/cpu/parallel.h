@@ -10,16 +10,25 @@
 
 namespace fuse_ext {
 
-// Few enough that their partial results are cheap beside the vectors. A few blocks fall into an
-// even number of nearly equal chunks, so that two threads have as much to do. Depends on the range
-// alone.
+// Few enough that their partial results are cheap beside the vectors. Short ranges are
+// cut so that two threads have nearly as much to do. Depends on the range alone.
 inline std::int64_t chunk_length(std::int64_t length) {
   constexpr std::int64_t kMostChunks = 256, kFewBlocks = 4, kSomeBlocks = 16;
   const auto equal_chunks = [&](std::int64_t most, std::int64_t unit) {
     return (length + most * unit - 1) / (most * unit) * unit;
   };
   if (length > kSomeBlocks * kBlock) return equal_chunks(kMostChunks, kBlock);
-  if (length > kFewBlocks * kBlock || length <= kBlock / 2) return kBlock / 2;
+  if (length <= kBlock / 2) return kBlock / 2;
+  if (length > kFewBlocks * kBlock) {
+    const auto half_of_chunks = [&](std::int64_t chunk) {
+      return ((length + chunk - 1) / chunk + 1) / 2 * chunk;
+    };
+    std::int64_t best = kBlock / 2;
+    for (const std::int64_t chunk : {best - kRun, best + kRun}) {
+      if (half_of_chunks(chunk) < half_of_chunks(best)) best = chunk;
+    }
+    return best;
+  }
   return equal_chunks(2 * ((length + 2 * kBlock - 1) / (2 * kBlock)), kRun);
 }
 
