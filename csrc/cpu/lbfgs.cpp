@@ -63,9 +63,9 @@ void grad_stats(at::TensorList params, at::TensorList grads, at::IntArrayRef off
   bump_version(stats);
 }
 
-// Rows of no more bytes than these lie in a cache, before pass 1 and before pass 2. Pass 2 follows on
-// pass 1, which has left them in the third level; before pass 1 a closure may have driven them out
-// of there. (From the third level reading ahead costs 10 to 15%, from the memory it saves 30%.)
+// Rows of no more bytes than these lie in a cache, before pass 1 and before pass 2. Pass 2 follows
+// on pass 1, which has left them in the third level; before pass 1 a closure may have driven them
+// out of there. (From the third level reading ahead costs 10 to 15%, from the memory it saves 30%.)
 constexpr std::int64_t kCachedBefore1 = std::int64_t{1} << 20;
 constexpr std::int64_t kCachedBefore2 = std::int64_t{16} << 20;
 
