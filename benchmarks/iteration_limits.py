@@ -1,8 +1,9 @@
-"""What limits the targets of per_iteration: the memory, or what is not an op.
+"""What limits the targets of per_iteration: the memory, instructions, or what is not an op.
 
-Two bounds, both out of the same run. Out of cache: the bytes that an exact iteration cannot but
-move, at the best bandwidth measured. In cache: our ops alone, called without an optimizer around
-them, as if Python and all bookkeeping cost nothing.
+Three bounds, all out of the same run. Out of cache: the bytes that an exact iteration cannot but
+move, at the best bandwidth measured; and the instructions of our own, as if everything lay in a
+cache. In cache: our ops alone, called without an optimizer around them, as if Python and all
+bookkeeping cost nothing.
 """
 
 from __future__ import annotations
@@ -140,6 +141,15 @@ def memory_limit(
     return Limit(target, what, bandwidth.per(moved * numel), ours, peer, wanted)
 
 
+def instructions_limit(
+    target: str, cached: Spread, share: float, ours: Spread, peer: Spread, wanted: float | None
+) -> Limit:
+    """The bound of what we do with the numbers; ``cached``: a problem ``share`` of the size."""
+    seconds = cached.scaled(1.0 / share)
+    what = f"instructions: {number(1 / share)} times a problem whose history lies in the L3 cache"
+    return Limit(target, what, seconds, ours, peer, wanted)
+
+
 def ops_limit(
     target: str,
     seconds: dict[str, Spread],
@@ -248,7 +258,8 @@ def as_table(limits: list[Limit]) -> str:
         return ""
     text = (
         "What limits the targets that are times: the bytes that an exact iteration must move, at "
-        "the best bandwidth of this run, or the ops alone. L-BFGS with rows of r bytes an element "
+        "the best bandwidth of this run, the instructions on numbers in cache, or the ops alone. "
+        "L-BFGS with rows of r bytes an element "
         "moves (4 m + 3) r + 16 in its two passes, 8 in the first move and r + 8 in any other, and "
         "r + 4 for a trial's slope."
     )

@@ -24,7 +24,7 @@ from benchmarks import (
 )
 from benchmarks.harness import COLORS, Spread, count, number, table
 from benchmarks.iteration_adam import AdamRow
-from benchmarks.iteration_lbfgs import SEARCHED_ITERATIONS, LbfgsRow
+from benchmarks.iteration_lbfgs import IN_CACHE, SEARCHED_ITERATIONS, LbfgsRow
 from benchmarks.iteration_limits import ROW_BYTES, Limit
 from benchmarks.workloads import history_dtypes
 
@@ -232,6 +232,11 @@ def bounds(
                 )
                 found.append(
                     iteration_limits.memory_limit(work, moved, row.numel, large[1], *common)
+                )
+            if name in row.in_cache:
+                share = IN_CACHE / row.numel
+                found.append(
+                    iteration_limits.instructions_limit(work, row.in_cache[name], share, *common)
                 )
     for row in adam:
         work = _adam_work(row.numel, row.tensors)
