@@ -364,6 +364,23 @@ def test_vectors_that_no_cache_holds() -> None:
     case.check_move("native", 0.5, True)
 
 
+@pytest.mark.parametrize("param", [F32, BF16])
+def test_parameters_of_a_small_problem_on_two_threads(param: torch.dtype) -> None:
+    """They go past the caches; on one thread, or in tensors of torch's grain, they do not."""
+    threads = torch.get_num_threads()
+    small, large = [4001] * 20, [40_009, 40_011]
+    try:
+        for count, sizes in product((1, 2), (small, large)):
+            torch.set_num_threads(count)
+            case = make_case(sizes, exact=False, position=(2, 1, 1), param_dtypes=[param])
+            case.check_set_out("native")
+            case.check_move("native", 0.5, True)
+            case.check_move("native", 0.5, False)
+            case.check_move("native", 0.0, False)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @each_backend
 @pytest.mark.parametrize("row", DTYPES)
 def test_long_sums_lose_nothing(backend: str, row: torch.dtype) -> None:

@@ -23,6 +23,17 @@ constexpr std::int64_t kRun = 1024;
 // L1/L2 while the history's rows stream past. Chunks of long ranges are multiples of it.
 constexpr std::int64_t kBlock = 8192;
 
+// What a kernel stores past the caches.
+enum class PastCaches {
+  nothing,
+  // Parameters of T that another core holds: to write to lines which it has read, they must be
+  // taken from it one by one, and where the two cores share no cache that takes far longer than it
+  // takes the next reader to fetch all of them from the memory.
+  params,
+  // Vectors of T that are only written, where nothing would be left of them in a cache.
+  vectors,
+};
+
 // Places in combine's output.
 enum DirectionStat : int { kDotGrad, kSq, kMax, kDirectionStats };
 
@@ -51,16 +62,15 @@ struct StateKernels {
 
   // Pass 2. p = coef_g g + sum coefs[i] rows[i], scaled by the segments'
   // lr_scale, rounded to the row's dtype and stored in p_row; grad_prev <- g.
-  // With an origin (not null), then as in move with save. `far`: vectors of T
-  // that are only written go past the caches.
+  // With an origin (not null), then as in move with save.
   void (*combine)(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sign,
                   const Rows& rows, const double* coefs, double coef_g, const Row& p_row,
-                  T* grad_prev, T* origin, double step, bool far, double* out);
+                  T* grad_prev, T* origin, double step, PastCaches past, double* out);
 
-  // param = origin + step * row; with save, origin <- param first (past the
-  // caches if `far`). step 0 restores exactly.
+  // param = origin + step * row; with save, origin <- param first. step 0
+  // restores exactly.
   void (*move)(const SegmentTable& table, std::int64_t begin, std::int64_t end, T* origin,
-               const Row& row, double step, bool save, bool far);
+               const Row& row, double step, bool save, PastCaches past);
 
   // Algorithm 3: param = theta * param + (1 - theta) * (origin + step * row);
   // row <- the step really taken; out[0] = its squared norm.

@@ -19,11 +19,22 @@ void with_state_type(at::ScalarType dtype, Function&& function) {
   }
 }
 
-// Whether a vector is so long that nothing of it would be left in a cache after a pass over the
-// history.
-bool is_far(std::int64_t numel, at::ScalarType dtype) {
+// Whether a closure leaves the parameters in the caches of the calling thread's core: together they
+// fit there, and torch's own operators run on that thread for tensors below their grain.
+bool lie_with_caller(const SegmentTable& table, std::int64_t numel) {
+  constexpr std::int64_t kInItsCaches = std::int64_t{1} << 18;
+  return numel <= kInItsCaches &&
+         std::all_of(table.segments, table.segments + table.count,
+                     [](const Segment& s) { return s.numel < at::internal::GRAIN_SIZE; });
+}
+
+// What a pass had better store past the caches.
+PastCaches past_caches(const SegmentTable& table, std::int64_t numel, at::ScalarType dtype,
+                       const Pass& pass) {
   constexpr std::int64_t kFar = std::int64_t{32} << 20;
-  return numel * static_cast<std::int64_t>(at::elementSize(dtype)) >= kFar;
+  if (numel * static_cast<std::int64_t>(at::elementSize(dtype)) >= kFar) return PastCaches::vectors;
+  const bool elsewhere = lie_with_caller(table, numel) && takes_threads(numel, pass);
+  return elsewhere ? PastCaches::params : PastCaches::nothing;
 }
 
 // kGradStats numbers; `direction` may be null.
@@ -222,17 +233,16 @@ void take_direction(at::TensorList params, at::TensorList grads, at::IntArrayRef
     coefs.push_back(state.array(kCoefY)[slot]);
   }
   double sums[kDirectionStats];
-  const bool far = is_far(ring.numel(), previous.dtype);
+  const Pass pass{.vectors = rows.count + (origin ? 6 : 3), .width = kDirectionStats, .maxima = 1};
+  const PastCaches past = past_caches(segments.table(), ring.numel(), previous.dtype, pass);
   with_state_type(previous.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T sign = maximize ? T(-1) : T(1);
     T* const from = origin ? origin->data_ptr<T>() : nullptr;
-    const Pass pass{
-        .vectors = rows.count + (origin ? 6 : 3), .width = kDirectionStats, .maxima = 1};
     run_chunks(0, ring.numel(), pass, sums, [&](std::int64_t begin, std::int64_t end, double* out) {
       cpu_kernels().of<T>().combine(segments.table(), begin, end, sign, rows, coefs.data(),
                                     *state.array(kCoefG), ring.open_row(),
-                                    static_cast<T*>(previous.data), from, step, far, out);
+                                    static_cast<T*>(previous.data), from, step, past, out);
     });
   });
   state[kDirectionDotGrad] = sums[kDotGrad];
@@ -280,14 +290,14 @@ void lbfgs_move(at::TensorList params, at::IntArrayRef offsets, at::Tensor origi
     stay = order.stay, step = order.step, save = order.save;
   }
   if (!stay) {
-    const bool far = is_far(ring.numel(), dtype);
+    const Pass pass{.vectors = save ? 4 : 3};
+    const PastCaches past = past_caches(segments.table(), ring.numel(), dtype, pass);
     with_state_type(dtype, [&](auto zero) {
       using T = decltype(zero);
       double none;
-      const Pass pass{.vectors = save ? 4 : 3};
       run_chunks(0, ring.numel(), pass, &none, [&](std::int64_t begin, std::int64_t end, double*) {
         cpu_kernels().of<T>().move(segments.table(), begin, end, origin.data_ptr<T>(),
-                                   ring.open_row(), step, save, far);
+                                   ring.open_row(), step, save, past);
       });
     });
     if (!save || step != 0.0) segments.params_changed();

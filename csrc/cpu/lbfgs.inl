@@ -101,7 +101,8 @@ void dots(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sig
 // save, origin <- param before. p may be null where step is 0.
 template <class T>
 FUSE_INLINE void move_run(const Segment& s, std::int64_t first, std::int64_t n, const T* p,
-                          double step, T* origin, bool save, bool far) {
+                          double step, T* origin, bool save, PastCaches past) {
+  const bool far = past == PastCaches::vectors;
   T scratch[kRun];
   const T* from = origin;
   if (save) {
@@ -122,13 +123,18 @@ FUSE_INLINE void move_run(const Segment& s, std::int64_t first, std::int64_t n, 
     if (keep) origin[i] = x;
     scratch[i] = x + length_of_step * p[i];
   }
-  write<T>(s.param_dtype, s.param, first, n, scratch, false);
+  if (past == PastCaches::params && s.param_dtype == dtype_of<T>()) {
+    copy_past_caches(scratch, n, static_cast<T*>(s.param) + first);
+  } else {
+    write<T>(s.param_dtype, s.param, first, n, scratch, false);
+  }
 }
 
 template <class T>
 void combine(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sign,
              const Rows& rows, const double* coefs, double coef_g, const Row& p_row, T* grad_prev,
-             T* origin, double step, bool far, double* out) {
+             T* origin, double step, PastCaches past, double* out) {
+  const bool far = past == PastCaches::vectors;
   const bool p_is_far = far && p_row.dtype == dtype_of<T>();
   const std::int64_t block = block_beside(rows);
   T grad_scratch[kBlock], p_scratch[kBlock];
@@ -183,11 +189,11 @@ void combine(const SegmentTable& table, std::int64_t begin, std::int64_t end, T 
       for (std::int64_t done = 0; done < length; done += kRun) {
         const std::int64_t run = length - done < kRun ? length - done : kRun;
         const std::int64_t place = flat + done;
-        move_run(s, first + done, run, p + (place - at), step, origin + place, true, far);
+        move_run(s, first + done, run, p + (place - at), step, origin + place, true, past);
       }
     });
   }
-  if (far) end_copies_past_caches();
+  if (past != PastCaches::nothing) end_copies_past_caches();
   out[kDotGrad] = slope;
   out[kSq] = square;
   out[kMax] = maximum;
@@ -195,7 +201,7 @@ void combine(const SegmentTable& table, std::int64_t begin, std::int64_t end, T 
 
 template <class T>
 void move(const SegmentTable& table, std::int64_t begin, std::int64_t end, T* origin,
-          const Row& row, double step, bool save, bool far) {
+          const Row& row, double step, bool save, PastCaches past) {
   T row_scratch[kRun];
   table.for_each_piece(
       begin, end,
@@ -203,10 +209,10 @@ void move(const SegmentTable& table, std::int64_t begin, std::int64_t end, T* or
     for (std::int64_t done = 0; done < length; done += kRun) {
       const std::int64_t n = length - done < kRun ? length - done : kRun;
       const T* p = step == 0.0 ? nullptr : read_row<T>(row, flat + done, n, row_scratch);
-      move_run(s, first + done, n, p, step, origin + flat + done, save, far);
+      move_run(s, first + done, n, p, step, origin + flat + done, save, past);
     }
   });
-  if (save && far) end_copies_past_caches();
+  if (past != PastCaches::nothing) end_copies_past_caches();
 }
 
 template <class T>

@@ -43,6 +43,17 @@ struct Pass {
   std::int64_t maxima = 0;  // the last so many of them are maxima, the others sums
 };
 
+// The fewest chunks worth a thread.
+inline std::int64_t grain_of(const Pass& pass, std::int64_t chunk) {
+  return kWorthAThread / (chunk * pass.vectors) + 1;
+}
+
+// Whether a pass over so many elements would run on several threads.
+inline bool takes_threads(std::int64_t length, const Pass& pass) {
+  const std::int64_t chunk = chunk_length(length), chunks = (length + chunk - 1) / chunk;
+  return chunks > grain_of(pass, chunk) && at::get_num_threads() > 1 && !at::in_parallel_region();
+}
+
 // run(begin, end, out) fills out[0, width) for a part of the range; total[0, width) becomes that of
 // the whole.
 template <class Run>
@@ -54,8 +65,7 @@ void run_chunks(std::int64_t begin, std::int64_t end, const Pass& pass, double* 
   const std::int64_t chunks = (end - begin + chunk - 1) / chunk;
   if (chunks == 1) return run(begin, end, total);
   std::vector<double> partial(static_cast<std::size_t>(chunks * width));
-  const std::int64_t grain = kWorthAThread / (chunk * pass.vectors) + 1;
-  at::parallel_for(0, chunks, grain, [&](std::int64_t first, std::int64_t last) {
+  at::parallel_for(0, chunks, grain_of(pass, chunk), [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t i = first; i < last; ++i) {
       const std::int64_t from = begin + i * chunk;
       run(from, from + chunk < end ? from + chunk : end, partial.data() + i * width);

@@ -7,6 +7,9 @@
 
 namespace check {
 
+inline constexpr fuse_ext::PastCaches kPastCaches[] = {
+    fuse_ext::PastCaches::nothing, fuse_ext::PastCaches::params, fuse_ext::PastCaches::vectors};
+
 inline std::vector<const fuse_ext::CpuKernels*> runnable_levels() {
   std::vector<const fuse_ext::CpuKernels*> levels = {&fuse_ext::kernels_default};
 #if defined(FUSE_EXT_X86_LEVELS)

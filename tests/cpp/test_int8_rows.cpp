@@ -84,7 +84,7 @@ class Int8Kernels {
 
   void check_all() {
     check_dots();
-    for (const bool far : {false, true}) check_combine(far), check_move(far);
+    for (const PastCaches past : check::kPastCaches) check_combine(past), check_move(past);
     check_blend();
     for (const Buffer* buffer : {&grad_, &previous_, &param_, &origin_}) {
       buffer->expect_zones("a flat vector");
@@ -114,7 +114,7 @@ class Int8Kernels {
     out.expect_zones("dots");
   }
 
-  void check_combine(bool far) {
+  void check_combine(PastCaches past) {
     Int8Row p(random_, numel_);
     const double coefs[] = {0.5, -1.5, 1, 0.25, -2};
     Vector exact, g;
@@ -125,7 +125,7 @@ class Int8Kernels {
     }
     Buffer out(DType::f64, kDirectionStats), previous(dtype_of<T>(), numel_);
     k_.combine(table(), 0, numel_, 1, {list_.data(), 5}, coefs, -1, p.row(), previous.as<T>(),
-               nullptr, 0, far, out.as<double>());
+               nullptr, 0, past, out.as<double>());
     p.expect("p", exact, kRoundoff);
     const Vector stored = p.read();
     expect_sum(out.get(kDotGrad), g, stored);
@@ -134,9 +134,9 @@ class Int8Kernels {
     out.expect_zones("combine");
   }
 
-  void check_move(bool far) {
+  void check_move(PastCaches past) {
     const Vector p = rows_[0]->read();
-    k_.move(table(), 0, numel_, origin_.as<T>(), list_[0], 0.5, false, far);
+    k_.move(table(), 0, numel_, origin_.as<T>(), list_[0], 0.5, false, past);
     for (std::int64_t i = 0; i < numel_; ++i) {
       const double exact = origin_.get(i) + 0.5 * p[static_cast<std::size_t>(i)];
       CHECK_NEAR(param_.get(i), exact, 200 * kRoundoff);

@@ -60,17 +60,17 @@ class Kernels {
         const std::int64_t rows = random_.below(10);
         check_dots(tensors, range, row_dtype, sign, rows, false);
         check_dots(tensors, range, row_dtype, sign, rows, true);
-        for (const bool far : {false, true}) {
-          check_combine(tensors, range, row_dtype, sign, rows, 0, far);
-          check_combine(tensors, range, row_dtype, sign, rows, 0.5, far);
+        for (const PastCaches past : check::kPastCaches) {
+          check_combine(tensors, range, row_dtype, sign, rows, 0, past);
+          check_combine(tensors, range, row_dtype, sign, rows, 0.5, past);
         }
       }
       check_copies(tensors, range);
-      for (const bool far : {false, true}) {
-        check_move(tensors, range, row_dtype, 0.5, true, far);
-        check_move(tensors, range, row_dtype, -2, false, far);
-        check_move(tensors, range, row_dtype, 0, true, far);
-        check_move(tensors, range, row_dtype, 0, false, far);
+      for (const PastCaches past : check::kPastCaches) {
+        check_move(tensors, range, row_dtype, 0.5, true, past);
+        check_move(tensors, range, row_dtype, -2, false, past);
+        check_move(tensors, range, row_dtype, 0, true, past);
+        check_move(tensors, range, row_dtype, 0, false, past);
       }
       check_blend(tensors, range, row_dtype);
     }
@@ -199,7 +199,7 @@ class Kernels {
   }
 
   void check_combine(Tensors& tensors, const Range& range, DType row_dtype, double sign,
-                     std::int64_t count, double step, bool far) {
+                     std::int64_t count, double step, PastCaches past) {
     const Vector g = tensors.effective(sign);
     const RowList list(random_, row_dtype, range.numel, count);
     const Vector coefs = check::integers(random_, count);
@@ -219,7 +219,7 @@ class Kernels {
     Buffer out(DType::f64, kDirectionStats);
     k_.combine(tensors.table(), range.begin, range.end, static_cast<T>(sign), list.rows,
                coefs.data(), -2, row_of(p.buffer, row_dtype), previous.buffer.template as<T>(),
-               moves ? origin.buffer.template as<T>() : nullptr, step, far, out.as<double>());
+               moves ? origin.buffer.template as<T>() : nullptr, step, past, out.as<double>());
     Vector expected(kDirectionStats);
     expected[kDotGrad] = sum_of_products(range, g, p.values);
     expected[kSq] = sum_of_products(range, p.values, p.values);
@@ -234,7 +234,7 @@ class Kernels {
   }
 
   void check_move(Tensors& tensors, const Range& range, DType row_dtype, double step, bool save,
-                  bool far) {
+                  PastCaches past) {
     Flat origin = state(range);
     Flat row(random_, row_dtype, range.numel);
     for_flat(range, [&](std::size_t i) {
@@ -243,7 +243,7 @@ class Kernels {
       tensors.x[i] = origin.values[i] + step * row.values[i];
     });
     k_.move(tensors.table(), range.begin, range.end, origin.buffer.template as<T>(),
-            row_of(row.buffer, row_dtype), step, save, far);
+            row_of(row.buffer, row_dtype), step, save, past);
     origin.expect("origin");
     row.expect("row");
     tensors.expect_params(tensors.x);
@@ -323,8 +323,8 @@ void check_long_sums(const StateKernels<float>& k) {
   CHECK_EQUAL(out[kGradDotDirection], square);
   CHECK_EQUAL(out[kGradSq], square);
 
-  k.combine(table, 0, numel, 1, {five, 0}, nullptr, 1, y_row, zero.as<float>(), nullptr, 0, false,
-            out.data());
+  k.combine(table, 0, numel, 1, {five, 0}, nullptr, 1, y_row, zero.as<float>(), nullptr, 0,
+            PastCaches::nothing, out.data());
   CHECK_EQUAL(out[kDotGrad], square);
   CHECK_EQUAL(out[kSq], square);
 
