@@ -128,7 +128,7 @@ class Iterations:
         self.optimizer = make(problem.params)
         self.each = each
         self.iterations = 0
-        self._accepted = 0
+        self._accepted = self._visible = 0
         self._seen: list[weakref.ref[Tensor]] = []
 
     def fill(self, history_size: int) -> None:
@@ -146,7 +146,7 @@ class Iterations:
             self.run()
         self.run()
         self.run()
-        self.iterations = self.problem.calls = self._accepted = 0
+        self.iterations = self.problem.calls = self._visible = 0
         self._accepted = -self._all_accepted()
 
     def pairs_held(self) -> int:
@@ -164,6 +164,8 @@ class Iterations:
         self.iterations += self.each
         if isinstance(self.optimizer, torch.optim.LBFGS):
             self._count_new_pairs()
+        else:
+            self._visible += self.each
         return spent / self.each
 
     @property
@@ -173,8 +175,10 @@ class Iterations:
         return entry
 
     def _count_new_pairs(self) -> None:
-        # torch counts no pairs. Weak, so that what it drops is freed as usual.
+        # torch counts no pairs, and of a call only the last ones are to be seen. Weak, so that what
+        # it drops is freed as usual.
         pairs = self.entry["old_dirs"]
+        self._visible += min(self.each, self.optimizer.param_groups[0]["history_size"])
         self._accepted += sum(all(pair is not seen() for seen in self._seen) for pair in pairs)
         self._seen = [weakref.ref(pair) for pair in pairs]
 
@@ -184,10 +188,13 @@ class Iterations:
         return int(read_header(self.entry["scalars"]).accepted)
 
     def work(self) -> dict[str, float]:
-        """What it did since :meth:`fill`, to be compared: per iteration, but for the pairs held."""
+        """What it did since :meth:`fill`, to be compared: per iteration, but for the pairs held.
+
+        Of torch's pairs only those count that were in the history at the end of a call of step.
+        """
         return {
             "pairs held": self.pairs_held(),
-            "pairs accepted": (self._accepted + self._all_accepted()) / self.iterations,
+            "pairs accepted": (self._accepted + self._all_accepted()) / self._visible,
             "evaluations": self.problem.calls / self.iterations,
         }
 
