@@ -99,7 +99,7 @@ class FusePV(AveragedPhase):
         self_scaling: Before each pair divide the inverse Hessian by min(1, s.y / s.B s), and begin
             with the oldest pair's scale instead of the newest one's (self-scaling BFGS of Oren and
             Luenberger, and Al-Baali). It costs nothing, and pays in long runs on one function
-            with many pairs: PINNs ended 60 to 100 times lower with 500. None: where the closure
+            with many pairs: PINNs ended 60 to 300 times lower with 500. None: where the closure
             is the same function at every call, there is a line search, and m is at least 100.
         deterministic: True is a promise that the closure is the same function at every call (full
             batch, no dropout). A step then begins with the last step's final evaluation, unless
