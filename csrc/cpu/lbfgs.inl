@@ -92,7 +92,9 @@ void dots(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sig
 #pragma omp simd
     for (std::int64_t i = 0; i < n; ++i) y[i] = g[i] - grad_prev[at + i];
     write_row<T>(*y_row, at, n, y);
-    dot_itself(g, y, n, out_gy);
+    // As any row later, so that a pass repeated has the same bits.
+    const Row self{y, nullptr, dtype_of<T>()};
+    dot_all_rows<T, true>(g, y, Rows{&self, 1}, 0, n, out_gy, out_gy + 1);
     dot_all_rows<T, true>(g, y, rows, at, n, out_g, out_y);
   }
 }

@@ -341,33 +341,6 @@ FUSE_INLINE void dot_all_rows(const T* a, const T* b, const Rows& rows, std::int
   });
 }
 
-// Adds a.b to out[0] and b.b to out[1]: what dot_all_rows would do with b as its only row, but with
-// enough sums not to wait for each.
-template <class T>
-FUSE_INLINE void dot_itself(const T* a, const T* b, std::int64_t n, double* out) {
-  constexpr std::int64_t kSums = 4, kStep = kSums * kLanes<T>;
-  T rest_a[kStep], rest_b[kStep];
-  for (std::int64_t run = 0; run < n; run += kRun) {
-    const std::int64_t stop = n - run < kRun ? n : run + kRun;
-    Lanes<T> sums_a[kSums] = {}, sums_b[kSums] = {};
-    for (std::int64_t i = run; i < stop; i += kStep) {
-      const T *from_a = a + i, *from_b = b + i;
-      if (stop - i < kStep) {
-        fill_up(from_a, stop - i, kStep, rest_a);
-        fill_up(from_b, stop - i, kStep, rest_b);
-        from_a = rest_a, from_b = rest_b;
-      }
-      for_each_constant<kSums>([&](auto k) FUSE_LAMBDA {
-        const Lanes<T> element = load_lanes(from_b + k * kLanes<T>);
-        sums_a[k] = mul_add_lanes(load_lanes(from_a + k * kLanes<T>), element, sums_a[k]);
-        sums_b[k] = mul_add_lanes(element, element, sums_b[k]);
-      });
-    }
-    out[0] += sum_of_lanes((sums_a[0] + sums_a[1]) + (sums_a[2] + sums_a[3]));
-    out[1] += sum_of_lanes((sums_b[0] + sums_b[1]) + (sums_b[2] + sums_b[3]));
-  }
-}
-
 // out += sum of coefs[r] * rows[r], from `at` on.
 template <class T>
 FUSE_INLINE void add_all_rows(const Rows& rows, const double* coefs, std::int64_t at,
