@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -16,7 +17,14 @@ pytest.importorskip("sklearn")
 
 from benchmarks.cost_kmd import Fit
 from benchmarks.harness import Spread, count, interleaved, number, rewrite, table
-from benchmarks.iteration_limits import Limit, bytes_of_iteration, memory_limit, ops_limit
+from benchmarks.iteration_lbfgs import optimizers, set_up
+from benchmarks.iteration_limits import (
+    Limit,
+    bytes_of_iteration,
+    instructions_limit,
+    memory_limit,
+    ops_limit,
+)
 from benchmarks.per_iteration import Condition, Target
 from benchmarks.workloads import Iterations, Quadratic, differences, split
 
@@ -232,6 +240,8 @@ def test_bounds_are_computed_from_the_run():
     seconds = {"a": Spread.of([1.0, 1.0]), "b": Spread.of([2.0, 1.0])}
     limit = ops_limit("t", seconds, {"a": 1.5, "b": 1.0}, ours, peer, 5.0)
     assert limit.bound.values == (3.5, 2.5) and "a" in limit.what
+    limit = instructions_limit("t", Spread.of([0.25, 0.5]), 0.125, ours, peer, 5.0)
+    assert limit.bound.values == (2.0, 4.0) and "8.00 times" in limit.what
 
 
 def test_fit_finds_a_power():
@@ -265,6 +275,15 @@ def test_quadratic_is_what_its_gradients_say():
     problem.closure()
     assert all(p.grad is not g for p, g in zip(problem.params, first, strict=True))
     assert problem.seconds > 0 and problem.calls == 2
+
+
+@pytest.mark.parametrize("each", [2, 7])
+def test_pairs_count_also_where_a_call_makes_more_than_the_history_holds(each):
+    made = optimizers(3, torch.float32, 1.0, each, "strong_wolfe")
+    cases = set_up({name: made[name] for name in ("torch", "fp32")}, [60], torch.float32, 3, each)
+    for case in cases.values():
+        case.run()
+        assert case.work()["pairs accepted"] == 1.0
 
 
 def test_unequal_work_is_said():

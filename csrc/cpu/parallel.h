@@ -10,8 +10,8 @@
 
 namespace fuse_ext {
 
-// Few enough that their partial results are cheap beside the vectors. Short ranges are
-// cut so that two threads have nearly as much to do. Depends on the range alone.
+// Few enough that their partial results are cheap beside the vectors. Short ranges are cut so that
+// two threads have nearly as much to do. Depends on the range alone.
 inline std::int64_t chunk_length(std::int64_t length) {
   constexpr std::int64_t kMostChunks = 256, kFewBlocks = 4, kSomeBlocks = 16;
   const auto equal_chunks = [&](std::int64_t most, std::int64_t unit) {
