@@ -50,26 +50,33 @@ FUSE_INLINE AdamCoefficients<T> adam_coefficients(const AdamOptions& options) {
   return c;
 }
 
+// Whether most of what options can add to a step leaves it as it is.
+template <class T>
+FUSE_INLINE bool is_plain(const AdamCoefficients<T>& c) {
+  return c.grad_scale == T(1) && c.l2 == T(0) && c.eps_in_root == T(0) && c.beta1 > T(0.5);
+}
+
 FUSE_INLINE float root(float value) { return sqrtf(value); }
 FUSE_INLINE double root(double value) { return sqrt(value); }
 
 // Updates param and moments in place; returns the gradient before weight decay, whose squares
-// Eq. 3 sums.
-template <class T, bool amsgrad>
+// Eq. 3 sums. plain (which is_plain must allow) leaves out what changes no bit.
+template <class T, bool amsgrad, bool plain = false>
 FUSE_INLINE T adam_element(T& param, T stored_grad, T& exp_avg, T& exp_avg_sq, T* max_exp_avg_sq,
                            const AdamCoefficients<T>& c) {
-  const T raw = stored_grad * c.grad_scale;
-  const T grad = raw + c.l2 * param;
+  const T raw = plain ? stored_grad : stored_grad * c.grad_scale;
+  const T grad = plain || c.l2 == T(0) ? raw : raw + c.l2 * param;
   // As torch's lerp: from the nearer end, so that beta1 = 0 gives the gradient itself.
   const T change = grad - exp_avg;
-  exp_avg = c.beta1 > T(0.5) ? exp_avg + c.one_minus_beta1 * change : grad - c.beta1 * change;
+  exp_avg = plain || c.beta1 > T(0.5) ? exp_avg + c.one_minus_beta1 * change
+                                      : grad - c.beta1 * change;
   exp_avg_sq = c.beta2 * exp_avg_sq + c.one_minus_beta2 * grad * grad;
   T second = exp_avg_sq;
   if (amsgrad) {
     second = *max_exp_avg_sq > exp_avg_sq ? *max_exp_avg_sq : exp_avg_sq;
     *max_exp_avg_sq = second;
   }
-  const T denominator = root(second + c.eps_in_root) * c.root_scale + c.eps;
+  const T denominator = root(plain ? second : second + c.eps_in_root) * c.root_scale + c.eps;
   param = param * c.keep - c.step_size * exp_avg / denominator;
   return raw;
 }

@@ -3,37 +3,42 @@
 // Eq. 3 on the way.
 #pragma once
 
+#include <type_traits>
+
 #include "blocks.inl"
 
 namespace fuse_ext {
 namespace {
 
-template <class T, bool amsgrad>
-FUSE_INLINE T adam_run(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, T* max_exp_avg_sq,
+template <class T, bool amsgrad, bool plain>
+FUSE_INLINE T adam_run(T* params, const T* grads, T* exp_avg, T* exp_avg_sq, T* max_exp_avg_sq,
                        std::int64_t n, const AdamCoefficients<T>& c) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (std::int64_t i = 0; i < n; ++i) {
-    const T g = adam_element<T, amsgrad>(param[i], grad[i], exp_avg[i], exp_avg_sq[i],
-                                         amsgrad ? &max_exp_avg_sq[i] : nullptr, c);
+    T param = params[i], m = exp_avg[i], v = exp_avg_sq[i];  // in registers over all of it
+    T v_max = amsgrad ? max_exp_avg_sq[i] : T(0);
+    const T g = adam_element<T, amsgrad, plain>(param, grads[i], m, v, &v_max, c);
+    params[i] = param, exp_avg[i] = m, exp_avg_sq[i] = v;
+    if (amsgrad) max_exp_avg_sq[i] = v_max;
     sum += g * g;
   }
   return sum;
 }
 
-template <bool amsgrad>
-FUSE_INLINE float adam_run_bf16(float* param, const float* grad, BFloat16* exp_avg,
+template <bool amsgrad, bool plain>
+FUSE_INLINE float adam_run_bf16(float* params, const float* grads, BFloat16* exp_avg,
                                 BFloat16* exp_avg_sq, BFloat16* max_exp_avg_sq,
                                 std::uint32_t element, std::int32_t n,
                                 const AdamCoefficients<float>& c, const RandomKey& key) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (std::int32_t i = 0; i < n; ++i) {  // counted in the width of the random bits
-    float m = load<float>(exp_avg[i]), v = load<float>(exp_avg_sq[i]);
+    float param = params[i], m = load<float>(exp_avg[i]), v = load<float>(exp_avg_sq[i]);
     float v_max = amsgrad ? load<float>(max_exp_avg_sq[i]) : 0.0f;
-    const float g =
-        adam_element<float, amsgrad>(param[i], grad[i], m, v, amsgrad ? &v_max : nullptr, c);
+    const float g = adam_element<float, amsgrad, plain>(param, grads[i], m, v, &v_max, c);
     const std::uint32_t random = random_bits(element + static_cast<std::uint32_t>(i), key);
+    params[i] = param;
     store_moments<amsgrad>(&exp_avg[i], &exp_avg_sq[i], amsgrad ? &max_exp_avg_sq[i] : nullptr, m,
                            v, v_max, random);
     sum += g * g;
@@ -61,17 +66,28 @@ FUSE_INLINE double adam_runs(const SegmentTable& table, std::int64_t begin, std:
   return sum;
 }
 
+// Calls visit(amsgrad, plain) with constants.
+template <class T, class Visit>
+FUSE_INLINE void with_kind(bool amsgrad, const AdamCoefficients<T>& c, Visit&& visit) {
+  const bool plain = is_plain(c);
+  if (amsgrad) {
+    plain ? visit(std::true_type{}, std::true_type{}) : visit(std::true_type{}, std::false_type{});
+  } else {
+    plain ? visit(std::false_type{}, std::true_type{})
+          : visit(std::false_type{}, std::false_type{});
+  }
+}
+
 template <class T>
 void adam(const SegmentTable& table, std::int64_t begin, std::int64_t end, T* exp_avg,
           T* exp_avg_sq, T* max_exp_avg_sq, const AdamCoefficients<T>& c, double* out) {
   const AdamCoefficients<T> local = c;  // a copy that no store can alias
-  out[0] = adam_runs<T>(table, begin, end,
-                        [&](T* param, const T* grad, std::int64_t flat, std::int64_t n) {
-    return max_exp_avg_sq != nullptr
-               ? adam_run<T, true>(param, grad, exp_avg + flat, exp_avg_sq + flat,
-                                   max_exp_avg_sq + flat, n, local)
-               : adam_run<T, false>(param, grad, exp_avg + flat, exp_avg_sq + flat, nullptr, n,
-                                    local);
+  with_kind(max_exp_avg_sq != nullptr, c, [&](auto amsgrad, auto plain) {
+    out[0] = adam_runs<T>(table, begin, end,
+                          [&](T* param, const T* grad, std::int64_t flat, std::int64_t n) {
+      return adam_run<T, amsgrad, plain>(param, grad, exp_avg + flat, exp_avg_sq + flat,
+                                         amsgrad ? max_exp_avg_sq + flat : nullptr, n, local);
+    });
   });
 }
 
@@ -80,15 +96,16 @@ void adam_bf16(const SegmentTable& table, std::int64_t begin, std::int64_t end, 
                const RandomKey& key, double* out) {
   const AdamCoefficients<float> local = c;
   const RandomKey local_key = key;
-  out[0] = adam_runs<float>(
-      table, begin, end, [&](float* param, const float* grad, std::int64_t flat, std::int64_t run) {
-    const auto element = static_cast<std::uint32_t>(flat);
-    const auto n = static_cast<std::int32_t>(run);
-    return max_exp_avg_sq != nullptr
-               ? adam_run_bf16<true>(param, grad, exp_avg + flat, exp_avg_sq + flat,
-                                     max_exp_avg_sq + flat, element, n, local, local_key)
-               : adam_run_bf16<false>(param, grad, exp_avg + flat, exp_avg_sq + flat, nullptr,
-                                      element, n, local, local_key);
+  with_kind(max_exp_avg_sq != nullptr, c, [&](auto amsgrad, auto plain) {
+    out[0] = adam_runs<float>(
+        table, begin, end,
+        [&](float* param, const float* grad, std::int64_t flat, std::int64_t run) {
+      const auto element = static_cast<std::uint32_t>(flat);
+      const auto n = static_cast<std::int32_t>(run);
+      return adam_run_bf16<amsgrad, plain>(param, grad, exp_avg + flat, exp_avg_sq + flat,
+                                           amsgrad ? max_exp_avg_sq + flat : nullptr, element, n,
+                                           local, local_key);
+    });
   });
 }
 

@@ -44,6 +44,13 @@ double largest(const Range& range, const Vector& values) {
   return most;
 }
 
+// With much to do besides Adam itself, from the other end of the average, and plain (is_plain).
+constexpr AdamOptions kAdamOptions[] = {
+    {3, 0.1, 0.9, 0.99, 1e-3, 0, 0.1, false, true, 1.0},
+    {3, 0.1, 0.4, 0.999, 1e-3, 0.5, 0, false, false, 1.0},
+    {3, 0.1, 0.9, 0.999, 1e-3, 0, 0.1, true, false, 1.0},
+};
+
 Row row_of(Buffer& buffer, DType dtype) { return {buffer.data(), nullptr, dtype}; }
 
 template <class T>
@@ -54,7 +61,9 @@ class Kernels {
   void check_all(const Range& range, DType row_dtype) {
     for (const int pieces : {1, 9}) {
       Tensors tensors(random_, range.numel, pieces, pieces > 1, sizeof(T) == sizeof(double));
-      for (const bool amsgrad : {false, true}) check_adam(tensors, range, amsgrad);
+      for (const bool amsgrad : {false, true}) {
+        for (const AdamOptions& options : kAdamOptions) check_adam(tensors, range, amsgrad, options);
+      }
       for (const double sign : {1.0, -1.0}) {
         check_grad_stats(tensors, range, row_dtype, sign);
         const std::int64_t rows = random_.below(10);
@@ -92,8 +101,7 @@ class Kernels {
   Flat state(const Range& range) { return Flat(random_, dtype_of<T>(), range.numel); }
 
   // The step itself is compared with adam_element: equal bits at every level.
-  void check_adam(Tensors& tensors, const Range& range, bool amsgrad) {
-    const AdamOptions options{3, 0.1, 0.9, 0.99, 1e-3, 0, 0.1, false, true, 1.0};
+  void check_adam(Tensors& tensors, const Range& range, bool amsgrad, const AdamOptions& options) {
     const AdamCoefficients<T> c = adam_coefficients<T>(options);
     Flat m = state(range), v = state(range), v_max = state(range);
     v.buffer.fill(v.values = magnitudes(v.values));
@@ -338,10 +346,10 @@ void check_long_sums(const StateKernels<float>& k) {
 }
 
 // Moments in bfloat16: the bits of adam_element and store_moments at every level.
-void check_adam_bf16(const CpuKernels& level, const Range& range, int pieces, bool amsgrad) {
+void check_adam_bf16(const CpuKernels& level, const Range& range, int pieces, bool amsgrad,
+                     const AdamOptions& options) {
   check::Random random(static_cast<std::uint64_t>(range.numel));
   Tensors tensors(random, range.numel, pieces, pieces > 1, false);
-  const AdamOptions options{3, 0.1, 0.9, 0.999, 1e-3, 0, 0.1, false, true, 1.0};
   const AdamCoefficients<float> c = adam_coefficients<float>(options);
   const RandomKey key = random_key(options.step);
   Vector values[3] = {check::integers(random, range.numel), {}, {}};
@@ -395,7 +403,9 @@ int main() {
           if (row != DType::bf16) continue;  // once
           for (const int pieces : {1, 9}) {
             for (const bool amsgrad : {false, true}) {
-              check_adam_bf16(*level, range, pieces, amsgrad);
+              for (const AdamOptions& options : kAdamOptions) {
+                check_adam_bf16(*level, range, pieces, amsgrad, options);
+              }
             }
           }
         }
