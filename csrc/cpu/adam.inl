@@ -97,9 +97,9 @@ void adam_bf16(const SegmentTable& table, std::int64_t begin, std::int64_t end, 
   const AdamCoefficients<float> local = c;
   const RandomKey local_key = key;
   with_kind(max_exp_avg_sq != nullptr, c, [&](auto amsgrad, auto plain) {
-    out[0] = adam_runs<float>(
-        table, begin, end,
-        [&](float* param, const float* grad, std::int64_t flat, std::int64_t run) {
+    out[0] =
+        adam_runs<float>(table, begin, end,
+                         [&](float* param, const float* grad, std::int64_t flat, std::int64_t run) {
       const auto element = static_cast<std::uint32_t>(flat);
       const auto n = static_cast<std::int32_t>(run);
       return adam_run_bf16<amsgrad, plain>(param, grad, exp_avg + flat, exp_avg_sq + flat,

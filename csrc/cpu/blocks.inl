@@ -21,6 +21,15 @@ constexpr DType dtype_of() {
   return sizeof(T) == sizeof(float) ? DType::f32 : DType::f64;
 }
 
+// Has the lines fetched into the second level's cache that lie so many bytes behind
+// [from, from + n).
+template <std::int64_t n, class T>
+FUSE_INLINE void fetch_ahead(const T* from, std::int64_t bytes) {
+  constexpr std::int64_t kLine = 64, kSize = n * static_cast<std::int64_t>(sizeof(T));
+  const char* const at = reinterpret_cast<const char*>(from) + bytes;
+  for (std::int64_t line = 0; line < kSize; line += kLine) __builtin_prefetch(at + line, 0, 2);
+}
+
 // Calls visit(pointer to element `first`) with the pointer's real type.
 template <class Void, class Visit>
 FUSE_INLINE void with_type(DType dtype, Void* base, std::int64_t first, Visit&& visit) {

@@ -54,9 +54,9 @@ struct StateKernels {
   void (*largest_param)(const SegmentTable& table, std::int64_t begin, std::int64_t end,
                         double* out);
 
-  // Pass 1. With y_row (not null): y = g - grad_prev, rounded to the row's
-  // dtype and stored. out = [g . row, for all rows][y . row, for all rows][g .
-  // y][y . y]. grad_prev may be the same memory as y_row.
+  // Pass 1. With y_row (not null), which may be one of the rows: y = g - grad_prev, rounded to the
+  // row's dtype and stored, before the rows are read. out = [g . row, for all rows][y . row, for
+  // all rows]. grad_prev may be the same memory as y_row.
   void (*dots)(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sign,
                const T* grad_prev, const Row* y_row, const Rows& rows, double* out);
 

@@ -89,22 +89,25 @@ struct RingRows {
   // latency where a block of a row ends and the processor's own prefetching has to start anew. What
   // already lies in a cache would only be looked up twice.
   Rows view(std::int64_t row_bytes, std::int64_t cached) const {
-    constexpr std::int64_t kAhead = 8192;
+    constexpr std::int64_t kAhead = 1024, kNarrowAhead = 2048;
     const std::int64_t count = static_cast<std::int64_t>(rows.size());
-    return {rows.data(), count, count * row_bytes > cached ? kAhead : 0};
+    if (count * row_bytes <= cached) return {rows.data(), count, 0};
+    const bool narrow = rows[0].dtype != DType::f32 && rows[0].dtype != DType::f64;
+    return {rows.data(), count, narrow ? kNarrowAhead : kAhead};
   }
 
   explicit RingRows(const History& ring) {
     const LbfgsScalars scalars = ring.scalars();
     const std::size_t count = static_cast<std::size_t>(scalars.count());
-    rows.reserve(2 * count + 1);  // and the open one
-    slots.reserve(count);
-    for (std::int64_t age = 0; age < scalars.count(); ++age) {
-      const std::int64_t slot = scalars.slot(age);
-      rows.push_back(ring.s_row(slot));
-      rows.push_back(ring.y_row(slot));
-      slots.push_back(slot);
-    }
+    rows.reserve(2 * count + 2);  // and the open one
+    slots.reserve(count + 1);
+    for (std::int64_t age = 0; age < scalars.count(); ++age) add(ring, scalars.slot(age));
+  }
+
+  void add(const History& ring, std::int64_t slot) {
+    rows.push_back(ring.s_row(slot));
+    rows.push_back(ring.y_row(slot));
+    slots.push_back(slot);
   }
 };
 
@@ -141,15 +144,14 @@ void lbfgs_update(at::TensorList params, at::TensorList grads, at::IntArrayRef o
   if (decided != nullptr) measure(segments, previous.dtype, maximize, state, decided);
   const std::int64_t open = state.open();
   RingRows list(ring);
-  const std::int64_t in_ring = static_cast<std::int64_t>(list.rows.size());
-  if (form_pair) list.rows.push_back(ring.s_row(open));
+  if (form_pair) list.add(ring, open);  // y as any row, so that a pass repeated has the same bits
   const Rows rows = list.view(ring.slot_bytes(), kCachedBefore1);
-  std::vector<double> sums(static_cast<std::size_t>(2 * rows.count + 2));
+  std::vector<double> sums(static_cast<std::size_t>(2 * rows.count));
   with_state_type(previous.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T sign = maximize ? T(-1) : T(1);
     const Row y_row = ring.y_row(open);
-    const Pass pass{.vectors = rows.count + 4, .width = 2 * rows.count + 2};
+    const Pass pass{.vectors = rows.count + 3, .width = 2 * rows.count};
     run_chunks(0, ring.numel(), pass, sums.data(),
                [&](std::int64_t begin, std::int64_t end, double* out) {
       cpu_kernels().of<T>().dots(segments.table(), begin, end, sign,
@@ -168,12 +170,7 @@ void lbfgs_update(at::TensorList params, at::TensorList grads, at::IntArrayRef o
     y_s[slot] = dot_y[2 * i];
     y_y[slot] = dot_y[2 * i + 1];
   }
-  if (form_pair) {
-    grad_s[open] = dot_g[in_ring];
-    y_s[open] = dot_y[in_ring];
-    grad_y[open] = sums[static_cast<std::size_t>(2 * rows.count)];
-    state[kYDotY] = y_y[open] = sums[static_cast<std::size_t>(2 * rows.count + 1)];
-  }
+  if (form_pair) state[kYDotY] = y_y[open];
   bump_version(history);
   bump_version(scalars);
   if (history_scale) bump_version(*history_scale);

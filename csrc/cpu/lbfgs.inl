@@ -74,12 +74,18 @@ FUSE_INLINE std::int64_t block_beside(const Rows& rows) {
   return rows.ahead == 0 ? kBlock / 4 : kBlock;
 }
 
+// Beside rows from the memory the dense vectors are fetched ahead for so many elements at once, by
+// a page, as the hardware does not read ahead over the end of one. The last run of a block fetches
+// for the next, before the rows' turn.
+constexpr std::int64_t kFetchRun = 256, kFetchAhead = 4096;
+
 template <class T>
 void dots(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sign,
           const T* grad_prev, const Row* y_row, const Rows& rows, double* out) {
-  double *out_g = out, *out_y = out + rows.count, *out_gy = out + 2 * rows.count;
-  for (std::int64_t i = 0; i < 2 * rows.count + 2; ++i) out[i] = 0;
+  double *out_g = out, *out_y = out + rows.count;
+  for (std::int64_t i = 0; i < 2 * rows.count; ++i) out[i] = 0;
   const std::int64_t block = block_beside(rows);
+  const bool rows_are_far = rows.ahead != 0;
   T grad_scratch[kBlock], y_scratch[kBlock];
   for (std::int64_t at = begin; at < end; at += block) {
     const std::int64_t n = end - at < block ? end - at : block;
@@ -89,12 +95,16 @@ void dots(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sig
       continue;
     }
     T* y = place_in_row<T>(*y_row, at, y_scratch);
+    for (std::int64_t run = 0; run < n; run += kFetchRun) {
+      if (rows_are_far) {
+        fetch_ahead<kFetchRun>(g + run, kFetchAhead);
+        fetch_ahead<kFetchRun>(grad_prev + at + run, kFetchAhead);
+      }
+      const std::int64_t stop = n - run < kFetchRun ? n : run + kFetchRun;
 #pragma omp simd
-    for (std::int64_t i = 0; i < n; ++i) y[i] = g[i] - grad_prev[at + i];
+      for (std::int64_t i = run; i < stop; ++i) y[i] = g[i] - grad_prev[at + i];
+    }
     write_row<T>(*y_row, at, n, y);
-    // As any row later, so that a pass repeated has the same bits.
-    const Row self{y, nullptr, dtype_of<T>()};
-    dot_all_rows<T, true>(g, y, Rows{&self, 1}, 0, n, out_gy, out_gy + 1);
     dot_all_rows<T, true>(g, y, rows, at, n, out_g, out_y);
   }
 }
@@ -137,7 +147,7 @@ void combine(const SegmentTable& table, std::int64_t begin, std::int64_t end, T 
              const Rows& rows, const double* coefs, double coef_g, const Row& p_row, T* grad_prev,
              T* origin, double step, PastCaches past, double* out) {
   const bool far = past == PastCaches::vectors;
-  const bool p_is_far = far && p_row.dtype == dtype_of<T>();
+  const bool rows_are_far = rows.ahead != 0, p_is_far = far && p_row.dtype == dtype_of<T>();
   const std::int64_t block = block_beside(rows);
   T grad_scratch[kBlock], p_scratch[kBlock];
   double slope = 0, square = 0, maximum = 0;
@@ -146,8 +156,12 @@ void combine(const SegmentTable& table, std::int64_t begin, std::int64_t end, T 
     const T* g = load_gradient<T>(table, at, at + n, sign, grad_scratch);
     T* p = p_is_far ? p_scratch : place_in_row<T>(p_row, at, p_scratch);
     const T scale = static_cast<T>(coef_g);
+    for (std::int64_t run = 0; run < n; run += kFetchRun) {
+      if (rows_are_far) fetch_ahead<kFetchRun>(g + run, kFetchAhead);
+      const std::int64_t stop = n - run < kFetchRun ? n : run + kFetchRun;
 #pragma omp simd
-    for (std::int64_t i = 0; i < n; ++i) p[i] = scale * g[i];
+      for (std::int64_t i = run; i < stop; ++i) p[i] = scale * g[i];
+    }
     add_all_rows<T>(rows, coefs, at, n, p);
     table.for_each_piece(
         at, at + n, [&](const Segment& s, std::int64_t, std::int64_t flat, std::int64_t length) {
@@ -189,6 +203,9 @@ void combine(const SegmentTable& table, std::int64_t begin, std::int64_t end, T 
         at, at + n,
         [&](const Segment& s, std::int64_t first, std::int64_t flat, std::int64_t length) {
       for (std::int64_t done = 0; done < length; done += kRun) {
+        if (rows_are_far && s.param_dtype == dtype_of<T>()) {
+          fetch_ahead<kRun>(static_cast<const T*>(s.param) + first + done, kFetchAhead);
+        }
         const std::int64_t run = length - done < kRun ? length - done : kRun;
         const std::int64_t place = flat + done;
         move_run(s, first + done, run, p + (place - at), step, origin + place, true, past);

@@ -129,13 +129,41 @@ FUSE_INLINE void fill_up(const T* values, std::int64_t n, std::int64_t length, T
   for (std::int64_t i = n; i < length; ++i) out[i] = T(0);
 }
 
-template <int kRows, class Format>
-FUSE_INLINE void read_rows(const Format* rows, std::int64_t i, std::int64_t ahead,
-                           typename Format::Read* reads) {
-  for_each_constant<kRows>([&](auto r) FUSE_LAMBDA { reads[r] = rows[r].read(i); });
-  if (ahead == 0) return;
-  for_each_constant<kRows>([&](auto r) FUSE_LAMBDA {
-    __builtin_prefetch(reinterpret_cast<const char*>(rows[r].data + i) + ahead, 0, 2);
+// Vectors of the dense operands that registers are left for beside the sums.
+constexpr int kFarVectors = FUSE_CPU_LANE_BYTES >= 64 ? 4 : 2;
+
+// So many reads of a row one after the other, rather than one of each row in turn, where the rows
+// come from the memory (`far`): it delivers neighbouring lines faster. From a cache that only costs
+// registers.
+template <class Format>
+constexpr int kFarReads = kFarVectors > Format::kPlanes ? kFarVectors / Format::kPlanes : 1;
+
+// Calls visit(i, reads of each row at a time, as a constant) for [i, stop).
+template <class Format, bool far, class Visit>
+FUSE_INLINE void for_each_reads(std::int64_t i, std::int64_t stop, Visit&& visit) {
+  constexpr std::int64_t kStep = Format::kPlanes * kLanes<typename Format::Scalar>;
+  constexpr int kReads = kFarReads<Format>;
+  if constexpr (far && kReads > 1) {
+    for (; i + kReads * kStep <= stop; i += kReads * kStep) {
+      visit(i, std::integral_constant<int, kReads>{});
+    }
+  }
+  for (; i < stop; i += kStep) visit(i, std::integral_constant<int, 1>{});
+}
+
+// Calls visit(which of the dense vectors, as a constant; the row's vector for it) for kReads reads
+// of a row from element i on.
+template <int kReads, bool far, class Format, class Visit>
+FUSE_INLINE void for_each_plane(const Format& row, std::int64_t i, std::int64_t ahead,
+                                Visit&& visit) {
+  constexpr std::int64_t kStep = Format::kPlanes * kLanes<typename Format::Scalar>;
+  if constexpr (far) fetch_ahead<kReads * kStep>(row.data + i, ahead);
+  for_each_constant<kReads>([&](auto u) FUSE_LAMBDA {
+    const typename Format::Read read = row.read(i + u * kStep);
+    for_each_constant<Format::kPlanes>([&](auto plane) FUSE_LAMBDA {
+      visit(std::integral_constant<int, u * Format::kPlanes + plane>{},
+            Format::template plane_of<plane>(read));
+    });
   });
 }
 
@@ -143,7 +171,7 @@ FUSE_INLINE void read_rows(const Format* rows, std::int64_t i, std::int64_t ahea
 // with kRows rows on [at, at + n), at most kRun elements; those of kSumRun elements are added up by
 // themselves. A function by itself, as the compiler would else give the totals registers that the
 // sums need.
-template <class Format, int kRows, bool with_b, class T = typename Format::Scalar>
+template <class Format, int kRows, bool with_b, bool far, class T = typename Format::Scalar>
 [[gnu::noinline]] void dot_run(const T* a, const T* b, const Format* rows, std::int64_t at,
                                std::int64_t n, std::int64_t ahead, Lanes<T>* totals_a,
                                Lanes<T>* totals_b) {
@@ -152,19 +180,21 @@ template <class Format, int kRows, bool with_b, class T = typename Format::Scala
   for (std::int64_t first = 0; first < n; first += Format::kSumRun) {
     const std::int64_t stop = n - first < Format::kSumRun ? n : first + Format::kSumRun;
     Lanes<T> sums_a[kRows] = {}, sums_b[kRows] = {};
-    for (std::int64_t i = first; i < stop; i += Format::kPlanes * kLength) {
-      typename Format::Read reads[kRows];
-      read_rows<kRows>(rows, at + i, ahead, reads);
-      for_each_constant<Format::kPlanes>([&](auto plane) FUSE_LAMBDA {
-        const Lanes<T> element_a = load_lanes(a + i + plane * kLength),
-                       element_b = load_lanes(b + i + plane * kLength);
-        for_each_constant<kRows>([&](auto r) FUSE_LAMBDA {
-          const Lanes<T> element = Format::template plane_of<plane>(reads[r]);
-          sums_a[r] = mul_add_lanes(element_a, element, sums_a[r]);
-          if (with_b) sums_b[r] = mul_add_lanes(element_b, element, sums_b[r]);
+    for_each_reads<Format, far>(first, stop, [&](std::int64_t i, auto reads) FUSE_LAMBDA {
+      constexpr int kVectors = reads * Format::kPlanes;
+      Lanes<T> elements_a[kVectors], elements_b[kVectors];
+      for_each_constant<kVectors>([&](auto k) FUSE_LAMBDA {
+        elements_a[k] = load_lanes(a + i + k * kLength);
+        if (with_b) elements_b[k] = load_lanes(b + i + k * kLength);
+      });
+      for_each_constant<kRows>([&](auto r) FUSE_LAMBDA {
+        for_each_plane<reads, far>(rows[r], at + i, ahead,
+                                   [&](auto k, Lanes<T> element) FUSE_LAMBDA {
+          sums_a[r] = mul_add_lanes(elements_a[k], element, sums_a[r]);
+          if (with_b) sums_b[r] = mul_add_lanes(elements_b[k], element, sums_b[r]);
         });
       });
-    }
+    });
     for_each_constant<kRows>([&](auto r) FUSE_LAMBDA {
       const T scale = rows[r].scale(at + first);
       run_a[r] += scale * sums_a[r];
@@ -186,8 +216,9 @@ FUSE_INLINE void dot_rows(const T* a, const T* b, const Format* rows, std::int64
   Lanes<T> totals_a[kRows] = {}, totals_b[kRows] = {};
   for (std::int64_t run = 0; run < n; run += kRun) {
     const std::int64_t length = n - run < kRun ? n - run : kRun;
-    dot_run<Format, kRows, with_b>(a + run, b + run, rows, at + run, length, ahead, totals_a,
-                                   totals_b);
+    const auto dot =
+        ahead != 0 ? dot_run<Format, kRows, with_b, true> : dot_run<Format, kRows, with_b, false>;
+    dot(a + run, b + run, rows, at + run, length, ahead, totals_a, totals_b);
   }
   for (int r = 0; r < kRows; ++r) {
     out_a[r] += sum_of_lanes(totals_a[r]);
@@ -196,7 +227,7 @@ FUSE_INLINE void dot_rows(const T* a, const T* b, const Format* rows, std::int64
 }
 
 // out += sum of coefs[r] * rows[r] on [at, at + n), under the same conditions.
-template <class Format, int kRows, class T = typename Format::Scalar>
+template <class Format, int kRows, bool far, class T = typename Format::Scalar>
 FUSE_INLINE void add_rows(const Format* rows, const double* coefs, std::int64_t at, std::int64_t n,
                           std::int64_t ahead, T* out) {
   constexpr std::int64_t kLength = kLanes<T>;
@@ -207,19 +238,23 @@ FUSE_INLINE void add_rows(const Format* rows, const double* coefs, std::int64_t 
       const double scale = static_cast<double>(rows[r].scale(at + run));
       factors[r] = all_lanes(static_cast<T>(coefs[r] * scale));
     });
-    for (std::int64_t i = run; i < stop; i += Format::kPlanes * kLength) {
-      typename Format::Read reads[kRows];
-      read_rows<kRows>(rows, at + i, ahead, reads);
-      for_each_constant<Format::kPlanes>([&](auto plane) FUSE_LAMBDA {
-        T* const place = out + i + plane * kLength;
-        Lanes<T> sums[2] = {load_lanes(place), Lanes<T>{}};  // two shorter chains
-        for_each_constant<kRows>([&](auto r) FUSE_LAMBDA {
-          const Lanes<T> element = Format::template plane_of<plane>(reads[r]);
-          sums[r % 2] = mul_add_lanes(factors[r], element, sums[r % 2]);
-        });
-        store_lanes(place, sums[0] + sums[1]);
+    for_each_reads<Format, far>(run, stop, [&](std::int64_t i, auto reads) FUSE_LAMBDA {
+      constexpr int kVectors = reads * Format::kPlanes;
+      Lanes<T> even[kVectors], odd[kVectors];  // two shorter chains
+      for_each_constant<kVectors>([&](auto k) FUSE_LAMBDA {
+        even[k] = load_lanes(out + i + k * kLength);
+        odd[k] = Lanes<T>{};
       });
-    }
+      for_each_constant<kRows>([&](auto r) FUSE_LAMBDA {
+        for_each_plane<reads, far>(rows[r], at + i, ahead,
+                                   [&](auto k, Lanes<T> element) FUSE_LAMBDA {
+          Lanes<T>& sum = r % 2 == 0 ? even[k] : odd[k];
+          sum = mul_add_lanes(factors[r], element, sum);
+        });
+      });
+      for_each_constant<kVectors>(
+          [&](auto k) FUSE_LAMBDA { store_lanes(out + i + k * kLength, even[k] + odd[k]); });
+    });
   }
 }
 
@@ -357,7 +392,11 @@ FUSE_INLINE void add_all_rows(const Rows& rows, const double* coefs, std::int64_
     }
     for_each_group<Format>(rows.count, make,
                            [&](const Format* group, auto size, std::int64_t first) {
-      add_rows<Format, size>(group, coefs + first, at, whole, rows.ahead, planes);
+      if (rows.ahead != 0) {
+        add_rows<Format, size, true>(group, coefs + first, at, whole, rows.ahead, planes);
+      } else {
+        add_rows<Format, size, false>(group, coefs + first, at, whole, 0, planes);
+      }
     });
     if constexpr (Format::kPlanes > 1) from_planes<Format::kPlanes>(scratch, whole, out);
   });
@@ -366,7 +405,7 @@ FUSE_INLINE void add_all_rows(const Rows& rows, const double* coefs, std::int64_
                            [&](auto&& make, std::int64_t done, std::int64_t length) {
       for_each_group<DenseRow<T>>(rows.count, make,
                                   [&](const DenseRow<T>* group, auto size, std::int64_t first) {
-        add_rows<DenseRow<T>, size>(group, coefs + first, 0, length, 0, out + done);
+        add_rows<DenseRow<T>, size, false>(group, coefs + first, 0, length, 0, out + done);
       });
     });
   }

@@ -101,15 +101,17 @@ class Int8Kernels {
       g.push_back(grad_.get(i));
       difference.push_back(grad_.get(i) - previous_.get(i));
     }
+    std::vector<Row> rows = list_;
+    rows.push_back(y_row);
     Buffer out(DType::f64, 12);
-    k_.dots(table(), 0, numel_, 1, previous_.as<T>(), &y_row, {list_.data(), 5}, out.as<double>());
+    k_.dots(table(), 0, numel_, 1, previous_.as<T>(), &y_row, {rows.data(), 6}, out.as<double>());
     y.expect("y", difference, kRoundoff);
     const Vector stored = y.read();
     for (std::size_t r = 0; r < 5; ++r) {
       expect_sum(out.get(static_cast<std::int64_t>(r)), g, rows_[r]->read());
-      expect_sum(out.get(static_cast<std::int64_t>(5 + r)), stored, rows_[r]->read());
+      expect_sum(out.get(static_cast<std::int64_t>(6 + r)), stored, rows_[r]->read());
     }
-    expect_sum(out.get(10), g, stored);
+    expect_sum(out.get(5), g, stored);
     expect_sum(out.get(11), stored, stored);
     out.expect_zones("dots");
   }
@@ -196,7 +198,7 @@ void check_not_finite(const StateKernels<T>& k) {
       Int8Row y(random, numel);
       const Row y_row = y.row();
       double out[2];
-      k.dots({&segment, 1}, 0, numel, 1, previous.as<T>(), &y_row, {nullptr, 0}, out);
+      k.dots({&segment, 1}, 0, numel, 1, previous.as<T>(), &y_row, {&y_row, 1}, out);
       CHECK(!std::isfinite(out[0]) && !std::isfinite(out[1]));
       const Vector stored = y.read();
       for (std::int64_t i = 0; i < numel; ++i) {

@@ -62,7 +62,8 @@ class Kernels {
     for (const int pieces : {1, 9}) {
       Tensors tensors(random_, range.numel, pieces, pieces > 1, sizeof(T) == sizeof(double));
       for (const bool amsgrad : {false, true}) {
-        for (const AdamOptions& options : kAdamOptions) check_adam(tensors, range, amsgrad, options);
+        for (const AdamOptions& options : kAdamOptions)
+          check_adam(tensors, range, amsgrad, options);
       }
       for (const double sign : {1.0, -1.0}) {
         check_grad_stats(tensors, range, row_dtype, sign);
@@ -164,39 +165,41 @@ class Kernels {
     RowList(check::Random& random, DType dtype, std::int64_t numel, std::int64_t count) {
       for (std::int64_t r = 0; r < count; ++r) {
         flats.push_back(std::make_unique<Flat>(random, dtype, numel));
-        list.push_back(row_of(flats.back()->buffer, dtype));
+        add(row_of(flats.back()->buffer, dtype));
       }
-      rows = {list.data(), count};
+    }
+
+    void add(const Row& row) {
+      list.push_back(row);
+      rows = {list.data(), static_cast<std::int64_t>(list.size())};
     }
 
     std::vector<std::unique_ptr<Flat>> flats;
     std::vector<Row> list;
-    Rows rows;
+    Rows rows{nullptr, 0};
   };
 
   void check_dots(Tensors& tensors, const Range& range, DType row_dtype, double sign,
                   std::int64_t count, bool form_pair) {
     const Vector g = tensors.effective(sign);
-    const RowList list(random_, row_dtype, range.numel, count);
+    RowList list(random_, row_dtype, range.numel, count);
     Flat previous = state(range), y(random_, row_dtype, range.numel);
     const Row y_row = row_of(y.buffer, row_dtype);
+    if (form_pair) list.add(y_row);
     // Where the formats agree, the previous gradient may lie in y's own row.
     const bool shared = row_dtype == dtype_of<T>() && random_.below(2) == 0;
-    Vector expected(static_cast<std::size_t>(2 * count + 2), 0.0);
     const Vector& before = shared ? y.values : previous.values;
     Vector difference = y.values;
     if (form_pair) for_flat(range, [&](std::size_t i) { difference[i] = g[i] - before[i]; });
-    for (std::size_t r = 0; r < list.flats.size(); ++r) {
-      expected[r] = sum_of_products(range, g, list.flats[r]->values);
-      if (form_pair) {
-        expected[list.flats.size() + r] = sum_of_products(range, difference, list.flats[r]->values);
-      }
+    std::vector<const Vector*> rows;
+    for (const auto& flat : list.flats) rows.push_back(&flat->values);
+    if (form_pair) rows.push_back(&difference);
+    Vector expected;
+    for (const Vector* row : rows) expected.push_back(sum_of_products(range, g, *row));
+    for (const Vector* row : rows) {
+      expected.push_back(form_pair ? sum_of_products(range, difference, *row) : 0.0);
     }
-    if (form_pair) {
-      expected[2 * list.flats.size()] = sum_of_products(range, g, difference);
-      expected[2 * list.flats.size() + 1] = sum_of_products(range, difference, difference);
-    }
-    Buffer out(DType::f64, 2 * count + 2);
+    Buffer out(DType::f64, static_cast<std::int64_t>(expected.size()));
     k_.dots(tensors.table(), range.begin, range.end, static_cast<T>(sign),
             (shared ? y : previous).buffer.template as<T>(), form_pair ? &y_row : nullptr,
             list.rows, out.as<double>());
@@ -321,9 +324,9 @@ void check_long_sums(const StateKernels<float>& k) {
   Vector out(8);
 
   const Row only = row_of(row, DType::f32), y_row = row_of(y, DType::f32);
-  const Row five[] = {only, only, only, only, only};
+  const Row five[] = {only, only, only, only, y_row};
   const Rows rows{five, 5};
-  Vector sums(12);
+  Vector sums(10);
   k.dots(table, 0, numel, 1, zero.as<float>(), &y_row, rows, sums.data());
   for (const double sum : sums) CHECK_EQUAL(sum, square);
 
