@@ -74,26 +74,29 @@ void grad_stats(at::TensorList params, at::TensorList grads, at::IntArrayRef off
   bump_version(stats);
 }
 
-// Rows of no more bytes than these lie in a cache, before pass 1 and before pass 2. Pass 2 follows
-// on pass 1, which has left them in the third level; before pass 1 a closure may have driven them
-// out of there. (From the third level reading ahead costs 10 to 15%, from the memory it saves 30%.)
-constexpr std::int64_t kCachedBefore1 = std::int64_t{1} << 20;
-constexpr std::int64_t kCachedBefore2 = std::int64_t{16} << 20;
+// How a pass reads its rows. Rows of no more than `cached` bytes lie in a cache; others are fetched
+// so many bytes ahead, by measurement on rows of the state's dtype and on narrower ones.
+struct Reading {
+  std::int64_t cached, ahead, narrow_ahead;
+};
+// Pass 2 follows on pass 1, which has left its rows in the third level; before pass 1 a closure may
+// have driven them out of there. (From the third level reading ahead costs 10 to 15%, from the
+// memory it saves 30%.)
+constexpr Reading kPass1{std::int64_t{1} << 20, 8192, 8192};
+constexpr Reading kPass2{std::int64_t{16} << 20, 1024, 2048};
 
 // Rows of the ring, newest pair first, S and Y alternating, and the slots they belong to.
 struct RingRows {
   std::vector<Row> rows;
   std::vector<std::int64_t> slots;
 
-  // With more than `cached` bytes in all they are read ahead: far enough to hide the memory's
-  // latency where a block of a row ends and the processor's own prefetching has to start anew. What
-  // already lies in a cache would only be looked up twice.
-  Rows view(std::int64_t row_bytes, std::int64_t cached) const {
-    constexpr std::int64_t kAhead = 1024, kNarrowAhead = 2048;
+  // What comes from the memory is read ahead: where a block of a row ends the processor's own
+  // prefetching has to start anew. What already lies in a cache would only be looked up twice.
+  Rows view(std::int64_t row_bytes, const Reading& reading) const {
     const std::int64_t count = static_cast<std::int64_t>(rows.size());
-    if (count * row_bytes <= cached) return {rows.data(), count, 0};
+    if (count * row_bytes <= reading.cached) return {rows.data(), count, 0};
     const bool narrow = rows[0].dtype != DType::f32 && rows[0].dtype != DType::f64;
-    return {rows.data(), count, narrow ? kNarrowAhead : kAhead};
+    return {rows.data(), count, narrow ? reading.narrow_ahead : reading.ahead};
   }
 
   explicit RingRows(const History& ring) {
@@ -145,7 +148,7 @@ void lbfgs_update(at::TensorList params, at::TensorList grads, at::IntArrayRef o
   const std::int64_t open = state.open();
   RingRows list(ring);
   if (form_pair) list.add(ring, open);  // y as any row, so that a pass repeated has the same bits
-  const Rows rows = list.view(ring.slot_bytes(), kCachedBefore1);
+  const Rows rows = list.view(ring.slot_bytes(), kPass1);
   std::vector<double> sums(static_cast<std::size_t>(2 * rows.count));
   with_state_type(previous.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -222,7 +225,7 @@ void take_direction(at::TensorList params, at::TensorList grads, at::IntArrayRef
   if (decided != nullptr && decided[kMove] != kGo) return;
   const LbfgsScalars state = ring.scalars();
   const RingRows list(ring);
-  const Rows rows = list.view(ring.slot_bytes(), kCachedBefore2);
+  const Rows rows = list.view(ring.slot_bytes(), kPass2);
   std::vector<double> coefs;
   coefs.reserve(list.rows.size());
   for (const std::int64_t slot : list.slots) {

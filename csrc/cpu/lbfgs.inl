@@ -68,10 +68,11 @@ void largest_param(const SegmentTable& table, std::int64_t begin, std::int64_t e
   out[0] = static_cast<double>(largest);
 }
 
-// Elements of g and of y or p at a time. Rows from the memory come best in long pieces; beside rows
-// from the L2 cache, blocks that stay in the L1 cache tell.
-FUSE_INLINE std::int64_t block_beside(const Rows& rows) {
-  return rows.ahead == 0 ? kBlock / 4 : kBlock;
+// Elements of g and of y or p at a time. Beside rows from a cache, blocks that stay in the L1 cache
+// tell. Rows from the memory come best in long pieces, of which pass 1 wants fewer, having more to
+// do with each.
+FUSE_INLINE std::int64_t block_beside(const Rows& rows, bool long_enough) {
+  return rows.ahead == 0 || long_enough ? kBlock / 4 : kBlock;
 }
 
 // Beside rows from the memory the dense vectors are fetched ahead for so many elements at once, by
@@ -84,7 +85,8 @@ void dots(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sig
           const T* grad_prev, const Row* y_row, const Rows& rows, double* out) {
   double *out_g = out, *out_y = out + rows.count;
   for (std::int64_t i = 0; i < 2 * rows.count; ++i) out[i] = 0;
-  const std::int64_t block = block_beside(rows);
+  const bool wide = rows.count > 0 && rows.row[0].dtype == dtype_of<T>();
+  const std::int64_t block = block_beside(rows, wide);
   const bool rows_are_far = rows.ahead != 0;
   T grad_scratch[kBlock], y_scratch[kBlock];
   for (std::int64_t at = begin; at < end; at += block) {
@@ -148,7 +150,7 @@ void combine(const SegmentTable& table, std::int64_t begin, std::int64_t end, T 
              T* origin, double step, PastCaches past, double* out) {
   const bool far = past == PastCaches::vectors;
   const bool rows_are_far = rows.ahead != 0, p_is_far = far && p_row.dtype == dtype_of<T>();
-  const std::int64_t block = block_beside(rows);
+  const std::int64_t block = block_beside(rows, false);
   T grad_scratch[kBlock], p_scratch[kBlock];
   double slope = 0, square = 0, maximum = 0;
   for (std::int64_t at = begin; at < end; at += block) {

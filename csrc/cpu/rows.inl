@@ -196,9 +196,9 @@ template <class Format, int kRows, bool with_b, bool far, class T = typename For
       });
     });
     for_each_constant<kRows>([&](auto r) FUSE_LAMBDA {
-      const T scale = rows[r].scale(at + first);
-      run_a[r] += scale * sums_a[r];
-      if (with_b) run_b[r] += scale * sums_b[r];
+      const Lanes<T> scale = all_lanes(rows[r].scale(at + first));
+      run_a[r] = mul_add_lanes(scale, sums_a[r], run_a[r]);
+      if (with_b) run_b[r] = mul_add_lanes(scale, sums_b[r], run_b[r]);
     });
   }
   for_each_constant<kRows>([&](auto r) FUSE_LAMBDA {
