@@ -102,6 +102,7 @@ class LbfgsRow:
         unequal: How the work of ours and torch's differs; empty if it does not.
         state: Bytes of state a parameter, for torch and ours.
         read_limit: The best way to read the history, and its bytes a second.
+        side_by_side: Bytes a second of the best way that reads as many streams as our passes do.
         passes: Seconds of our two passes over the history, in one iteration.
         ops: Seconds of each of our ops, in one iteration.
         bare: Seconds of each op in iterations without an optimizer, where the problem is small.
@@ -118,6 +119,7 @@ class LbfgsRow:
     unequal: str = ""
     state: dict[str, float] = field(default_factory=dict)
     read_limit: tuple[str, Spread] | None = None
+    side_by_side: Spread | None = None
     passes: Spread | None = None
     ops: dict[str, float] = field(default_factory=dict)
     bare: dict[str, Spread] = field(default_factory=dict)
@@ -255,7 +257,8 @@ def _measure_fixed(
     bare = bare_cases(split(numel, tensors), dtype, history_size, searched=False)
     label = f"L-BFGS, {count(numel)} in {tensors}, m = {history_size}"
     seconds = interleaved({**runs, **ways, **bare}, rounds, label)
-    limit = limits.best({way: seconds.pop(way) for way in ways}) if ways else None
+    reads = {way: seconds.pop(way) for way in ways}
+    of_many = limits.of_most_streams(reads)
     in_passes = seconds.pop("passes", None)
     return LbfgsRow(
         numel,
@@ -265,7 +268,8 @@ def _measure_fixed(
         seconds,
         unequal=differences(cases),
         state={name: _state_bytes(case) for name, case in cases.items()},
-        read_limit=limit,
+        read_limit=limits.best(reads) if reads else None,
+        side_by_side=limits.best(of_many)[1] if of_many else None,
         passes=in_passes,
         ops=ops,
         bare={name: seconds.pop(name) for name in bare},
@@ -373,6 +377,7 @@ def as_json(rows: list[LbfgsRow]) -> list[dict[str, Any]]:
             "state_bytes_per_parameter": row.state,
             "read_limit": row.read_limit
             and {"way": row.read_limit[0], "bytes_per_second": row.read_limit[1]},
+            "side_by_side_bytes_per_second": row.side_by_side,
             "passes_seconds": row.passes,
             "ops_seconds": row.ops,
             "bare_ops_seconds": row.bare,

@@ -25,6 +25,9 @@ from torch import Tensor
 from benchmarks.harness import Spread
 
 Ways = dict[str, Callable[[], float]]
+STREAMS = (1, 2, 4, 8)
+# As many as there are rows that the passes read side by side.
+MOST_STREAMS = STREAMS[-1]
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread"]
 FLOAT, INT, LONG, POINTER = ctypes.c_float, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
@@ -94,13 +97,13 @@ def reading(rows: Tensor) -> Ways:
     loops = compiled()
     if loops is not None:
         threads = torch.get_num_threads()
-        for streams in (1, 2, 4, 8):
+        for streams in STREAMS:
             for prefetch in (0, 1):
 
                 def read(streams: int = streams, prefetch: int = prefetch) -> None:
                     loops.limit_read(flat.data_ptr(), flat.numel(), streams, prefetch, threads)
 
-                name = f"loop over {streams} streams" + ", prefetching" * prefetch
+                name = _streams(streams) + ", prefetching" * prefetch
                 ways[name] = (read, flat.nbytes)
     return {name: _timed(*way) for name, way in ways.items()}
 
@@ -148,6 +151,16 @@ def updating(vectors: list[Tensor], where: str) -> Ways:
                 name = "loop in blocks" if blocked else "loop"
                 ways[f"{name}, {where}" + ", prefetching" * prefetch] = (update, 28 * d)
     return {name: _timed(*way) for name, way in ways.items()}
+
+
+def _streams(streams: int) -> str:
+    return f"loop over {streams} streams"
+
+
+def of_most_streams(measured: dict[str, Spread]) -> dict[str, Spread]:
+    """Those of the ways to read that have the most streams; none without a compiler."""
+    name = _streams(MOST_STREAMS)
+    return {way: spread for way, spread in measured.items() if way.startswith(name)}
 
 
 def best(measured: dict[str, Spread]) -> tuple[str, Spread]:

@@ -31,6 +31,8 @@ from benchmarks.workloads import history_dtypes
 ROUNDS = (25, 11)
 HISTORY = {"fp32": "fp32 history", "bf16": "bf16 history", "int8": "8-bit history"}
 MEMORY_NUMEL = 10**7
+PASSES = "the two passes over the history, fp32, d = 2e7, m = 10"
+PASSES_SHARE = 0.9  # of the read bandwidth
 HEADERS = ("target", "peer", "wanted", "measured", "verdict")
 # What "about half" and "about a quarter" of torch's state may be at most.
 SHARES = {"fp32": 1.01, "bf16": 0.56, "int8": 0.34}
@@ -144,9 +146,9 @@ def lbfgs_targets(rows: list[LbfgsRow]) -> list[Target]:
     fraction = large and large.fraction(large.bytes_moved)
     targets.append(
         Target(
-            "the two passes over the history, fp32, d = 2e7, m = 10",
+            PASSES,
             "best way to read the same buffer",
-            _share(fraction, 0.9, "of the read bandwidth"),
+            _share(fraction, PASSES_SHARE, "of the read bandwidth"),
             "the size was left out",
         )
     )
@@ -238,6 +240,12 @@ def bounds(
                 found.append(
                     iteration_limits.instructions_limit(work, row.in_cache[name], share, *common)
                 )
+        if row.passes is not None and row.side_by_side is not None and large is not None:
+            found.append(
+                iteration_limits.streams_limit(
+                    PASSES, row.bytes_moved, row.side_by_side, large[1], row.passes, PASSES_SHARE
+                )
+            )
     for row in adam:
         work = _adam_work(row.numel, row.tensors)
         if row.dtype != "float32" or work not in wanted:

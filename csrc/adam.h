@@ -68,8 +68,8 @@ FUSE_INLINE T adam_element(T& param, T stored_grad, T& exp_avg, T& exp_avg_sq, T
   const T grad = plain || c.l2 == T(0) ? raw : raw + c.l2 * param;
   // As torch's lerp: from the nearer end, so that beta1 = 0 gives the gradient itself.
   const T change = grad - exp_avg;
-  exp_avg = plain || c.beta1 > T(0.5) ? exp_avg + c.one_minus_beta1 * change
-                                      : grad - c.beta1 * change;
+  exp_avg =
+      plain || c.beta1 > T(0.5) ? exp_avg + c.one_minus_beta1 * change : grad - c.beta1 * change;
   exp_avg_sq = c.beta2 * exp_avg_sq + c.one_minus_beta2 * grad * grad;
   T second = exp_avg_sq;
   if (amsgrad) {

@@ -15,6 +15,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("sklearn")
 
+from benchmarks import limits
 from benchmarks.cost_kmd import Fit
 from benchmarks.harness import Spread, count, interleaved, number, rewrite, table
 from benchmarks.iteration_lbfgs import optimizers, set_up
@@ -24,6 +25,7 @@ from benchmarks.iteration_limits import (
     instructions_limit,
     memory_limit,
     ops_limit,
+    streams_limit,
 )
 from benchmarks.per_iteration import Condition, Target
 from benchmarks.workloads import Iterations, Quadratic, differences, split
@@ -242,6 +244,18 @@ def test_bounds_are_computed_from_the_run():
     assert limit.bound.values == (3.5, 2.5) and "a" in limit.what
     limit = instructions_limit("t", Spread.of([0.25, 0.5]), 0.125, ours, peer, 5.0)
     assert limit.bound.values == (2.0, 4.0) and "8.00 times" in limit.what
+    many, best = Spread.of([100.0, 50.0]), Spread.of([200.0, 100.0])
+    limit = streams_limit("t", 400.0, many, best, ours, 0.9)
+    assert limit.bound.values == (4.0, 8.0) and limit.best.values == (0.5, 0.5)
+    assert limit.ratio.values == (0.5, 1.0) and limit.wanted == 0.9
+
+
+def test_ways_of_most_streams_are_found():
+    spread = Spread.of([1.0, 1.0])
+    ways = dict.fromkeys(limits.reading(torch.ones(2, 64)), spread)
+    found = limits.of_most_streams(ways)
+    assert set(found) <= set(ways)
+    assert len(found) == (0 if limits.compiled() is None else 2)
 
 
 def test_fit_finds_a_power():
