@@ -22,6 +22,11 @@ enum class DType : std::uint8_t { f32, f64, bf16, f16, i8 };
 
 constexpr std::int64_t kScaleBlock = 128;
 
+// Bytes of an element.
+FUSE_INLINE constexpr int size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2;
+}
+
 struct BFloat16 {
   std::uint16_t bits;
 };

@@ -144,6 +144,20 @@ FUSE_INLINE void move_run(const Segment& s, std::int64_t first, std::int64_t n, 
   }
 }
 
+// As write_row, without reading what lies there into the caches first.
+template <class T>
+FUSE_INLINE void write_row_past_caches(const Row& row, std::int64_t first, std::int64_t n,
+                                       T* values) {
+  if (row.dtype == dtype_of<T>()) {
+    return copy_past_caches(values, n, static_cast<T*>(row.data) + first);
+  }
+  double stored[kBlock];  // room for any dtype
+  float* const scales = row.dtype == DType::i8 ? row.scales + first / kScaleBlock : nullptr;
+  write_row<T>({stored, scales, row.dtype}, 0, n, values);
+  copy_past_caches(reinterpret_cast<const char*>(stored), n * size_of(row.dtype),
+                   static_cast<char*>(row.data) + first * size_of(row.dtype));
+}
+
 template <class T>
 void combine(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sign,
              const Rows& rows, const double* coefs, double coef_g, const Row& p_row, T* grad_prev,
@@ -171,8 +185,8 @@ void combine(const SegmentTable& table, std::int64_t begin, std::int64_t end, T 
       const T share = static_cast<T>(s.lr_scale);
       for (std::int64_t i = flat - at; i < flat - at + length; ++i) p[i] *= share;
     });
-    if (p_is_far) {
-      copy_past_caches(p, n, static_cast<T*>(p_row.data) + at);
+    if (far) {
+      write_row_past_caches<T>(p_row, at, n, p);
     } else {
       write_row<T>(p_row, at, n, p);
     }

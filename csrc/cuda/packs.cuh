@@ -8,10 +8,6 @@
 
 namespace fuse_ext::cuda {
 
-__host__ __device__ __forceinline__ constexpr int size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2;
-}
-
 template <class T>
 __host__ __device__ __forceinline__ constexpr DType dtype_of() {
   return sizeof(T) == 8 ? DType::f64 : DType::f32;

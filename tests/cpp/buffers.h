@@ -23,9 +23,7 @@ using fuse_ext::DType;
 
 inline constexpr DType kDTypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
 
-inline std::size_t size_of(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : dtype == DType::i8 ? 1 : 2;
-}
+inline std::size_t bytes_of(DType dtype) { return static_cast<std::size_t>(size_of(dtype)); }
 
 inline const char* name_of(DType dtype) {
   const char* names[] = {"f32", "f64", "bf16", "f16"};
@@ -45,7 +43,7 @@ class Buffer {
   Buffer(DType dtype, std::int64_t numel)
       : dtype_(dtype),
         numel_(numel),
-        bytes_(static_cast<std::size_t>(numel) * size_of(dtype)),
+        bytes_(static_cast<std::size_t>(numel) * bytes_of(dtype)),
         memory_(new unsigned char[kZone + bytes_ + kEnd]) {
     std::memset(memory_.get(), 0xff, kZone + bytes_ + kEnd);
     begin_ = memory_.get() + kZone;
@@ -60,7 +58,7 @@ class Buffer {
   DType dtype() const { return dtype_; }
 
   double get(std::int64_t i) const {
-    const void* at = begin_ + static_cast<std::size_t>(i) * size_of(dtype_);
+    const void* at = begin_ + static_cast<std::size_t>(i) * bytes_of(dtype_);
     switch (dtype_) {
       case DType::f32: return fuse_ext::load<double>(read<float>(at));
       case DType::f64: return read<double>(at);
@@ -71,7 +69,7 @@ class Buffer {
   }
 
   void set(std::int64_t i, double value) {
-    void* at = begin_ + static_cast<std::size_t>(i) * size_of(dtype_);
+    void* at = begin_ + static_cast<std::size_t>(i) * bytes_of(dtype_);
     switch (dtype_) {
       case DType::f32: write<float>(at, value); break;
       case DType::f64: write<double>(at, value); break;
