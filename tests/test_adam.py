@@ -206,6 +206,20 @@ def test_lazily_conjugated_and_negated_gradients(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", ({}, {"maximize": True}, {"amsgrad": True}), ids=str)
+def test_without_decay_an_infinite_parameter_leaves_the_moments_finite(backend, options):
+    param = torch.nn.Parameter(torch.tensor([math.inf, 1.0]))
+    optimizer = Adam([param], backend=backend, **options)
+    param.grad = torch.tensor([2.0, 3.0])
+    optimizer.step()
+    state = optimizer.state[param]
+    sign = -1.0 if options.get("maximize") else 1.0
+    torch.testing.assert_close(state["exp_avg"], sign * torch.tensor([0.2, 0.3]))
+    torch.testing.assert_close(state["exp_avg_sq"], torch.tensor([0.004, 0.009]))
+    assert param[0] == math.inf
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("a", (1e-8, 1e-2, 1.0))
 def test_epsilon_inside_the_root_is_equation_2c(backend, dtype, a):

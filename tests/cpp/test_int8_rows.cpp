@@ -93,6 +93,9 @@ class Int8Kernels {
   }
 
  private:
+  // Rows from a cache, or as if from the memory.
+  std::int64_t ahead() { return random_.below(2) == 0 ? 0 : 1024; }
+
   void check_dots() {
     Int8Row y(random_, numel_);
     const Row y_row = y.row();
@@ -104,7 +107,8 @@ class Int8Kernels {
     std::vector<Row> rows = list_;
     rows.push_back(y_row);
     Buffer out(DType::f64, 12);
-    k_.dots(table(), 0, numel_, 1, previous_.as<T>(), &y_row, {rows.data(), 6}, out.as<double>());
+    k_.dots(table(), 0, numel_, 1, previous_.as<T>(), &y_row, {rows.data(), 6, ahead()},
+            out.as<double>());
     y.expect("y", difference, kRoundoff);
     const Vector stored = y.read();
     for (std::size_t r = 0; r < 5; ++r) {
@@ -126,8 +130,8 @@ class Int8Kernels {
       for (std::size_t i = 0; i < exact.size(); ++i) exact[i] += coefs[r] * row[i];
     }
     Buffer out(DType::f64, kDirectionStats), previous(dtype_of<T>(), numel_);
-    k_.combine(table(), 0, numel_, 1, {list_.data(), 5}, coefs, -1, p.row(), previous.as<T>(),
-               nullptr, 0, past, out.as<double>());
+    k_.combine(table(), 0, numel_, 1, {list_.data(), 5, ahead()}, coefs, -1, p.row(),
+               previous.as<T>(), nullptr, 0, past, out.as<double>());
     p.expect("p", exact, kRoundoff);
     const Vector stored = p.read();
     expect_sum(out.get(kDotGrad), g, stored);

@@ -162,7 +162,9 @@ class Kernels {
 
   // Rows and their pointers.
   struct RowList {
-    RowList(check::Random& random, DType dtype, std::int64_t numel, std::int64_t count) {
+    // Half of the lists as if they came from the memory.
+    RowList(check::Random& random, DType dtype, std::int64_t numel, std::int64_t count)
+        : ahead(random.below(2) == 0 ? 0 : 1024) {
       for (std::int64_t r = 0; r < count; ++r) {
         flats.push_back(std::make_unique<Flat>(random, dtype, numel));
         add(row_of(flats.back()->buffer, dtype));
@@ -171,12 +173,13 @@ class Kernels {
 
     void add(const Row& row) {
       list.push_back(row);
-      rows = {list.data(), static_cast<std::int64_t>(list.size())};
+      rows = {list.data(), static_cast<std::int64_t>(list.size()), ahead};
     }
 
     std::vector<std::unique_ptr<Flat>> flats;
     std::vector<Row> list;
     Rows rows{nullptr, 0};
+    std::int64_t ahead;
   };
 
   void check_dots(Tensors& tensors, const Range& range, DType row_dtype, double sign,
