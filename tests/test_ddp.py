@@ -55,6 +55,8 @@ def work(rank: int, search: str, folder: str) -> None:
     optimizer = fit(model, search, rank)
     found = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
     torch.save((found, optimizer.report().pairs_accepted), f"{folder}/{rank}.pt")
+    dist.barrier()  # neither leaves while the other may still talk to it
+    del model, optimizer
     dist.destroy_process_group()
 
 
