@@ -26,7 +26,7 @@ from benchmarks.harness import Spread
 
 Ways = dict[str, Callable[[], float]]
 STREAMS = (1, 2, 4, 8)
-# As many as there are rows that the passes read side by side.
+# As many as there are rows that the passes read side by side with AVX-512 (kGroup in rows.inl).
 MOST_STREAMS = STREAMS[-1]
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread"]
 FLOAT, INT, LONG, POINTER = ctypes.c_float, ctypes.c_int, ctypes.c_int64, ctypes.c_void_p

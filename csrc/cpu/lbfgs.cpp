@@ -80,7 +80,7 @@ struct Reading {
   std::int64_t cached, ahead, narrow_ahead;
 };
 // Pass 2 follows on pass 1, which has left its rows in the third level; before pass 1 a closure may
-// have driven them out of there. (From the third level reading ahead costs 10 to 15%, from the
+// have driven them out of there. (From the third level reading ahead costs 2 to 15%, from the
 // memory it saves 30%.)
 constexpr Reading kPass1{std::int64_t{1} << 20, 8192, 8192};
 constexpr Reading kPass2{std::int64_t{16} << 20, 1024, 2048};

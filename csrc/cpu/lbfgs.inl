@@ -68,9 +68,9 @@ void largest_param(const SegmentTable& table, std::int64_t begin, std::int64_t e
   out[0] = static_cast<double>(largest);
 }
 
-// Elements of g and of y or p at a time. Beside rows from a cache, blocks that stay in the L1 cache
-// tell. Rows from the memory come best in long pieces, of which pass 1 wants fewer, having more to
-// do with each.
+// Elements of g and of y or p at a time: few, so that they stay in the L1 cache, where rows come
+// from a cache or such a piece of a row is long enough; else, as rows come from the memory best in
+// long pieces, more.
 FUSE_INLINE std::int64_t block_beside(const Rows& rows, bool long_enough) {
   return rows.ahead == 0 || long_enough ? kBlock / 4 : kBlock;
 }
@@ -85,8 +85,9 @@ void dots(const SegmentTable& table, std::int64_t begin, std::int64_t end, T sig
           const T* grad_prev, const Row* y_row, const Rows& rows, double* out) {
   double *out_g = out, *out_y = out + rows.count;
   for (std::int64_t i = 0; i < 2 * rows.count; ++i) out[i] = 0;
-  const bool wide = rows.count > 0 && rows.row[0].dtype == dtype_of<T>();
-  const std::int64_t block = block_beside(rows, wide);
+  // By measurement: 8 KiB of a float32 row are, of a narrower one 16 or 8 KiB are better than less.
+  const bool long_enough = rows.count > 0 && rows.row[0].dtype == dtype_of<T>();
+  const std::int64_t block = block_beside(rows, long_enough);
   const bool rows_are_far = rows.ahead != 0;
   T grad_scratch[kBlock], y_scratch[kBlock];
   for (std::int64_t at = begin; at < end; at += block) {
