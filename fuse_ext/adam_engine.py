@@ -110,7 +110,7 @@ class AdamEngine:
         moment_dtype: torch.dtype | None = None,
     ) -> None:
         self._flat, self._ops, self._state = flat, ops, state
-        self._bound = bind(ops, flat)
+        self._bound = bind(ops, flat.whole)
         self._group_amsgrad = [group["amsgrad"] for group in groups]
         self._amsgrad = [group["amsgrad"] for group in groups for _ in group["params"]]
         names = MOMENTS if any(self._amsgrad) else MOMENTS[:2]

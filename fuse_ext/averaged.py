@@ -17,6 +17,10 @@ Where m has grown ``JUMP`` times as long as it was in the last block, the metric
 steps have been too long. Then D becomes (D^2 + m^2)^(1/2), so that no element of D^-1 m exceeds 1,
 the pairs are forgotten, and the cap is ``RETREAT`` of what it was, down to Adam's own length.
 
+A parameter without a gradient is not touched: neither its average nor its place changes, and no
+pair counts it that was taken, in part, without it. One that Adam has never seen gets the root mean
+square of its first gradient as its metric.
+
 So without a pair a step is Adam's, and every step costs one gradient. All vectors are kept in
 Adam's coordinates, x' = D^(1/2) x, where D is the identity: s' = D^(1/2) s, g' = D^(-1/2) g, and
 the ops of L-BFGS serve as they are.
@@ -46,6 +50,7 @@ from fuse_ext.history import History, memory_order
 from fuse_ext.lbfgs_engine import COUNTERS, TALLIES
 from fuse_ext.lbfgs_options import LbfgsOptions
 from fuse_ext.ops import Ops
+from fuse_ext.part import Part
 from fuse_ext.precision import Precision
 from fuse_ext.report import Progress
 from fuse_ext.scalars import Header
@@ -81,7 +86,11 @@ NUMBERS = (
     "norm_sum",
     "last_norm",
 )
-AVERAGED_NAMES = (*VECTORS, *NUMBERS)
+# Which parameters have no metric yet, and which had no gradient at the last step, at some step of
+# this block, and of the one before. Older checkpoints have none of them, nor "unsteady": the blocks
+# until averages are of the same parameters again.
+LISTS = ("without_metric", "absent", "missed", "missed_before")
+AVERAGED_NAMES = (*VECTORS, *NUMBERS, *LISTS, "unsteady")
 
 
 def check_averaged_state(entry: dict[str, Any], flat: FlatParams) -> None:
@@ -96,6 +105,13 @@ def check_averaged_state(entry: dict[str, Any], flat: FlatParams) -> None:
     for name in NUMBERS:
         if not isinstance(entry.get(name), (int, float)):
             raise ValueError(f"state_dict does not fit: {name} is {entry.get(name)!r}, no number")
+    for name in LISTS:
+        places = entry.get(name, [])
+        if not isinstance(places, list) or not set(places) <= set(range(len(flat.params))):
+            raise ValueError(
+                f"state_dict does not fit: {name} is {places!r}, no list of places among "
+                f"{len(flat.params)} parameters"
+            )
 
 
 class AveragedEngine:
@@ -136,6 +152,9 @@ class AveragedEngine:
             if name in entry:
                 vector.copy_(entry[name])
             entry[name] = vector
+        for name in LISTS:
+            entry.setdefault(name, [])
+        entry.setdefault("unsteady", 0)
         self.progress = Progress()
 
     def _new_vector(self) -> Tensor:
@@ -146,6 +165,8 @@ class AveragedEngine:
         entry = self._entry
         average, root = entry["grad_avg"], entry["root_metric"]
         legacy = adam.legacy(groups, average, root)
+        # Adam has never seen these. (Where nothing moves the metric is inf.)
+        unseen = [i for i in range(len(self._flat.params)) if not self._piece(root, i).any()]
         root.clamp_(min=LEAST_METRIC * legacy.mean_metric).sqrt_()
         average.div_(root)
         entry.update(
@@ -158,7 +179,21 @@ class AveragedEngine:
             adam_steps=legacy.steps,
             adam_step_norm=legacy.lr * float(average.norm()),
             adam_lr=legacy.lr,
+            without_metric=[i for i in unseen if self._flat.sizes[i]],
+            absent=[],
+            missed=[],
+            missed_before=[],
+            unsteady=0,
         )
+
+    def outdated(self, state: dict[Any, Any]) -> bool:
+        """Whether the user has cleared or replaced ``Optimizer.state``."""
+        return state.get(self._flat.params[0]) is not self._entry
+
+    def _piece(self, vector: Tensor, i: int) -> Tensor:
+        """The part of a flat vector that belongs to ``params[i]``."""
+        offset = self._flat.offsets[i]
+        return vector[offset : offset + self._flat.sizes[i]]
 
     @property
     def workspace_nbytes(self) -> int:
@@ -192,30 +227,43 @@ class AveragedEngine:
         if shrink and options.weight_decay:
             kept = zip(options.weight_decay, shrink, strict=True)
             options = replace(options, weight_decay=[0.0 if f is not None else d for d, f in kept])
-        grad = self._scaled_gradient(options)
+        part, grads = flat.gradients(options.freezing)
+        if not part.params:
+            self.progress.reason = "gradient"
+            return True
+        grad = effective_gradient(flat, self._ops, options, part, grads, self._scratch)
         if not math.isfinite(float(grad.dot(grad))):
             self.count_non_finite()
             return False
+        self._measure_new(part, grad)
+        grad.div_(entry["root_metric"])
         entry["n_iter"] += 1
+        self._note_absent(part)
+        kept = self._set_aside(part)
         entry["grad_avg"].lerp_(grad, max(1.0 - beta, self._fall() / REACH))
         norm = float(entry["grad_avg"].norm())
-        if entry["blocks"] and norm > JUMP * entry["last_norm"]:
+        if entry["blocks"] and not entry["unsteady"] and norm > JUMP * entry["last_norm"]:
             self._renew_metric(grad)
             norm = float(entry["grad_avg"].norm())
         header = self._direction(options)
         if header is None:
             self.progress.reason = "no_descent"
+            self._put_back(part, kept)
             return True
         entry["grad_sum"].add_(grad)
         entry["norm_sum"] += norm
+        self._put_back(part, kept)
         lengths = longest(reduced(step_cap, entry["cap_share"]), entry["adam_lr"]) * options.lr
-        length = self._length(header, options, lengths)
-        # z = t p, whatever the rows' dtype.
-        self._step.zero_()
-        self.history.move(self._scratch, length, save=True)
+        square = header.direction_sq
+        if part.absent:
+            self._set_step(part, 1.0)
+            square = float(self._step.dot(self._step))
+        length = self._length(header, square, options, lengths)
+        self._set_step(part, length)
         self._bound_elements(lengths * entry["adam_lr"])
         self._advance_block()
-        self._move(options, shrink)
+        if options.lr != 0.0:
+            self._move(part, options, shrink)
         entry["averaged_steps"] += 1
         if entry["block_step"] == BLOCK:
             self._close_block(options)
@@ -223,11 +271,53 @@ class AveragedEngine:
         self.progress.reason, self.progress.line_search = "max_iter", "fixed"
         return True
 
-    def _scaled_gradient(self, options: LbfgsOptions) -> Tensor:
-        """g' = D^(-1/2) g of the objective, in the scratch vector."""
-        flat = self._flat
-        grad = effective_gradient(flat, self._ops, flat.grads(), options, self._scratch)
-        return grad.div_(self._entry["root_metric"])
+    def _set_step(self, part: Part, length: float) -> None:
+        """z = t p, whatever the rows' dtype, of the parameters that move."""
+        self._step.zero_()
+        self.history.move(self._scratch, length, save=True)
+        for i in part.absent:
+            self._piece(self._step, i).zero_()
+
+    def _note_absent(self, part: Part) -> None:
+        """Which parameters pairs will not count, and whether averages can be compared."""
+        entry, absent = self._entry, list(part.absent)
+        if absent != entry["absent"]:
+            entry["absent"], entry["unsteady"] = absent, 2  # in this block and the next
+        entry["missed"] = sorted({*entry["missed"], *absent})
+
+    def _measure_new(self, part: Part, grad: Tensor) -> None:
+        """Gives parameters their metric that have their first gradient now.
+
+        Its root mean square: single elements of one batch would be their own metric for long. The
+        block begins anew, since what is new in the average is no jump of the old.
+        """
+        entry = self._entry
+        new = [i for i in entry["without_metric"] if i not in part.absent]
+        for i in new:
+            piece = self._piece(grad, i)
+            size = float(piece.norm()) / math.sqrt(piece.numel())
+            if size > 0.0:
+                self._piece(entry["root_metric"], i).fill_(math.sqrt(size))
+                entry["without_metric"] = [j for j in entry["without_metric"] if j != i]
+                self._restart_blocks()
+
+    def _restart_blocks(self) -> None:
+        """Forgets the block under way and the one before it."""
+        for name in ("iterate_diff", "iterate_rise", "grad_sum", "grad_mean"):
+            self._entry[name].zero_()
+        self._entry.update(block_step=0, blocks=0, norm_sum=0.0, missed=[], missed_before=[])
+
+    def _set_aside(self, part: Part) -> list[Tensor]:
+        """Takes the averages of absent parameters out of the average."""
+        average = self._entry["grad_avg"]
+        kept = [self._piece(average, i).clone() for i in part.absent]
+        for i in part.absent:
+            self._piece(average, i).zero_()
+        return kept
+
+    def _put_back(self, part: Part, kept: list[Tensor]) -> None:
+        for i, piece in zip(part.absent, kept, strict=True):
+            self._piece(self._entry["grad_avg"], i).copy_(piece)
 
     def _direction(self, options: LbfgsOptions) -> Header | None:
         """-H m, with the history forgotten where that does not descend; None where m is 0."""
@@ -238,7 +328,7 @@ class AveragedEngine:
             )
             if header.direction_dot_grad < 0.0 and math.isfinite(header.direction_sq):
                 return header
-            if header.count == 0:
+            if header.usable == 0:
                 return None
             self._entry["resets"] += 1
             self.history.reset()
@@ -258,18 +348,22 @@ class AveragedEngine:
         torch.sqrt(spare, out=root)
         average.div_(root)
         grad.div_(root)
-        for name in ("iterate_diff", "iterate_rise", "grad_sum", "grad_mean"):
-            entry[name].zero_()
-        entry.update(block_step=0, blocks=0, norm_sum=0.0, cap_share=RETREAT * entry["cap_share"])
+        self._restart_blocks()
+        entry["cap_share"] *= RETREAT
         entry["resets"] += 1
         self.history.reset()
 
-    def _length(self, header: Header, options: LbfgsOptions, lengths: float) -> float:
-        """Adam's own step while there is no pair, then 1, times lr; at most the cap."""
+    def _length(
+        self, header: Header, square: float, options: LbfgsOptions, lengths: float
+    ) -> float:
+        """Adam's own step while there is no pair, then 1, times lr; at most the cap.
+
+        ``square`` is p.p of the parameters that move.
+        """
         entry = self._entry
-        length = options.lr * (1.0 if header.count > 0 else entry["adam_lr"])
+        length = options.lr * (1.0 if header.usable > 0 else entry["adam_lr"])
         cap = lengths * entry["adam_step_norm"] * self._fall()
-        return float(min(length, cap / math.sqrt(header.direction_sq)))
+        return float(min(length, cap / math.sqrt(square))) if square > 0.0 else 0.0
 
     def _bound_elements(self, bound: float) -> None:
         """No parameter moves by more; the step in its own coordinates goes to the scratch."""
@@ -278,14 +372,14 @@ class AveragedEngine:
         torch.mul(self._scratch, root, out=self._step)
         self._step.nan_to_num_(0.0)  # 0 * inf, where nothing moves
 
-    def _move(self, options: LbfgsOptions, shrink: list[float | None]) -> None:
-        params = self._flat.params
-        for param, factor in zip(params, shrink, strict=True) if shrink else ():
+    def _move(self, part: Part, options: LbfgsOptions, shrink: list[float | None]) -> None:
+        for param, factor in zip(part.params, part.pick(shrink), strict=True) if shrink else ():
             if factor is not None:
                 param.mul_(factor)
+        pieces = part.pick(self._pieces)
         if options.lr_scale:
-            torch._foreach_mul_(self._pieces, options.lr_scale)
-        torch._foreach_add_(params, self._pieces)
+            torch._foreach_mul_(pieces, part.pick(options.lr_scale))
+        torch._foreach_add_(part.params, pieces)
 
     # --- curvature --------------------------------------------------------------------------
 
@@ -309,7 +403,12 @@ class AveragedEngine:
         entry["last_norm"], entry["norm_sum"] = entry["norm_sum"] / BLOCK, 0.0
         if entry["blocks"] > 0:
             y = torch.sub(mean, entry["grad_mean"], out=self._scratch)
+            for i in {*entry["missed"], *entry["missed_before"]}:
+                self._piece(y, i).zero_()
+                self._piece(entry["iterate_diff"], i).zero_()
             self._offer(entry["iterate_diff"], y, options.curvature_tol)
+        entry["missed"], entry["missed_before"] = [], entry["missed"]
+        entry["unsteady"] = max(entry["unsteady"] - 1, 0)
         for now, later in (("grad_mean", "grad_sum"), ("iterate_diff", "iterate_rise")):
             entry[now], entry[later] = entry[later], entry[now]
             entry[later].zero_()
@@ -318,7 +417,7 @@ class AveragedEngine:
 
     def _offer(self, s: Tensor, y: Tensor, curvature_tol: float) -> None:
         header = self.history.header()
-        if header.count > 0:
+        if header.usable > 0:
             damp(s, y, 1.0 / header.gamma)
         self.history.offer(s, y, curvature_tol)
 

@@ -5,14 +5,22 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from fuse_ext.averaged import AveragedEngine
 from fuse_ext.captured_phases import CapturedPhases
 from fuse_ext.checks import loss_value
 from fuse_ext.flat import Closure
+from fuse_ext.history import GradStats, grad_stats_into
 from fuse_ext.hooks import with_grad
 from fuse_ext.lbfgs_engine import LbfgsEngine
 from fuse_ext.lbfgs_options import LbfgsOptions
-from fuse_ext.modes import AVERAGED, averages, finds_out, same_loss, self_scales
+from fuse_ext.modes import AVERAGED, averages, finds_out, self_scales
+from fuse_ext.one_function import Values, agree
+
+
+# What watching the closure has led to.
+WATCHING, ONE_FUNCTION, BATCHES = "watching", "one function", "batches"
 
 
 class AveragedPhase(CapturedPhases):
@@ -25,7 +33,7 @@ class AveragedPhase(CapturedPhases):
             engine = self._make_lbfgs(averaged=True)
             assert isinstance(engine, AveragedEngine)
             engine.inherit(self._adam, self.param_groups)
-            if finds_out(group):
+            if finds_out(group) and not self._log.get("batches"):
                 self._entry["watched_loss"] = math.nan
             return engine
         if group["pairs"] == AVERAGED:
@@ -41,19 +49,18 @@ class AveragedPhase(CapturedPhases):
             loss = with_grad(closure)
             value = loss_value(loss)
             entry["func_evals"] += 1
-            before = entry.get("watched_loss")
-            if before is not None and math.isnan(before) and math.isfinite(value):
-                entry["watched_loss"] = value
-                engine.progress.reason = "watch"
-                return loss
-            entry.pop("watched_loss", None)
-            if before is not None and same_loss(before, value):
-                self._drop_lbfgs_state()
-                self._lbfgs = self._make_lbfgs()
-                assert isinstance(self._lbfgs, LbfgsEngine)
-                if self_scales({**self.param_groups[0], "deterministic": True}):
-                    self._lbfgs.history.scale_itself()
-                return self._lbfgs.step(closure, options)
+            if "watched_loss" in entry:
+                watched = self._watch(engine, value)
+                if watched is WATCHING:
+                    engine.progress.reason = "watch"
+                    return loss
+                if watched is ONE_FUNCTION:
+                    self._drop_lbfgs_state()
+                    self._lbfgs = self._make_lbfgs()
+                    assert isinstance(self._lbfgs, LbfgsEngine)
+                    if self_scales({**self.param_groups[0], "deterministic": True}):
+                        self._lbfgs.history.scale_itself()
+                    return self._lbfgs.step(closure, options)
             if not math.isfinite(value):
                 engine.count_non_finite()
                 return loss
@@ -71,3 +78,18 @@ class AveragedPhase(CapturedPhases):
             self.flat.per_segment(shrinks, None),
         )
         return loss
+
+    def _watch(self, engine: AveragedEngine, value: float) -> str:
+        """Compares two calls at one point: the loss and the norms of the gradient."""
+        entry, flat = self._entry, self.flat
+        stats = torch.zeros(len(GradStats._fields), dtype=torch.float64, device=flat.device)
+        grad_stats_into(flat, self._ops, stats)
+        norms = GradStats(*stats.tolist())
+        now = Values(value, norms.square, norms.abs_sum)
+        before = Values(entry["watched_loss"], *entry.get("watched_grad", (math.nan, math.nan)))
+        if not before.finite and now.finite:
+            entry["watched_loss"], entry["watched_grad"] = now.loss, [now.square, now.abs_sum]
+            return WATCHING
+        del entry["watched_loss"]
+        entry.pop("watched_grad", None)
+        return ONE_FUNCTION if now.finite and agree(before, now) else BATCHES

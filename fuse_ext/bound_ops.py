@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol, cast
 from torch import Tensor
 
 from fuse_ext import ops as kernels
-from fuse_ext.flat import FlatParams
 from fuse_ext.ops import Ops
+from fuse_ext.part import Part
 from fuse_ext.scalars import HEADER, Header
 
 
@@ -32,7 +32,7 @@ class AdamNumbers(NamedTuple):
 
 
 class BoundOps(Protocol):
-    """The ops on all parameters of one layout; see :class:`fuse_ext.ops.Ops`.
+    """The ops on the parameters of one part; see :class:`fuse_ext.ops.Ops`.
 
     ``grads`` are real and in the parameters' order. What the host decides by comes as numbers.
     """
@@ -142,29 +142,29 @@ class BoundOps(Protocol):
         """Parameters = origin + step * p; with ``save`` origin = parameters first."""
 
 
-def bind(ops: Ops, flat: FlatParams) -> BoundOps:
+def bind(ops: Ops, part: Part) -> BoundOps:
     """The ops on these parameters."""
-    if kernels.is_native(ops) and flat.layout.has_ops:
-        return cast(BoundOps, flat.layout)
-    return _Listed(ops, flat)
+    if kernels.is_native(ops) and part.layout.has_ops:
+        return cast(BoundOps, part.layout)
+    return _Listed(ops, part)
 
 
 class _Listed:
     """Ops that are called with lists of tensors."""
 
-    def __init__(self, ops: Ops, flat: FlatParams) -> None:
+    def __init__(self, ops: Ops, part: Part) -> None:
         self._ops: Any = ops
-        self._flat = flat
+        self._part = part
 
     @property
     def _params(self) -> list[Tensor]:
-        return self._flat.reals(self._flat.params)
+        return self._part.reals(self._part.params)
 
     def adam_step(self, grads: list[Tensor], *rest: Any) -> None:
         exp_avg, exp_avg_sq, max_exp_avg_sq, stats, grad_scale, *numbers = rest
         moments = exp_avg, exp_avg_sq, max_exp_avg_sq
         named = AdamNumbers._make(numbers)._asdict()
-        offsets = self._flat.offsets
+        offsets = self._part.offsets
         self._ops.adam_step(
             self._params, grads, offsets, *moments, stats, grad_scale=grad_scale, **named
         )
@@ -172,7 +172,7 @@ class _Listed:
     def grad_stats(self, grads: list[Tensor], *rest: Any) -> list[float]:
         *arguments, stats, scale, loss, with_loss = rest
         self._ops.grad_stats(
-            self._params, grads, self._flat.offsets, *arguments, stats, history_scale=scale
+            self._params, grads, self._part.offsets, *arguments, stats, history_scale=scale
         )
         if with_loss is None:
             return [*stats.tolist(), 0.0 if loss is None else loss.item()]
@@ -187,7 +187,7 @@ class _Listed:
         self._ops.lbfgs_update(
             self._params,
             grads,
-            self._flat.offsets,
+            self._part.offsets,
             *arguments,
             *ring,
             commit,
@@ -199,7 +199,7 @@ class _Listed:
     def lbfgs_direction(self, grads: list[Tensor], *rest: Any) -> list[float]:
         *arguments, scalars, scale = rest
         self._ops.lbfgs_direction(
-            self._params, grads, self._flat.offsets, *arguments, scalars, history_scale=scale
+            self._params, grads, self._part.offsets, *arguments, scalars, history_scale=scale
         )
         return scalars[: len(HEADER)].tolist()
 
@@ -222,5 +222,5 @@ class _Listed:
     def lbfgs_move(self, *rest: Any) -> None:
         *arguments, scale, step, save = rest
         self._ops.lbfgs_move(
-            self._params, self._flat.offsets, *arguments, step, save, history_scale=scale
+            self._params, self._part.offsets, *arguments, step, save, history_scale=scale
         )

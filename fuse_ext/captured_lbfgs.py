@@ -10,7 +10,6 @@ from torch import Tensor
 from fuse_ext import fixed_step
 from fuse_ext import scalars as ring
 from fuse_ext.capture import device_loss, is_capturing, refuse_while_capturing
-from fuse_ext.checks import check_grads
 from fuse_ext.fixed_step import PLACES, Control
 from fuse_ext.flat import Closure, FlatParams, ParamGroup
 from fuse_ext.hooks import with_grad
@@ -61,13 +60,7 @@ class CapturedLbfgs(LbfgsEngine):
                 control[PLACES[name]] = float(entry[name])
             control[PLACES["pair_step"]] = entry["pair_step"] or 0.0
         self._control = entry["control"] = control
-        self._zeros: dict[int, Tensor] = {}
         self.origin()
-
-    @property
-    def workspace_nbytes(self) -> int:
-        """Bytes of scratch vectors held between steps."""
-        return super().workspace_nbytes + sum(zeros.nbytes for zeros in self._zeros.values())
 
     def settle(self) -> None:
         """Brings what the device has counted to the state entry and to ``progress``."""
@@ -101,35 +94,23 @@ class CapturedLbfgs(LbfgsEngine):
             # Of a deterministic closure a start that is not finite is the step's own fault.
             "patience": 0 if options.deterministic and closure is not None else BAD_BATCHES,
         }
-        loss = None if closure is None else self._call(closure)
+        loss = None if closure is None else self._loss(closure)
         grads = self._decide(loss, options, told, closes_pair=False)
-        flat, history = self.flat, self.history
-        self.ops.lbfgs_direction(
-            flat.reals(flat.params),
-            grads,
-            flat.offsets,
-            options.weight_decay,
-            options.lr_scale,
-            options.maximize,
-            history.rows,
-            history.grad_prev,
-            history.scalars,
-            history_scale=history.scales,
-            control=self._control,
-        )
-        del grads  # the closure may drop them
-        self._move()
+        if grads is not None:
+            self._take_direction(grads, options)
+            del grads  # the closure may drop them
+            self._move()
         if closure is not None and options.same_batch_pairs and not options.deterministic:
             try:
-                end = self._call(closure)
+                end = self._loss(closure)
             except BaseException:
                 self._take_back()
                 raise
-            self._decide(end, options, told, closes_pair=True)
-            self._move()
+            if self._decide(end, options, told, closes_pair=True) is not None:
+                self._move()
         return loss.detach() if isinstance(loss, Tensor) else loss
 
-    def _call(self, closure: Closure) -> Any:
+    def _loss(self, closure: Closure) -> Any:
         loss = with_grad(closure)
         if not is_capturing(self.flat.device):
             self._entry["func_evals"] += 1
@@ -138,15 +119,28 @@ class CapturedLbfgs(LbfgsEngine):
 
     def _decide(
         self, loss: Any, options: LbfgsOptions, told: dict[str, Any], closes_pair: bool
-    ) -> list[Tensor]:
-        """Pass 1 and what follows from it; returns the gradients."""
-        grads = self._grads(options)
-        flat, history = self.flat, self.history
+    ) -> list[Tensor] | None:
+        """Pass 1 and what follows from it; returns the gradients, None where there is nothing."""
+        part, grads = self.flat.gradients(options.freezing)
+        history = self.history
+        if closes_pair and part.absent != history.part.absent:
+            self._drop_waiting()  # its second gradient is of other parameters
+            return None
+        if not part.params:
+            return None
+        if part.absent != history.part.absent:
+            refuse_while_capturing(
+                self.flat.device, "other parameters have gradients than in the step before"
+            )
+        if history.enter(part):
+            self._drop_waiting()
+        elif is_capturing(self.flat.device):
+            history.note_set()  # a graph says itself which parameters it is for
         self.ops.lbfgs_update(
-            flat.reals(flat.params),
+            part.reals(part.params),
             grads,
-            flat.offsets,
-            options.weight_decay,
+            part.offsets,
+            part.pick(options.weight_decay),
             options.maximize,
             history.rows,
             history.grad_prev,
@@ -165,11 +159,27 @@ class CapturedLbfgs(LbfgsEngine):
         )
         return grads
 
+    def _take_direction(self, grads: list[Tensor], options: LbfgsOptions) -> None:
+        part, history = self.history.part, self.history
+        self.ops.lbfgs_direction(
+            part.reals(part.params),
+            grads,
+            part.offsets,
+            part.pick(options.weight_decay),
+            part.pick(options.lr_scale),
+            options.maximize,
+            history.rows,
+            history.grad_prev,
+            history.scalars,
+            history_scale=history.scales,
+            control=self._control,
+        )
+
     def _move(self) -> None:
-        flat, history = self.flat, self.history
+        part, history = self.history.part, self.history
         self.ops.lbfgs_move(
-            flat.reals(flat.params),
-            flat.offsets,
+            part.reals(part.params),
+            part.offsets,
             self.origin(),
             history.rows,
             history.scalars,
@@ -179,30 +189,16 @@ class CapturedLbfgs(LbfgsEngine):
             control=self._control,
         )
 
-    def _grads(self, options: LbfgsOptions) -> list[Tensor]:
-        """The gradients; zeros, made once, where there is none or the parameter is frozen."""
-        plain = self.flat.layout.grads()
-        frozen = [share == 0.0 for share in options.lr_scale]
-        if plain is not None and not any(frozen):
-            return plain
-        params = self.flat.params
-        check_grads(params, [p.grad for p in params])
-        grads = []
-        for i, param in enumerate(params):
-            grad = param.grad
-            if grad is None or (frozen and frozen[i]):
-                if i not in self._zeros:
-                    self._zeros[i] = torch.zeros_like(param)
-                grad = self._zeros[i]
-            grads.append(grad.resolve_neg())
-        return self.flat.reals(grads)
+    def _drop_waiting(self) -> None:
+        """Gives up a pair in waiting, wherever there is one."""
+        self._control[PLACES["pair_step"]].fill_(0.0)
 
     def _take_back(self) -> None:
         """Undoes the step under way, whose end could not be evaluated."""
         if is_capturing(self.flat.device):  # nothing has been done, and nothing may be read
             return
         if self._control[PLACES["pair_step"]] != 0.0:
-            self._control[PLACES["pair_step"]] = 0.0
+            self._drop_waiting()
             self.history.move(self.origin(), 0.0, save=False)
 
 

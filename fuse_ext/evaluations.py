@@ -13,8 +13,13 @@ from fuse_ext.flat import Closure, FlatParams
 from fuse_ext.history import GradStats, History
 from fuse_ext.hooks import with_grad
 from fuse_ext.lbfgs_options import LbfgsOptions
+from fuse_ext.one_function import OneFunction, Values
 from fuse_ext.ops import Ops
+from fuse_ext.part import Part
 from fuse_ext.precision import Precision
+
+# What the state entry holds of all this, besides the counters.
+EVALUATION_NAMES = ("pair_step", "settled", *OneFunction.NAMES)
 
 
 class Point(NamedTuple):
@@ -23,19 +28,26 @@ class Point(NamedTuple):
     Attributes:
         loss: What the closure returned (None without one).
         value: The loss to minimise: sign and weight decay included.
-        grads: The gradients, one tensor a parameter.
+        grads: The gradients: of ``part``, or of the direction's parameters in a line search.
         stats: Their norms.
+        part: The parameters that have a gradient here and may move.
     """
 
     loss: Any
     value: float
     grads: list[Tensor]
     stats: GradStats
+    part: Part
 
     @property
     def finite(self) -> bool:
         """Whether loss and gradient are finite."""
         return self.stats.finite and (self.loss is None or math.isfinite(self.value))
+
+    @property
+    def values(self) -> Values:
+        """What tells this function from another one."""
+        return Values(self.value, self.stats.square, self.stats.abs_sum)
 
 
 class Memory(NamedTuple):
@@ -43,17 +55,11 @@ class Memory(NamedTuple):
 
     Attributes:
         point: What it gave.
-        params: The parameters' places then.
-        grads: Each ``.grad`` with its version.
-        options: Of the step that evaluated it.
-        settled: Nothing can be done from here with these options.
+        grads: Each ``.grad`` with its version, and whether the parameter asked for one.
     """
 
     point: Point
-    params: Any
-    grads: list[tuple[Tensor | None, int]]
-    options: LbfgsOptions
-    settled: bool
+    grads: list[tuple[Tensor | None, int, bool]]
 
 
 class Evaluations:
@@ -62,81 +68,153 @@ class Evaluations:
     Args:
         flat: The parameters.
         entry: The optimizer's state entry: counts ``func_evals``, holds ``pair_step``, the step
-            length t of a pair that awaits its second gradient (s = t p is taken, y not known).
+            length t of a pair that awaits its second gradient (s = t p is taken, y not known), and
+            ``settled``, why nothing can be done from here (empty while something can).
         history: Where the gradient's norms are taken.
     """
 
     def __init__(self, flat: FlatParams, entry: dict[str, Any], history: History) -> None:
         self.flat, self._entry, self.history = flat, entry, history
         self.precision = Precision(entry, torch.finfo(flat.dtype).eps)
+        self.function = OneFunction(entry)
         entry.setdefault("pair_step", None)
+        entry.setdefault("settled", "")
+        self._left = 0  # evaluations that the step under way may still make
         self._memory: Memory | None = None
         # Where the last step has led, on which objective.
         self._arrived: Any = None
+        self._settled_with: LbfgsOptions | None = None
+
+    def outdated(self, state: dict[Any, Any]) -> bool:
+        """Whether the user has cleared or replaced ``Optimizer.state``."""
+        return state.get(self.flat.params[0]) is not self._entry
+
+    def grant(self, evaluations: int) -> None:
+        """How many evaluations a step may make; where it begins is the first."""
+        self._left = evaluations - 1
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the step under way may evaluate once more."""
+        return self._left > 0
 
     def evaluate(self, closure: Closure, options: LbfgsOptions, along_direction: bool) -> Point:
         """Calls the closure where the parameters stand."""
+        self._left -= 1
+        return self._call(closure, options, along_direction)
+
+    def _call(self, closure: Closure, options: LbfgsOptions, along_direction: bool) -> Point:
         loss = with_grad(closure)
         self._entry["func_evals"] += 1
+        self.precision.spend()
         check_loss(loss)
         return self._point(loss, options, along_direction)
 
     def _point(self, loss: Any, options: LbfgsOptions, along_direction: bool) -> Point:
-        grads = self.flat.grads()
-        stats, value = self.history.stats(
-            options.moving(grads), options.weight_decay, options.maximize, along_direction, loss
-        )
+        part, grads = self.flat.gradients(options.freezing)
+        of = self.history.part if along_direction else part
+        if of.absent != part.absent:
+            grads = self._grads_of(of)
+        stats, value = NO_GRADIENT, math.nan
+        if of.params:
+            stats, value = self.history.stats(
+                grads,
+                of.pick(options.weight_decay),
+                options.maximize,
+                along_direction,
+                loss,
+                None if of is self.history.part else of,
+            )
+        elif loss is not None:
+            value = float(loss)
         if options.maximize:
             value = -value
         if isinstance(loss, Tensor) and loss.requires_grad:
             loss = loss.detach()
-        return Point(loss, value + stats.penalty, grads, stats)
+        return Point(loss, value + stats.penalty, grads, stats, part)
+
+    def _grads_of(self, part: Part) -> list[Tensor]:
+        """The gradients of these parameters, zeros where a trial has none: it stays in a branch."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in part.params]
+        return part.reals([grad.resolve_neg() for grad in grads])
 
     def start(self, closure: Closure | None, options: LbfgsOptions) -> Point:
         """The point where the step begins: evaluated, remembered, or gradients at hand."""
-        if closure is not None and options.deterministic and self._memory_holds(options):
-            assert self._memory is not None
-            return self._memory.point
-        self._memory = None
-        if self._entry["pair_step"] is not None and self._moved_since(options):
+        self.grant(options.max_eval)
+        moved = self._moved_since(options)
+        if moved:  # x or g changed by more than the step
             self.drop_pair()
+            self.function.leave()
+            self.precision.forget_least()
+            self._entry["settled"] = ""
+        settled = self._entry["settled"]
+        if closure is not None and options.deterministic and not moved and not settled:
+            if self._memory_holds():
+                assert self._memory is not None
+                self.precision.spend()
+                return self._memory.point
+        self._memory = None
         if closure is None:
             return self._point(None, options, False)
-        return self.evaluate(closure, options, False)
+        point = self._call(closure, options, False)
+        if point.finite and point.loss is not None:
+            self._compare(point, options)
+        return point
 
-    def _memory_holds(self, options: LbfgsOptions) -> bool:
-        """Whether evaluating would give what it gave last; drops a pair in waiting if x changed."""
-        memory = self._memory
-        if memory is None:
-            return False
-        moved = memory.params != self.flat.places()
-        if moved or memory.options.objective != options.objective:
-            self.drop_pair()  # x or g changed by more than the step
+    def _compare(self, point: Point, options: LbfgsOptions) -> None:
+        """Holds where a step begins against where the last one ended."""
+        noise = self.precision.noise
+        same = self.function.meet(point.values, point.part.absent, noise)
+        if same is False:
+            self.drop_pair()
             self.precision.forget_least()
-            return False
-        if memory.settled and memory.options != options:
-            return False
-        return all(
-            p.grad is grad and _version(grad) == version
-            for p, (grad, version) in zip(self.flat.params, memory.grads, strict=True)
-        )
+        if same is False or (self._settled_with or options) != options:
+            self._entry["settled"] = ""
+        self.precision.begin(point.value)
 
-    def _remember(self, point: Point, options: LbfgsOptions, settled: bool = False) -> None:
-        """A deterministic closure need not be called again where it was called last."""
-        if options.deterministic and point.loss is not None:
-            grads = [(g, _version(g)) for g in (p.grad for p in self.flat.params)]
-            self._memory = Memory(point, self.flat.places(), grads, options, settled)
+    def is_one_function(self, options: LbfgsOptions) -> bool:
+        """Whether two calls of the closure may be compared: promised, or seen."""
+        return options.deterministic or self.function.known
+
+    def settle(self, point: Point, options: LbfgsOptions, reason: str) -> None:
+        """Nothing can be done from this point, where the parameters stand, on this function.
+
+        From now on a step is one call of the closure, as long as that gives what it gave here.
+        """
+        if point.loss is not None and self.is_one_function(options):
+            self._entry["settled"] = reason
+            self._settled_with = options
+
+    @property
+    def settled(self) -> str:
+        """Why nothing can be done from here; empty while something can."""
+        reason: str = self._entry["settled"]
+        return reason
+
+    def _memory_holds(self) -> bool:
+        """Whether nobody has touched the gradients of the last evaluation, nor asked for others."""
+        return self._memory is not None and all(
+            p.grad is grad and _version(grad) == version and p.requires_grad == wanted
+            for p, (grad, version, wanted) in zip(
+                self.flat.params, self._memory.grads, strict=True
+            )
+        )
 
     def _moved_since(self, options: LbfgsOptions) -> bool:
         """Whether x or the objective changed by more than the last step."""
         here = (self.flat.places(), options.objective)
         return self._arrived is not None and self._arrived != here
 
-    def note_arrival(self, options: LbfgsOptions) -> None:
-        """At the end of a step: notes where a pair in waiting has led."""
-        if self._entry["pair_step"] is not None:
-            params = self._memory.params if self._memory is not None else self.flat.places()
-            self._arrived = (params, options.objective)
+    def note_arrival(self, point: Point | None, options: LbfgsOptions) -> None:
+        """At the end of a step: notes where it has led, and what is known of that point."""
+        self._arrived = (self.flat.places(), options.objective)
+        if point is None or point.loss is None or not point.finite:
+            self.function.leave()
+            return
+        self.function.arrive(point.values, point.part.absent)
+        if options.deterministic and point.grads:
+            grads = [(p.grad, _version(p.grad), p.requires_grad) for p in self.flat.params]
+            self._memory = Memory(point, grads)
 
     @property
     def has_pair(self) -> bool:
@@ -149,26 +227,32 @@ class Evaluations:
             self._entry["batch_id"] = batch_id
             self.drop_pair()
             self._memory = None
+            self.function.leave()
+            self._entry["settled"] = ""
 
     def drop_pair(self) -> None:
         """Gives up the pair in waiting."""
         self._entry["pair_step"] = None
 
 
+# Where no parameter has one.
+NO_GRADIENT = GradStats(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
 def effective_gradient(
-    flat: FlatParams,
-    ops: Ops,
-    grads: list[Tensor],
-    options: LbfgsOptions,
-    out: Tensor | None = None,
+    flat: FlatParams, ops: Ops, options: LbfgsOptions, part: Part, grads: list[Tensor], out: Tensor
 ) -> Tensor:
-    """The gradient of what is minimised, sign and L2 penalty included, as one flat vector."""
-    if out is None:
-        out = torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device)
-    ops.grad_gather(flat.reals(flat.params), options.moving(grads), flat.offsets, out)
+    """The gradient of what is minimised, sign and L2 penalty included, as one flat vector.
+
+    Zero where a parameter is not in ``part``.
+    """
+    if part.absent:
+        out.zero_()
+    if part.params:
+        ops.grad_gather(part.reals(part.params), grads, part.offsets, out)
     if options.maximize:
         out.neg_()
-    for i, coefficient in enumerate(options.weight_decay):
+    for i, coefficient in zip(part.indices, part.pick(options.weight_decay), strict=False):
         if coefficient:
             flat.piece(out, i).add_(flat.params[i].detach(), alpha=coefficient)
     return out

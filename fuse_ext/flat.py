@@ -18,9 +18,12 @@ from torch.optim import Optimizer
 
 from fuse_ext import _C, hooks, ops
 from fuse_ext.checks import check_grads, check_params
+from fuse_ext.part import Part
 
 ParamGroup: TypeAlias = dict[str, Any]
 Closure: TypeAlias = Callable[[], Any]
+# Sets of parameters with gradients that are known at the same time; an index of each costs little.
+MOST_PARTS = 64
 
 
 class FlatParams:
@@ -39,6 +42,7 @@ class FlatParams:
         dtype: Of the flat state: float64 if any parameter has it, else float32.
         layout: What C++ knows of all this: quick answers for the common case.
         memo: For the optimizer, to keep what it has prepared for this layout.
+        whole: All parameters as a :class:`Part`.
     """
 
     def __init__(self, groups: list[ParamGroup]) -> None:
@@ -63,6 +67,8 @@ class FlatParams:
             self.numel = offset + size
         self.memo: Any = None
         self.layout = _C.Layout([group["params"] for group in groups], self.offsets)
+        self.whole = Part(self, ())
+        self._parts: dict[tuple[int, ...], Part] = {(): self.whole}
         self._formats = self._formats_now()
         self._described = [_describe(param) for param in self.params]
 
@@ -115,28 +121,45 @@ class FlatParams:
             return tensors
         return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
 
-    def grads(self) -> list[Tensor]:
-        """All gradients; zeros where a parameter has none, as in torch.optim.LBFGS.
+    def gradients(self, lr_scale: list[float] | None = None) -> tuple[Part, list[Tensor]]:
+        """The parameters that a step may move, and their gradients as real tensors.
+
+        Left out are those without a gradient, and those with a share of 0 in ``lr_scale``.
 
         Raises:
-            TypeError: One is sparse.
+            TypeError, ValueError: A gradient does not fit its parameter.
         """
         plain = self.layout.grads()
-        if plain is not None:
-            return plain
-        grads = []
-        for param in self.params:
-            grad = param.grad
-            if grad is None:
-                grad = torch.zeros_like(param)
-            elif grad.layout != torch.strided:
-                check_grads(self.params, [p.grad for p in self.params])
-            elif grad.is_conj() or grad.is_neg():
-                # Autograd's lazy view: its memory holds other values, and line searches write
-                # to gradients.
-                grad = param.grad = grad.resolve_conj().resolve_neg()
-            grads.append(grad)
-        return self.reals(grads)
+        if plain is not None and not (lr_scale and 0.0 in lr_scale):
+            return self.whole, plain
+        grads = [param.grad for param in self.params]
+        check_grads(self.params, grads)
+        absent = tuple(
+            i
+            for i, grad in enumerate(grads)
+            if grad is None or (lr_scale and lr_scale[i] == 0.0)
+        )
+        part = self.part(absent)
+        return part, self.reals([self._own_memory(i) for i in part.indices])
+
+    def _own_memory(self, i: int) -> Tensor:
+        """A gradient whose memory holds its values, which is not so of autograd's lazy views."""
+        param = self.params[i]
+        grad = param.grad
+        assert grad is not None
+        if grad.is_conj() or grad.is_neg():
+            # Line searches write to gradients.
+            grad = param.grad = grad.resolve_conj().resolve_neg()
+        return grad
+
+    def part(self, absent: tuple[int, ...]) -> Part:
+        """All parameters but these."""
+        found = self._parts.get(absent)
+        if found is None:
+            if len(self._parts) > MOST_PARTS:  # layers left out at random: keep the whole alone
+                self._parts = {(): self.whole}
+            found = self._parts[absent] = Part(self, absent)
+        return found
 
     def piece(self, flat: Tensor, i: int) -> Tensor:
         """The part of a flat tensor that belongs to ``params[i]``, as a view of its shape."""
@@ -280,6 +303,10 @@ class FlatOptimizer(Optimizer):
             handle.remove()
             self._incoming = None
 
+    def _renewed_group(self, group: ParamGroup) -> ParamGroup:
+        """A group of a checkpoint, perhaps an older one, with options as they are now."""
+        return group
+
     def _check_incoming_groups(self, state_dict: dict[str, Any]) -> None:
         for key, kind in (("state", dict), ("param_groups", list)):
             if key not in state_dict:
@@ -304,12 +331,11 @@ class FlatOptimizer(Optimizer):
                 f"state_dict has parameter groups of {theirs} tensors, the optimizer of {ours}"
             )
         kept = [name for name in self._own_options if name in self.defaults]
-        if kept:
-            groups = [
-                {**group, **{name: own[name] for name in kept}}
-                for group, own in zip(groups, self.param_groups, strict=True)
-            ]
-            state_dict["param_groups"] = groups
+        groups = [
+            {**self._renewed_group(group), **{name: own[name] for name in kept}}
+            for group, own in zip(groups, self.param_groups, strict=True)
+        ]
+        state_dict["param_groups"] = groups
         self._check_groups([{**self.defaults, **group} for group in groups])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from fuse_ext.adam import check_adam_group
 from fuse_ext.adam_engine import MOMENTS, AdamEngine, check_adam_state
 from fuse_ext.checks import check_integer, check_number
+from fuse_ext.evaluations import EVALUATION_NAMES
 from fuse_ext.flat import Closure, FlatOptimizer, ParamGroup
 from fuse_ext.fuse_pv import CURVATURE_TOL
 from fuse_ext.history import STATE_NAMES
@@ -29,6 +30,7 @@ from fuse_ext.lbfgs_engine import (
     LbfgsOptions,
     Point,
 )
+from fuse_ext.part import Part
 from fuse_ext.report import Report, lbfgs_fields
 from fuse_ext.scalars import Header
 
@@ -156,7 +158,7 @@ class Fuse(FlatOptimizer):
             "history_dtype": history_dtype,
             "line_search": line_search,
             "max_iter": 1,
-            "max_eval": MAX_LINE_SEARCH_EVALUATIONS,
+            "max_eval": MAX_LINE_SEARCH_EVALUATIONS + 2,  # where it begins, and after the step
             "tolerance_grad": 0.0,
             "tolerance_change": 0.0,
             "rtol": 0.0,
@@ -201,7 +203,7 @@ class Fuse(FlatOptimizer):
         if "history" not in self.state.get(self.flat.params[0], {}):
             return
         if self._entry["history"].shape[2] != self.flat.numel:  # a group was added
-            for name in (*STATE_NAMES, "pair_step"):
+            for name in (*STATE_NAMES, *EVALUATION_NAMES):
                 self._entry.pop(name, None)
         self._make_engines()
 
@@ -246,15 +248,16 @@ class Fuse(FlatOptimizer):
             raise ValueError(
                 f"closure=None needs line_search=None, got line_search={options.line_search!r}"
             )
-        if self._lbfgs is None:
-            self._renew_layout()
-            self._make_engines()
+        self._make_ready()
         assert self._adam is not None and self._lbfgs is not None
         lbfgs = self._lbfgs
         self.flat.check_unchanged()
         point = lbfgs.start(closure, options)
         if not point.finite:
             lbfgs.refuse(point)
+            return point.loss
+        if not point.part.params:
+            lbfgs.progress.reason = "gradient"
             return point.loss
         header = lbfgs.find_direction(point, options)
         step = self._lbfgs_step_length(closure, options, point, header)
@@ -267,8 +270,16 @@ class Fuse(FlatOptimizer):
         self._entry["n_iter"] += 1
         if closure is not None and options.same_batch_pairs and not options.deterministic:
             self._complete_pair(closure, options)
-        lbfgs.note_arrival(options)
+        lbfgs.note_arrival(None, options)
         return point.loss
+
+    def _make_ready(self) -> None:
+        """Makes the engines, or makes them anew where the user has cleared or replaced the state."""
+        if self._lbfgs is None or self._lbfgs.outdated(self.state):
+            self._renew_layout()
+            self._adopt_state()
+        if self._lbfgs is None:
+            self._make_engines()
 
     def _lbfgs_step_length(
         self, closure: Closure | None, options: LbfgsOptions, point: Point, header: Header | None
@@ -283,25 +294,34 @@ class Fuse(FlatOptimizer):
         first = self._lbfgs.first_trial(header, point, options)
         if options.line_search is None or closure is None:
             return first
-        flat = self.flat
+        flat, part = self.flat, self._lbfgs.history.part
         if self._grads is None:
             self._grads = torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device)
-        places = flat.reals(flat.params), flat.offsets
-        self._ops.grad_gather(places[0], point.grads, places[1], self._grads)
-        result, *_ = self._lbfgs.search(
-            closure, options, point, header, first, MAX_LINE_SEARCH_EVALUATIONS
-        )
+        params, offsets = part.reals(part.params), part.offsets
+        self._ops.grad_gather(params, point.grads, offsets, self._grads)
+        result, *_ = self._lbfgs.search(closure, options, point, header, first)
         # Adam steps from the same point with the same gradient.
         self._lbfgs.history.move(self._lbfgs.origin(), 0.0, save=False)
-        self._ops.grad_scatter(places[0], flat.grads(), places[1], self._grads)
+        self._restore_gradients(part)
         if not result.success:
             # As in LBFGS: without history the next direction is -g.
             self._entry["line_search_failures"] += 1
             progress.reason = "line_search"
-            if header.count > 0:
+            if header.usable > 0:
                 self._entry["resets"] += 1
                 self._lbfgs.history.reset()
         return result.step
+
+    def _restore_gradients(self, part: Part) -> None:
+        """Gives the parameters the gradients back that the step began with, and no other."""
+        for i in part.absent:
+            self.flat.params[i].grad = None
+        for param in part.params:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+        assert self._grads is not None
+        _, grads = self.flat.gradients()
+        self._ops.grad_scatter(part.reals(part.params), grads, part.offsets, self._grads)
 
     def _complete_pair(self, closure: Closure, options: LbfgsOptions) -> None:
         assert self._lbfgs is not None
@@ -318,11 +338,15 @@ class Fuse(FlatOptimizer):
     def _options(self) -> LbfgsOptions:
         groups = self.param_groups
         lrs = [float(group["lbfgs_lr"]) for group in groups]
-        return step_options(self.flat, groups, lrs, "line_search", groups[0]["same_batch_pairs"])
+        same_batch = groups[0]["same_batch_pairs"]
+        # Adam moves a group whose lbfgs_lr is 0 as well.
+        return step_options(
+            self.flat, groups, lrs, "line_search", same_batch, zero_freezes=False
+        )
 
     def report(self) -> Report:
         """What was done, and why."""
-        if self._lbfgs is None or self._adam is None:
+        if self._lbfgs is None or self._adam is None or self._lbfgs.outdated(self.state):
             return Report(phase=PHASE)
         fields = lbfgs_fields(self._lbfgs, self._entry)
         fields["state_bytes"] += self._adam.nbytes

@@ -17,12 +17,15 @@ from fuse_ext.capture import check_capturable
 from fuse_ext.captured_phases import check_switch
 from fuse_ext.checks import check_number, loss_value
 from fuse_ext.criterion import Observation, Switchover
+from fuse_ext.excursion import adam_excursion
 from fuse_ext.flat import Closure, ParamGroup
 from fuse_ext.history import grads_are_finite
 from fuse_ext.hooks import with_grad, without_grad
 from fuse_ext.lbfgs import (
     check_lbfgs_group,
+    check_max_eval,
     step_options,
+    with_possible_max_eval,
 )
 from fuse_ext.lbfgs_engine import (
     MAX_LINE_SEARCH_EVALUATIONS,
@@ -33,10 +36,12 @@ from fuse_ext.modes import (
     AUTO,
     CONSECUTIVE,
     LEAST_PAIRS,
+    SAME_BATCH,
     SEARCH,
     check_modes,
     default_history_size,
     default_switch,
+    finds_out,
 )
 from fuse_ext.overlap import overlap_step
 from fuse_ext.phases import ADAM, LBFGS_PHASE
@@ -90,7 +95,9 @@ class FusePV(AveragedPhase):
             (fixed step), or "auto": approximate Wolfe where the closure is the same function at
             every call or ``max_iter`` > 1, else a fixed step on averages.
         max_iter: L-BFGS iterations per ``step``, all on the one closure.
-        max_eval: Evaluations per ``step``; None for 25 an iteration.
+        max_eval: Evaluations per ``step`` at most, the one where it begins included (also where
+            ``deterministic`` spares it); at least 2 where a step evaluates its end or searches.
+            None for 25 an iteration and that one. Those of a ``pair_closure`` come on top.
         tolerance_grad, tolerance_change, rtol: When an L-BFGS ``step`` stops early, as in
             :class:`~fuse_ext.LBFGS`; by default it never does while it can go on. ``rtol`` knows
             no scale, and ``report().converged`` tells a loop that it was reached.
@@ -210,7 +217,7 @@ class FusePV(AveragedPhase):
         if curvature_tol is None:
             curvature_tol = CURVATURE_TOL[bool(deterministic)]
         if max_eval is None and isinstance(max_iter, int):
-            max_eval = MAX_LINE_SEARCH_EVALUATIONS * max(max_iter, 1)
+            max_eval = 1 + MAX_LINE_SEARCH_EVALUATIONS * max(max_iter, 1)
         self._on_switch = on_switch
         defaults = {
             "lr": lr,
@@ -263,11 +270,16 @@ class FusePV(AveragedPhase):
         check_number("lbfgs_lr", group["lbfgs_lr"], 0.0)
         check_lbfgs_group(group)
         check_modes(group)
+        searches = group["line_search"] is not None or bool(group["deterministic"])
+        check_max_eval(group, searches, group["pairs"] in (AUTO, SAME_BATCH))
         check_number("step_cap", group["step_cap"], 0.0)
         if group["capturable"]:
             check_capturable(group, "line_search")
         if group["phase"] not in (ADAM, LBFGS_PHASE):
             raise ValueError(f"phase must be {ADAM!r} or {LBFGS_PHASE!r}, got {group['phase']!r}")
+
+    def _renewed_group(self, group: ParamGroup) -> ParamGroup:
+        return with_possible_max_eval(group, "line_search")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_on_switch": self._on_switch}
@@ -357,9 +369,11 @@ class FusePV(AveragedPhase):
                 after its last completed iteration).
         """
         if self.param_groups[0]["capturable"]:
+            self._notice_lost_state()
             if batch_id is not None or pair_closure is not None:
                 raise ValueError("capturable=True goes with neither batch_id nor pair_closure")
             return self._captured_step(closure, loss)
+        self._notice_lost_state()
         if self._adam is None and self._lbfgs is None:
             self._renew_layout()
         # torch.distributed.checkpoint makes the state with an empty step at lr = 0.
@@ -447,17 +461,45 @@ class FusePV(AveragedPhase):
             loss = self._averaged_step(self._lbfgs, closure, options)
         else:
             self._lbfgs.begin_batch(batch_id)
-            if pair_closure is None:
-                loss = self._lbfgs.step(closure, options)
-            else:
+            if pair_closure is not None:
                 loss = overlap_step(self._lbfgs, closure, pair_closure, options)
+            elif closure is not None and self._goes_astray(self._lbfgs, options):
+                loss = self._excursion(self._lbfgs, closure, options)
+            else:
+                loss = self._lbfgs.step(closure, options)
         if self._entry["non_finite"] > seen and self._lbfgs.progress.reason == "non_finite":
             self._warn_non_finite()
-        if self._entry["failing"] >= FAILING:
-            # L-BFGS stands where its last good step has led: the least loss it knows of.
-            self._log["fallbacks"] += 1
-            self.switch_back()
+        self._reconsider(options)
         return loss
+
+    def _goes_astray(self, engine: LbfgsEngine, options: LbfgsOptions) -> bool:
+        """Whether search after search has failed on one function."""
+        searches = options.line_search is not None and engine.is_one_function(options)
+        return searches and engine.failing >= FAILING
+
+    def _excursion(self, engine: LbfgsEngine, closure: Closure, options: LbfgsOptions) -> Any:
+        """Adam takes over for a step, from the best point known and back to it or a better one."""
+        self._log["fallbacks"] += 1
+        return adam_excursion(engine, closure, options, self.param_groups)
+
+    def _reconsider(self, options: LbfgsOptions) -> None:
+        """Returns to Adam where L-BFGS fails, or where one function turns out to be batches.
+
+        On one function it stays: no step has made the loss any worse.
+        """
+        engine = self._lbfgs
+        if not isinstance(engine, LbfgsEngine) or self._goes_astray(engine, options):
+            return
+        if engine.failing >= FAILING:
+            # It stands where its last good step has led.
+            self._fall_back()
+        elif finds_out(self.param_groups[0]) and engine.function.contradicted:
+            self._fall_back()
+            self._log["batches"] = True
+
+    def _fall_back(self) -> None:
+        self._log["fallbacks"] += 1
+        self.switch_back()
 
     def _options(self) -> LbfgsOptions:
         groups = self.param_groups
@@ -469,6 +511,7 @@ class FusePV(AveragedPhase):
 
     def report(self) -> Report:
         """What was done, and why."""
+        self._notice_lost_state()
         self._settle()
         log, entry, adam = self._log, self._entry, self._adam
         fields = lbfgs_fields(self._lbfgs, entry)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fuse_ext import ops as kernels
 from fuse_ext import scalars as ring
-from fuse_ext.bound_ops import bind
-from fuse_ext.flat import FlatParams
+from fuse_ext.bound_ops import BoundOps, bind
+from fuse_ext.flat import MOST_PARTS, FlatParams
 from fuse_ext.ops import Ops
+from fuse_ext.part import Part
 from fuse_ext.reference_memory import SCALE_BLOCK
 from fuse_ext.scalars import Header
 
@@ -27,7 +28,16 @@ ROW_ALIGNMENT = 128
 
 
 # What a state entry of L-BFGS holds of its history; only some of it for some dtypes and layouts.
-STATE_NAMES = ("history", "history_scale", "grad_prev", "scalars", "strides", "control")
+STATE_NAMES = (
+    "history",
+    "history_scale",
+    "grad_prev",
+    "scalars",
+    "strides",
+    "control",
+    "sets",
+    "set",
+)
 
 
 class GradStats(NamedTuple):
@@ -76,7 +86,7 @@ def grads_are_finite(flat: FlatParams, ops: Ops) -> bool:
     stats = torch.zeros(len(GradStats._fields), dtype=torch.float64, device=flat.device)
     plain = flat.layout.grads()
     if plain is not None:
-        numbers = bind(ops, flat).grad_stats(plain, [], False, None, None, stats, *[None] * 3)
+        numbers = bind(ops, flat.whole).grad_stats(plain, [], False, None, None, stats, *[None] * 3)
         return GradStats._make(numbers[:-1]).finite
     return not grad_stats_into(flat, ops, stats) or GradStats(*stats.tolist()).finite
 
@@ -91,12 +101,18 @@ def memory_order(flat: FlatParams) -> list[list[int]]:
 class History:
     """Curvature pairs of one flat vector.
 
+    A pair belongs to the parameters that it was taken on (:class:`fuse_ext.part.Part`), and only
+    pairs of the present ones make a direction: one that was taken without a parameter knows
+    nothing of it, and in one that was taken with it y holds what its step did to the gradients of
+    the others. Pairs of other parameters wait in the ring until their turn or their end.
+
     Args:
         flat: The parameters.
         ops: Kernels to use.
         entry: The state entry that holds ``history`` [2, m + 1, d], ``scalars`` and, if needed,
             ``grad_prev`` [d] and ``history_scale``; filled here, taken over where it already holds
-            them.
+            them. ``sets`` lists the parameters that were absent, for each set that was met, and
+            ``set`` is the place of the present one.
         history_size: m, the number of pairs.
         dtype: Of the rows; None for the state's. int8 rows have one float32 scale per 128
             elements.
@@ -112,8 +128,10 @@ class History:
         dtype: torch.dtype | None,
         grad_prev_apart: bool = False,
     ) -> None:
-        self._flat, self._ops = flat, ops
-        self._bound = bind(ops, flat)
+        self._flat, self._ops, self._entry = flat, ops, entry
+        self.part = flat.whole
+        self._bound = bind(ops, self.part)
+        self._bounds = {self.part.absent: self._bound}
         self.slots = history_size + 1
         self.dtype = flat.dtype if dtype is None else dtype
         padded = (flat.numel + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
@@ -155,6 +173,40 @@ class History:
         strides = memory_order(flat)
         if strides:
             entry["strides"] = strides
+        if "sets" in entry:
+            self.enter(flat.part(tuple(entry["sets"][entry["set"]])))
+
+    def enter(self, part: Part) -> bool:
+        """From now on directions and pairs are of these parameters.
+
+        Returns:
+            Whether they were others before.
+        """
+        known = "sets" in self._entry
+        if known and part.absent == self.part.absent:
+            return False
+        self.part, self._bound = part, self._bound_to(part)
+        absent = list(part.absent)
+        sets = self._entry.setdefault("sets", [])
+        if absent not in sets:
+            if len(sets) >= MOST_PARTS:
+                sets.clear()
+                self.reset()
+            sets.append(absent)
+        before, self._entry["set"] = self._entry.get("set"), sets.index(absent)
+        self.note_set()
+        return known and before != self._entry["set"]
+
+    def note_set(self) -> None:
+        """Tells the recursion which pairs are of the present parameters."""
+        self.scalars[ring.index("set", self.slots)].fill_(self._entry["set"])
+
+    def _bound_to(self, part: Part) -> BoundOps:
+        if part.absent not in self._bounds:
+            if len(self._bounds) > MOST_PARTS:
+                self._bounds.clear()
+            self._bounds[part.absent] = bind(self._ops, part)
+        return self._bounds[part.absent]
 
     @property
     def nbytes(self) -> int:
@@ -182,12 +234,15 @@ class History:
         maximize: bool,
         along_direction: bool,
         loss: Any = None,
+        part: Part | None = None,
     ) -> tuple[GradStats, float]:
         """Norms of the gradient, its slope along the current direction, and the loss as a number.
 
-        NaN where no loss is given. On a device the host waits once for all of it.
+        NaN where no loss is given. On a device the host waits once for all of it. ``part``: whose
+        gradients these are, if not those of the parameters of the direction.
         """
-        numbers = self._bound.grad_stats(
+        bound = self._bound if part is None else self._bound_to(part)
+        numbers = bound.grad_stats(
             grads,
             decay,
             maximize,
@@ -307,10 +362,10 @@ class History:
 
     def blend(self, origin: Tensor, theta: float, step: float) -> None:
         """Algorithm 3's mixture of the current parameters (Adam's) and origin + step * p."""
-        flat = self._flat
+        part = self.part
         self._ops.fuse_blend(
-            flat.reals(flat.params),
-            flat.offsets,
+            part.reals(part.params),
+            part.offsets,
             origin,
             self.rows,
             self.scalars,

@@ -20,6 +20,7 @@ from fuse_ext.line_search import make_line_search
 from fuse_ext.reference_memory import SCALE_BLOCK
 from fuse_ext.report import Report, lbfgs_fields
 from fuse_ext.scalars import layout
+from fuse_ext.searching import MAX_LINE_SEARCH_EVALUATIONS
 
 HISTORY_DTYPES = (*FLOATING, torch.int8)
 
@@ -38,6 +39,40 @@ def check_lbfgs_group(group: ParamGroup) -> None:
     dtype = group["history_dtype"]
     if dtype is not None and dtype not in HISTORY_DTYPES:
         raise ValueError(f"history_dtype must be None or one of {HISTORY_DTYPES}, got {dtype!r}")
+
+
+def least_evaluations(searches: bool, evaluates_end: bool) -> int:
+    """Evaluations that an iteration cannot do without: where it begins, and a trial or its end."""
+    return 2 if searches or evaluates_end else 1
+
+
+def default_evaluations(max_iter: int, searches: bool, evaluates_end: bool) -> int:
+    """``max_eval`` of LBFGS if nothing is said: torch's, or what one line search may need."""
+    least = least_evaluations(searches, evaluates_end)
+    whole_search = 1 + MAX_LINE_SEARCH_EVALUATIONS if searches else least
+    return max(max_iter * 5 // 4, whole_search)
+
+
+def check_max_eval(group: ParamGroup, searches: bool, evaluates_end: bool) -> None:
+    """Raises ValueError for a budget that no iteration could keep."""
+    least = least_evaluations(searches, evaluates_end)
+    if group["max_eval"] is not None and group["max_eval"] < least:
+        what = "a trial of the line search" if searches else "its end"
+        raise ValueError(
+            f"max_eval must be at least {least}, for the point where a step begins and {what}, "
+            f"got {group['max_eval']}"
+        )
+
+
+def with_possible_max_eval(group: ParamGroup, search_name: str) -> ParamGroup:
+    """The group of a checkpoint, with a budget that can be kept.
+
+    Where max_iter=1 torch's default of ``max_iter * 5 // 4`` was saved beside a line search that
+    did not keep it.
+    """
+    if group.get("max_eval") != 1 or group.get(search_name) in (None, "fixed"):
+        return group
+    return {**group, "max_eval": default_evaluations(1, True, False)}
 
 
 def check_line_search(name: str, value: Any) -> str | None:
@@ -106,6 +141,7 @@ def step_options(
     search_name: str,
     same_batch_pairs: bool = False,
     auto: str | None = None,
+    zero_freezes: bool = True,
 ) -> LbfgsOptions:
     """What the groups tell a step of L-BFGS; made anew only when one of their values changes.
 
@@ -116,11 +152,12 @@ def step_options(
         search_name: What the option with the line search is called.
         same_batch_pairs: See :class:`LbfgsOptions`.
         auto: The line search that "auto" stands for, where it stands for one.
+        zero_freezes: See :class:`LbfgsOptions`.
     """
     first = groups[0]
     decays = [float(group["weight_decay"]) for group in groups]
     search = auto if auto and first[search_name] == "auto" else first[search_name]
-    values = lrs, decays, _shared_values(first), search, bool(same_batch_pairs)
+    values = lrs, decays, _shared_values(first), search, bool(same_batch_pairs), zero_freezes
     if flat.memo is None or flat.memo[0] != values:
         flat.memo = values, _make_options(flat, search_name, *values)
     options: LbfgsOptions = flat.memo[1]
@@ -135,18 +172,22 @@ def _make_options(
     shared: tuple[Any, ...],
     search: Any,
     same_batch_pairs: bool,
+    zero_freezes: bool,
 ) -> LbfgsOptions:
     lr, lr_scale = spread_lr(flat, lrs)
     named = dict(zip(_SHARED, shared, strict=True))
-    if named["max_eval"] is None:
-        named["max_eval"] = max(named["max_iter"] * 5 // 4, 1)
     named["deterministic"] = bool(named["deterministic"])
+    ends = named["deterministic"] or same_batch_pairs
+    if named["max_eval"] is None:
+        named["max_eval"] = default_evaluations(named["max_iter"], search is not None, ends)
+    check_max_eval(named, search is not None, ends)
     return LbfgsOptions(
         lr=lr,
         lr_scale=lr_scale,
         weight_decay=flat.per_segment(decays, 0.0),
         line_search=check_line_search(search_name, search),
         same_batch_pairs=same_batch_pairs,
+        zero_freezes=zero_freezes,
         **named,
     )
 
@@ -171,8 +212,10 @@ class LBFGS(FlatOptimizer):
         lr: First trial step, and the step itself without a line search. Groups may differ: the
             direction is scaled by each group's share (0 freezes a group).
         max_iter: Iterations a step.
-        max_eval: Evaluations a step; None for ``max_iter * 5 // 4``. The first line search of a
-            step is finished in any case, with at most 25 trials.
+        max_eval: Evaluations a step at most, the one where it begins included (also where
+            ``deterministic`` spares it); at least 2 with a line search. None for
+            ``max_iter * 5 // 4``, as in torch, but at least 26 with a line search: 25 are its
+            trials at most. One that is cut short is followed by one with a shorter first trial.
         tolerance_grad: Stop when max|g| is at most this.
         tolerance_change: Stop when -g.p, max|t p| or the loss's change is at most this. These
             two are absolute, as in torch: a loss of small scale ends early (:meth:`report` says
@@ -250,7 +293,8 @@ class LBFGS(FlatOptimizer):
         backend: str = "auto",
     ) -> None:
         if max_eval is None and isinstance(max_iter, int):
-            max_eval = max(max_iter * 5 // 4, 1)
+            searches = line_search_fn not in (None, "fixed")
+            max_eval = default_evaluations(max_iter, searches, bool(deterministic))
         defaults = {
             "lr": lr,
             "max_iter": max_iter,
@@ -276,7 +320,8 @@ class LBFGS(FlatOptimizer):
     def _check_group(group: ParamGroup) -> None:
         check_number("lr", group["lr"], 0.0)
         check_lbfgs_group(group)
-        check_line_search("line_search_fn", group["line_search_fn"])
+        search = check_line_search("line_search_fn", group["line_search_fn"])
+        check_max_eval(group, search is not None, bool(group["deterministic"]))
         if group["capturable"]:
             check_capturable(group, "line_search_fn")
 
@@ -298,14 +343,18 @@ class LBFGS(FlatOptimizer):
                     f"for parameter {key}"
                 )
 
+    def _renewed_group(self, group: ParamGroup) -> ParamGroup:
+        return with_possible_max_eval(group, "line_search_fn")
+
     def _adopt_state(self) -> None:
         self._engine = None
         first = self.flat.params[0]
         entry = self.state.get(first)
         if not entry:
             return
-        if entry["history"].shape[2] != self.flat.numel:  # a group was added: start afresh
-            del self.state[first]
+        history = entry.get("history")
+        if history is None or history.shape[2] != self.flat.numel:
+            del self.state[first]  # a group was added: start afresh
             return
         self._engine = self._make_engine()
 
@@ -333,8 +382,9 @@ class LBFGS(FlatOptimizer):
             TypeError, ValueError: The closure returns no scalar; the parameters are then where
                 the last completed iteration left them, as for any error in the closure.
         """
-        if self._engine is None:
+        if self._engine is None or self._engine.outdated(self.state):
             self._renew_layout()
+            self._adopt_state()
         if self.param_groups[0]["capturable"]:
             return self._captured_step(closure)
         options = self._options()
@@ -359,12 +409,13 @@ class LBFGS(FlatOptimizer):
         return self._engine.step(closure, options, lr)
 
     def _settle(self) -> None:
-        if isinstance(self._engine, CapturedLbfgs):
-            self._engine.settle()
+        engine = self._engine
+        if isinstance(engine, CapturedLbfgs) and not engine.outdated(self.state):
+            engine.settle()
 
     def report(self) -> Report:
         """What was done, and why it stopped."""
         self._settle()
-        if self._engine is None:
+        if self._engine is None or self._engine.outdated(self.state):
             return Report(phase="lbfgs")
         return Report(phase="lbfgs", **lbfgs_fields(self._engine, self._entry))

@@ -6,9 +6,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fuse_ext.flat import FlatParams
 
 
@@ -18,11 +15,11 @@ class LbfgsOptions:
 
     Attributes:
         lr: First trial step (the step itself without a line search).
-        lr_scale: Share of each parameter in a step; empty for 1. A parameter with share 0 is
-            frozen: its gradient counts as 0.
+        lr_scale: Share of each parameter in a step; empty for 1.
         weight_decay: L2 coefficient of each parameter; empty for 0.
         maximize: Ascend.
-        max_iter, max_eval: Budget of one call of ``step``.
+        max_iter, max_eval: Budget of one call of ``step``. Where it begins counts as one
+            evaluation, made or remembered.
         tolerance_grad, tolerance_change, rtol: When to stop; 0 for never.
         line_search: Name, or None for a fixed step.
         curvature_tol: Pairs need s.y > curvature_tol |s| |y|.
@@ -30,6 +27,8 @@ class LbfgsOptions:
         same_batch_pairs: Without a line search, evaluate the closure once more after the last
             step, so that no pair mixes two batches.
         pairs_elsewhere: The caller completes the pairs.
+        zero_freezes: A parameter with share 0 takes no part in a step, as if it had no gradient.
+            False where something else moves it as well (Fuse).
     """
 
     lr: float = 1.0
@@ -46,29 +45,22 @@ class LbfgsOptions:
     deterministic: bool = False
     same_batch_pairs: bool = True
     pairs_elsewhere: bool = False
+    zero_freezes: bool = True
 
-    def __post_init__(self) -> None:
-        if self.weight_decay and 0.0 in self.lr_scale:  # what is frozen does not decay
-            decay = [
-                d if share else 0.0
-                for d, share in zip(self.weight_decay, self.lr_scale, strict=True)
-            ]
-            object.__setattr__(self, "weight_decay", decay)
+    @cached_property
+    def freezing(self) -> list[float] | None:
+        """Shares of which those that are 0 freeze a parameter; None where none is.
+
+        With lr = 0 for all nothing moves, and nothing else changes.
+        """
+        freezes = self.zero_freezes and self.lr != 0.0 and 0.0 in self.lr_scale
+        return self.lr_scale if freezes else None
 
     @cached_property
     def objective(self) -> tuple[Any, ...]:
         """The options that the objective depends on."""
-        frozen = [share == 0.0 for share in self.lr_scale]
-        return self.maximize, self.weight_decay, frozen if any(frozen) else []
-
-    def moving(self, grads: list[Tensor]) -> list[Tensor]:
-        """The gradients, zero where a parameter is frozen: L-BFGS in the space that moves."""
-        if 0.0 not in self.lr_scale:
-            return grads
-        return [
-            g if share else torch.zeros_like(g)
-            for g, share in zip(grads, self.lr_scale, strict=True)
-        ]
+        frozen = None if self.freezing is None else [share == 0.0 for share in self.freezing]
+        return self.maximize, self.weight_decay, frozen
 
 
 def spread_lr(flat: FlatParams, lrs: list[float]) -> tuple[float, list[float]]:

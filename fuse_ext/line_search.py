@@ -50,6 +50,10 @@ Reason: TypeAlias = Literal[
 ]
 
 
+# No limits but those of floats, see LineSearchOptions.
+STEP_MIN, STEP_MAX = 1e-150, 1e150
+
+
 class LineSearchResult(NamedTuple):
     """What a line search found.
 
@@ -85,8 +89,10 @@ class LineSearchOptions:
         c2: Curvature; Armijo ignores it.
         max_evaluations: Trials per search, at least 1.
         step_min: Smallest trial step, positive.
-        step_max: Largest trial step, finite. (The defaults of both, and of c1 and c2, are those
-            of Nocedal's L-BFGS code.)
+        step_max: Largest trial step, finite. (c1 and c2 are those of Nocedal's L-BFGS code. Its
+            limits of 1e-20 and 1e20 depend on the units of x and f: the step of a parameter of
+            1e-10 whose loss is of the order of 1 is 1e-20. So the defaults of both only keep
+            products in the range of floats; xtol and max_evaluations end a search.)
         xtol: A search stops when its bracket [l, u] has ``u - l <= xtol * u``, in [0, 1). The
             default lies below the resolution of float32 parameters. Armijo ignores it.
         loss_eps: Noise in the loss relative to ``|f0|``, in [0, 1); None for the search's
@@ -101,8 +107,8 @@ class LineSearchOptions:
     c1: float = 1e-4
     c2: float = 0.9
     max_evaluations: int = 25
-    step_min: float = 1e-20
-    step_max: float = 1e20
+    step_min: float = STEP_MIN
+    step_max: float = STEP_MAX
     xtol: float = 1e-8
     loss_eps: float | None = None
 
@@ -446,8 +452,8 @@ def make_line_search(
     c1: float = 1e-4,
     c2: float = 0.9,
     max_evaluations: int = 25,
-    step_min: float = 1e-20,
-    step_max: float = 1e20,
+    step_min: float = STEP_MIN,
+    step_max: float = STEP_MAX,
     xtol: float = 1e-8,
     loss_eps: float | None = None,
 ) -> LineSearch | None:

@@ -20,8 +20,6 @@ LEAST_PAIRS, MOST_PAIRS = 10, 500
 HISTORY_BYTES = 64 * 2**20
 # With fewer of them self-scaling costs some 5% more evaluations (python -m benchmarks.robustness).
 SCALING_PAIRS = 100
-# Two calls of one function at one point differ by less than this, relative to the loss.
-SAME_LOSS = 1e-6
 
 
 def check_modes(group: ParamGroup) -> None:
@@ -92,8 +90,3 @@ def self_scales(group: ParamGroup) -> bool:
     if group["self_scaling"] is not None:
         return bool(group["self_scaling"])
     return may_scale(group) and group["history_size"] >= SCALING_PAIRS
-
-
-def same_loss(a: float, b: float) -> bool:
-    """Whether two losses could be one function's at one point."""
-    return abs(a - b) <= SAME_LOSS * max(abs(a), abs(b))

@@ -22,7 +22,7 @@ from fuse_ext.report import LOG, NEW_LOG, check_log
 ADAM, LBFGS_PHASE = "adam", "lbfgs"
 # In the L-BFGS phase, where there is such a thing: the loss that a watched closure returned last
 # (NaN before); the batch of a pair in waiting.
-WATCH_NAMES = ("watched_loss", "batch_id")
+WATCH_NAMES = ("watched_loss", "watched_grad", "batch_id")
 
 
 class TwoPhases(FlatOptimizer):
@@ -35,6 +35,8 @@ class TwoPhases(FlatOptimizer):
     _switch: Switchover
     _adam: AdamEngine | None = None
     _lbfgs: LbfgsEngine | AveragedEngine | None = None
+    # Whether there has been a log: without one the state has been cleared since.
+    _began = False
 
     def switch_back(self) -> None:
         """See :class:`fuse_ext.FusePV`."""
@@ -55,11 +57,37 @@ class TwoPhases(FlatOptimizer):
     @property
     def _log(self) -> dict[str, Any]:
         """Counters and the criterion's state, saved with the rest."""
+        self._began = True
         log: dict[str, Any] = self._entry.setdefault(LOG, dict(NEW_LOG))
         return log
 
+    def _notice_lost_state(self) -> None:
+        """Begins as a new optimizer would, where the user has cleared the state.
+
+        What was put in its place is taken over.
+        """
+        lost = self._lbfgs is not None and self._lbfgs.outdated(self.state)
+        if not lost and self._began and LOG not in self.state.get(self.flat.params[0], {}):
+            lost = True
+        if not lost:
+            return
+        self._adam = self._lbfgs = None
+        if not self.state.get(self.flat.params[0]):
+            self._begin_anew()
+        self._renew_layout()
+        self._adopt_state()
+
+    def _begin_anew(self) -> None:
+        """The first phase, with nothing observed."""
+        self._began = False
+        for group in self.param_groups:
+            group["phase"] = LBFGS_PHASE if self._switch.at_once else ADAM
+            group["lr_at_switch"] = None
+        self._switch.reset()
+
     def state_dict(self) -> dict[str, Any]:
         """As in torch: the phase is in the parameter groups, tensors and counters in the state."""
+        self._notice_lost_state()
         self._log["criterion"] = self._switch.state_dict()
         return super().state_dict()
 

@@ -11,18 +11,37 @@ FIRST_NOISE = 8
 # CG_DESCENT (Algorithm 851, ACM TOMS 32(1), 2006, pp. 113-137), up to this share of the loss.
 NOISE_GROWTH = 10.0
 LARGEST_NOISE = 1e-3
-# So many iterations in a row without a new least loss or gradient are the floor.
-FLOOR_ITERATIONS = 100
+# The floor is reached where the loss has not fallen by more than so many roundings of it, nor the
+# squared gradient to this share, ...
+VISIBLE_FALL, LESS_GRADIENT = 2.0, 0.25
+# ... for as many evaluations as it took to get there, but at least and at most so many: fewer are
+# spent on a single hard search, and a slow valley shows within the second number.
+FLOOR_EVALUATIONS = (20, 200)
+# Sums of squares have lost all their digits at so many squared roundings of the loss they began at:
+# a residual of the order of 1 is only known to a rounding.
+NO_DIGITS = 1e3
 
-# The state that a Precision keeps in the optimizer's state entry.
-PRECISION_NAMES = ("loss_noise", "least_loss", "least_square", "iterations_since_least")
+# The state that a Precision keeps in the optimizer's state entry. (The last one is of older
+# checkpoints.)
+PRECISION_NAMES = (
+    "loss_noise",
+    "least_loss",
+    "least_square",
+    "first_loss",
+    "spent",
+    "spent_at_least",
+    "iterations_since_least",
+)
 
 
 class Precision:
     """How exact losses are, learnt from the run; kept in the optimizer's state entry.
 
     Args:
-        entry: Holds ``loss_noise``, relative to the loss, and the least loss and squared gradient.
+        entry: Holds ``loss_noise``, relative to the loss; the loss that the objective was first
+            met at; the least loss and squared gradient, the evaluations ``spent`` on it, and when
+            the least were found. (An evaluation that is remembered counts as spent, so that a run
+            that was saved goes on as if it had not been.)
         eps: Rounding of the parameters' dtype.
     """
 
@@ -30,7 +49,7 @@ class Precision:
         self._entry = entry
         entry.setdefault("loss_noise", FIRST_NOISE * eps)
         self._eps = eps
-        if "least_loss" not in entry:
+        if "spent" not in entry:
             self.forget_least()
 
     @property
@@ -51,19 +70,36 @@ class Precision:
         self._entry["loss_noise"] = min(max(2.0 * needed, NOISE_GROWTH * self.noise), LARGEST_NOISE)
         return True
 
+    def spend(self) -> None:
+        """Counts an evaluation."""
+        self._entry["spent"] += 1
+
     def at_floor(self, loss: float, square: float) -> bool:
-        """Takes in an iterate; whether loss and gradient have long stopped to fall."""
+        """Takes in the point reached; whether loss and gradient have long stopped to fall."""
         entry = self._entry
-        entry["iterations_since_least"] += 1
-        for name, value in (("least_loss", loss), ("least_square", square)):
-            if value < entry[name]:
-                entry[name] = value
-                entry["iterations_since_least"] = 0
-        return bool(entry["iterations_since_least"] >= FLOOR_ITERATIONS)
+        visible = VISIBLE_FALL * self._eps * abs(loss)
+        if loss < entry["least_loss"] - visible or square < LESS_GRADIENT * entry["least_square"]:
+            entry["least_loss"] = min(loss, entry["least_loss"])
+            entry["least_square"] = min(square, entry["least_square"])
+            entry["spent_at_least"] = entry["spent"]
+        low, high = FLOOR_EVALUATIONS
+        patience = min(max(entry["spent_at_least"], low), high)
+        return bool(entry["spent"] - entry["spent_at_least"] >= patience)
+
+    def without_digits(self, loss: float) -> bool:
+        """Whether a sum of squares that has come down to this loss is nothing but rounding."""
+        return abs(loss) <= NO_DIGITS * self._eps**2 * self._entry["first_loss"]
+
+    def begin(self, loss: float) -> None:
+        """Takes in the loss where a step begins."""
+        if math.isfinite(loss) and not self._entry["first_loss"]:
+            self._entry["first_loss"] = abs(loss)
 
     def forget_least(self) -> None:
         """Another objective has another floor."""
-        self._entry.update(least_loss=math.inf, least_square=math.inf, iterations_since_least=0)
+        self._entry.update(
+            least_loss=math.inf, least_square=math.inf, first_loss=0.0, spent=0, spent_at_least=0
+        )
 
     def visible_step(self, x_max: float, g_max: float, square: float, loss: float | None) -> float:
         """The shortest step along -g whose effect rounding does not hide.

@@ -1,0 +1,53 @@
+"""Adam from the best point known, where no line search leads on: kept if it finds a better one."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from fuse_ext.adam_engine import AdamEngine
+from fuse_ext.flat import Closure, ParamGroup
+from fuse_ext.lbfgs_engine import LbfgsEngine
+from fuse_ext.lbfgs_options import LbfgsOptions
+
+
+def adam_excursion(
+    engine: LbfgsEngine, closure: Closure, options: LbfgsOptions, groups: list[ParamGroup]
+) -> Any:
+    """At most ``max_eval`` - 1 Adam steps with fresh moments, all in one step of the optimizer.
+
+    The parameters end at the least loss met. Where that is the one they began with, nothing is
+    left to try and the engine settles there; else L-BFGS goes on with an empty history. Only for a
+    closure that is one function, since losses are compared.
+
+    Costs two vectors of moments and a copy of the parameters, for the time of the call.
+
+    Returns:
+        The closure's loss where the step began.
+    """
+    engine.flat.check_unchanged()
+    point = engine.start(closure, options)
+    engine.end_of_failures()
+    if not point.finite:
+        engine.refuse(point)
+        return point.loss
+    params = point.part.params
+    start = [param.detach().clone() for param in params]
+    best, least = start, point
+    adam = AdamEngine(engine.flat, engine.ops, defaultdict(dict), groups)
+    try:
+        while engine.has_budget:
+            adam.step(groups)
+            here = engine.evaluate(closure, options, False)
+            if not here.finite or here.part.absent != point.part.absent:
+                break
+            if here.value < least.value:
+                best, least = [param.detach().clone() for param in params], here
+    except BaseException:
+        torch._foreach_copy_(params, start)
+        raise
+    torch._foreach_copy_(params, best)
+    engine.restart(least, options, found=least is not point)
+    return point.loss

@@ -1,0 +1,102 @@
+"""Whether the closure is the same function at every call, by what it returns where it was called."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+# Two calls of one function at one point differ by less than this, relative to the loss; ...
+SAME_LOSS = 1e-6
+# ... and their gradients' norms by less than this, for a loss may hide what changes behind a large
+# constant. Minibatches differ by more.
+SAME_GRADIENT = 1e-2
+# Squared gradients of less than this share of the largest are rounding for all one knows.
+LEAST_SQUARE = 1e-8
+# Starts that contradict count less and less from step to step. Two in three, or every second one
+# for some steps, are batches; new points every so often are not.
+FORGETTING, MOST_OTHERS = 0.9, 2.0
+
+
+class Values(NamedTuple):
+    """What the closure gave at a point: the loss, and of the gradient g.g and sum |g|."""
+
+    loss: float
+    square: float
+    abs_sum: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether all are."""
+        return math.isfinite(self.loss + self.square + self.abs_sum)
+
+
+def agree(a: Values, b: Values, loss_tol: float = SAME_LOSS, largest_square: float = 0.0) -> bool:
+    """Whether two calls at one point could be of one function.
+
+    Args:
+        a: What one gave.
+        b: What the other gave.
+        loss_tol: Noise of the loss, relative to it.
+        largest_square: The largest g.g met; far below it nothing is told by gradients.
+    """
+    if abs(a.loss - b.loss) > loss_tol * max(abs(a.loss), abs(b.loss)):
+        return False
+    if max(a.square, b.square) <= LEAST_SQUARE * largest_square:
+        return True
+    return all(
+        abs(x - y) <= SAME_GRADIENT * max(x, y)
+        for x, y in ((a.square, b.square), (a.abs_sum, b.abs_sum))
+    )
+
+
+class OneFunction:
+    """Compares where steps begin with where the ones before ended; kept in the state entry.
+
+    Args:
+        entry: Holds ``arrival``, the :class:`Values` where the parameters were left (empty where
+            they are not known), ``arrival_absent``, which parameters had no gradient there,
+            ``agreed``, ``contradicted`` (a decaying count) and ``largest_square``.
+    """
+
+    NAMES = ("arrival", "arrival_absent", "agreed", "contradicted", "largest_square")
+
+    def __init__(self, entry: dict[str, Any]) -> None:
+        self._entry = entry
+        entry.setdefault("arrival", [])
+        entry.setdefault("arrival_absent", [])
+        for name in self.NAMES[2:]:
+            entry.setdefault(name, 0.0)
+
+    def leave(self) -> None:
+        """Of where the parameters stand now nothing is known."""
+        self._entry["arrival"] = []
+
+    def arrive(self, values: Values, absent: tuple[int, ...]) -> None:
+        """Takes in where a step has ended."""
+        entry = self._entry
+        entry["arrival"], entry["arrival_absent"] = list(values), list(absent)
+        entry["largest_square"] = max(entry["largest_square"], values.square)
+
+    def meet(self, values: Values, absent: tuple[int, ...], loss_tol: float) -> bool | None:
+        """Takes in where a step begins; whether it is as it was left, None if that is not known."""
+        entry = self._entry
+        entry["largest_square"] = max(entry["largest_square"], values.square)
+        if not entry["arrival"]:
+            return None
+        before = Values(*entry["arrival"])
+        if list(absent) != entry["arrival_absent"]:  # frozen or thawed, not another batch
+            return False
+        same = agree(before, values, max(loss_tol, SAME_LOSS), entry["largest_square"])
+        entry["agreed"] += same
+        entry["contradicted"] = FORGETTING * entry["contradicted"] + (not same)
+        return same
+
+    @property
+    def contradicted(self) -> bool:
+        """Whether too many starts were not as the steps before had left it."""
+        return bool(self._entry["contradicted"] >= MOST_OTHERS)
+
+    @property
+    def known(self) -> bool:
+        """Whether it has been seen to be one function, and not lately to be another."""
+        return bool(self._entry["agreed"] >= 1 and self._entry["contradicted"] < 1.0)
