@@ -238,7 +238,7 @@ class AveragedEngine:
             )
             if header.direction_dot_grad < 0.0 and math.isfinite(header.direction_sq):
                 return header
-            if header.count == 0:
+            if header.usable == 0:
                 return None
             self._entry["resets"] += 1
             self.history.reset()
@@ -267,7 +267,7 @@ class AveragedEngine:
     def _length(self, header: Header, options: LbfgsOptions, lengths: float) -> float:
         """Adam's own step while there is no pair, then 1, times lr; at most the cap."""
         entry = self._entry
-        length = options.lr * (1.0 if header.count > 0 else entry["adam_lr"])
+        length = options.lr * (1.0 if header.usable > 0 else entry["adam_lr"])
         cap = lengths * entry["adam_step_norm"] * self._fall()
         return float(min(length, cap / math.sqrt(header.direction_sq)))
 
@@ -318,7 +318,7 @@ class AveragedEngine:
 
     def _offer(self, s: Tensor, y: Tensor, curvature_tol: float) -> None:
         header = self.history.header()
-        if header.count > 0:
+        if header.usable > 0:
             damp(s, y, 1.0 / header.gamma)
         self.history.offer(s, y, curvature_tol)
 

@@ -298,7 +298,7 @@ class Fuse(FlatOptimizer):
             # As in LBFGS: without history the next direction is -g.
             self._entry["line_search_failures"] += 1
             progress.reason = "line_search"
-            if header.count > 0:
+            if header.usable > 0:
                 self._entry["resets"] += 1
                 self._lbfgs.history.reset()
         return result.step

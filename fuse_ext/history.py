@@ -172,7 +172,7 @@ class History:
 
     def reset(self) -> None:
         """Forgets all pairs; the counters stay."""
-        for name in ("count", "gamma"):
+        for name in ("count", "gamma", "usable"):
             self.scalars[ring.index(name, self.slots)] = 0.0
 
     def stats(
@@ -259,7 +259,7 @@ class History:
         """:meth:`update` and :meth:`direction` in one call, for small problems' sake.
 
         With ``origin``, which becomes the parameters, also :meth:`move` by ``step``, where pairs
-        are held, p is finite and -g.p > ``least_slope``. Says whether it did.
+        are usable, p is finite and -g.p > ``least_slope``. Says whether it did.
         """
         *numbers, moved = self._bound.lbfgs_update_direction(
             grads,

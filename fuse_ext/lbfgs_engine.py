@@ -199,7 +199,7 @@ class LbfgsEngine(Evaluations):
 
     def first_trial(self, header: Header, point: Point, options: LbfgsOptions) -> float:
         """lr, cut to a visible step of 1-norm about lr while nothing is known of the curvature."""
-        if header.count > 0 or point.stats.abs_sum == 0.0:
+        if header.usable > 0 or point.stats.abs_sum == 0.0:
             self._entry["cuts"] = 0
             return options.lr
         # Empty tensors have no largest element.
@@ -244,7 +244,7 @@ class LbfgsEngine(Evaluations):
             self.drop_pair()
             if moved or (header.direction_dot_grad < 0.0 and math.isfinite(header.direction_sq)):
                 return header, moved
-            if header.count == 0:
+            if header.usable == 0:
                 return None, False
             self._reset()
 
@@ -295,7 +295,7 @@ class LbfgsEngine(Evaluations):
 
     def _retreat(self, header: Header) -> None:
         """The last direction leads nowhere: -g next time and, if it was that, a shorter step."""
-        if header.count > 0:
+        if header.usable > 0:
             self._reset()
         else:
             self._entry["cuts"] = min(self._entry["cuts"] + 1, 15)
@@ -441,8 +441,8 @@ class LbfgsEngine(Evaluations):
             again = self.evaluate(closure, options, False)
             hidden = abs(again.value - point.value) <= self.precision.noise * abs(point.value)
         self._count_failing(not hidden)
-        self.progress.reason = "precision" if hidden and header.count == 0 else "line_search"
-        if header.count == 0 and (hidden or self._entry["cuts"] >= MOST_CUTS):
+        self.progress.reason = "precision" if hidden and header.usable == 0 else "line_search"
+        if header.usable == 0 and (hidden or self._entry["cuts"] >= MOST_CUTS):
             self._remember(point, options, settled=True)
             return None
         self._retreat(header)
