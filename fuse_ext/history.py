@@ -148,6 +148,8 @@ class History:
             tensors["grad_prev"] = self.grad_prev
         if self.scales is not None:
             tensors["history_scale"] = self.scales
+        if "scalars" in entry:
+            entry["scalars"] = ring.with_sets(entry["scalars"], self.slots)
         for name, tensor in tensors.items():
             if name in entry:
                 tensor.copy_(entry[name])

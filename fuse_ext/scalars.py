@@ -59,6 +59,16 @@ def new_scalars(slots: int, device: torch.device) -> Tensor:
     return torch.zeros(int(_C.scalar_layout(slots)["size"]), dtype=torch.float64, device=device)
 
 
+def with_sets(scalars: Tensor, slots: int) -> Tensor:
+    """Scalars of a checkpoint from before pairs had sets, as if all had been of set 0."""
+    if scalars.numel() != index("size_without_sets", slots):
+        return scalars
+    missing = index("size", slots) - scalars.numel()
+    scalars = torch.cat([scalars, scalars.new_zeros(missing)])
+    scalars[index("usable", slots)] = scalars[index("count", slots)]
+    return scalars
+
+
 def index(name: str, slots: int) -> int:
     """Where the scalar ``name`` lies."""
     place = layout(slots)[name]
