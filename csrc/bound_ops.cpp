@@ -26,6 +26,9 @@ using Tensors = std::vector<at::Tensor>;
 using Numbers = std::vector<double>;
 using MaybeTensor = std::optional<at::Tensor>;
 
+// The numbers at the head of the scalars that the host decides by.
+constexpr std::size_t kHead = kUsable + 1;
+
 // Whether torch's own Tensor or Parameter: a subclass may redefine what a gradient is.
 bool is_plain(PyObject* object) { return THPVariable_CheckExact(object); }
 
@@ -218,26 +221,26 @@ struct RingCall {
   }
 
   // Pass 2; the numbers of the scalars' head.
-  std::array<double, kPairCosine + 1> direction(const Numbers& lr_scale) const {
+  std::array<double, kHead> direction(const Numbers& lr_scale) const {
     static const auto pass =
         find<void(at::TensorList, at::TensorList, at::IntArrayRef, at::ArrayRef<double>,
                   at::ArrayRef<double>, bool, at::Tensor, const MaybeTensor&, at::Tensor,
                   const MaybeTensor&, const MaybeTensor&)>("fuse_ext::lbfgs_direction");
     pass.call(params, grads, layout.offsets(), weight_decay, lr_scale, maximize, history, grad_prev,
               scalars, history_scale, std::nullopt);
-    return first_numbers<kPairCosine + 1>(scalars);
+    return first_numbers<kHead>(scalars);
   }
 
   // The same, with the parameters moved by `step`.
-  std::array<double, kPairCosine + 1> set_out(const Numbers& lr_scale, const at::Tensor& origin,
-                                              double step) const {
+  std::array<double, kHead> set_out(const Numbers& lr_scale, const at::Tensor& origin,
+                                    double step) const {
     static const auto pass =
         find<void(at::TensorList, at::TensorList, at::IntArrayRef, at::ArrayRef<double>,
                   at::ArrayRef<double>, bool, at::Tensor, const MaybeTensor&, at::Tensor,
                   at::Tensor, double, const MaybeTensor&)>("fuse_ext::lbfgs_set_out");
     pass.call(params, grads, layout.offsets(), weight_decay, lr_scale, maximize, history, grad_prev,
               scalars, origin, step, history_scale);
-    return first_numbers<kPairCosine + 1>(scalars);
+    return first_numbers<kHead>(scalars);
   }
 
   void move(const at::Tensor& origin, double step, bool save) const {
@@ -259,20 +262,21 @@ void lbfgs_update(const Layout& layout, const Tensors& grads, const Numbers& wei
   ring.update(pair_step, curvature_tol);
 }
 
-std::array<double, kPairCosine + 1> lbfgs_direction(
-    const Layout& layout, const Tensors& grads, const Numbers& weight_decay,
-    const Numbers& lr_scale, bool maximize, const at::Tensor& history, const MaybeTensor& grad_prev,
-    const at::Tensor& scalars, const MaybeTensor& history_scale) {
+std::array<double, kHead> lbfgs_direction(const Layout& layout, const Tensors& grads,
+                                          const Numbers& weight_decay, const Numbers& lr_scale,
+                                          bool maximize, const at::Tensor& history,
+                                          const MaybeTensor& grad_prev, const at::Tensor& scalars,
+                                          const MaybeTensor& history_scale) {
   const RingCall ring{layout,  grads,     weight_decay, maximize,
                       history, grad_prev, scalars,      history_scale};
   const InOp scope;
   return ring.direction(lr_scale);
 }
 
-// Update and direction in one call and, where there is an origin and pairs are held, the move too:
-// without them the step depends on the gradient. Where the direction turns out to be none the
+// Update and direction in one call and, where there is an origin and pairs are usable, the move
+// too: without them the step depends on the gradient. Where the direction turns out to be none the
 // parameters go back. The last number says whether they have moved.
-std::array<double, kPairCosine + 2> lbfgs_update_direction(
+std::array<double, kHead + 1> lbfgs_update_direction(
     const Layout& layout, const Tensors& grads, const Numbers& weight_decay,
     const Numbers& lr_scale, bool maximize, const at::Tensor& history, const MaybeTensor& grad_prev,
     const at::Tensor& scalars, const MaybeTensor& history_scale, std::optional<double> pair_step,
@@ -282,13 +286,13 @@ std::array<double, kPairCosine + 2> lbfgs_update_direction(
   const InOp scope;
   ring.update(pair_step, curvature_tol);
   // What is on a device is not waited for: the move follows the head that comes with the direction.
-  const bool early = origin && scalars.is_cpu() && scalars.const_data_ptr<double>()[kCount] > 0;
+  const bool early = origin && scalars.is_cpu() && scalars.const_data_ptr<double>()[kUsable] > 0;
   const auto head = early ? ring.set_out(lr_scale, *origin, step) : ring.direction(lr_scale);
-  const bool moves = origin && head[kCount] > 0 && -head[kDirectionDotGrad] > least_slope &&
+  const bool moves = origin && head[kUsable] > 0 && -head[kDirectionDotGrad] > least_slope &&
                      std::isfinite(head[kDirectionSq]);
   if (early && !moves) ring.move(*origin, 0.0, false);
   if (moves && !early) ring.move(*origin, step, true);
-  std::array<double, kPairCosine + 2> numbers{};
+  std::array<double, kHead + 1> numbers{};
   std::ranges::copy(head, numbers.begin());
   numbers.back() = moves;
   return numbers;

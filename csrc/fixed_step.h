@@ -24,7 +24,7 @@ enum Control : int {
   kGradSquare,
   kGradSum,
   kGradLargest,
-  kParamLargest,  // max |x| when the history was last empty
+  kParamLargest,  // max |x| when there was last no usable pair
   // What LbfgsEngine counts under these names.
   kBadStarts,  // in a row
   kCuts,
@@ -75,7 +75,7 @@ FUSE_INLINE double first_step_length(const double* control, const FixedStep& tol
 }
 
 FUSE_INLINE void forget_pairs(LbfgsScalars state, double* control) {
-  state[kCount] = state[kGamma] = 0.0;
+  state[kCount] = state[kGamma] = state[kUsable] = 0.0;
   control[kResets] += 1.0;
 }
 
@@ -90,7 +90,7 @@ FUSE_INLINE void refuse_point(LbfgsScalars state, double* control, const FixedSt
   if (!waiting || !(told.closes_pair || control[kBadStarts] > told.patience)) return;
   control[kMove] = kReturn;
   control[kPairStep] = 0.0;
-  if (state[kCount] > 0.0) {
+  if (state[kUsable] > 0.0) {  // in the recursion that led there, whatever the set is now
     forget_pairs(state, control);
   } else {
     if (control[kCuts] < kMostCuts) control[kCuts] += 1.0;
@@ -101,8 +101,9 @@ FUSE_INLINE void refuse_point(LbfgsScalars state, double* control, const FixedSt
 // g.p of the direction to come, from the coefficients and the dots that they were made of.
 FUSE_INLINE double slope_to_come(LbfgsScalars state, const double* control) {
   double slope = *state.array(kCoefG) * control[kGradSquare];
-  for (std::int64_t age = 0; age < state.count(); ++age) {
-    const std::int64_t i = state.slot(age);
+  const double* chosen = state.array(kChosen);
+  for (std::int64_t age = 0; age < static_cast<std::int64_t>(state[kUsable]); ++age) {
+    const std::int64_t i = static_cast<std::int64_t>(chosen[age]);
     slope += state.array(kCoefS)[i] * state.array(kGradS)[i] +
              state.array(kCoefY)[i] * state.array(kGradY)[i];
   }
@@ -140,13 +141,13 @@ FUSE_INLINE void decide_step(LbfgsScalars state, double* control, const FixedSte
   team.sync();
   if (!leads) return;
   const double slope = slope_to_come(state, control);
-  if (state[kCount] > 0.0 && !(slope < 0.0 && is_finite(slope))) {
+  if (state[kUsable] > 0.0 && !(slope < 0.0 && is_finite(slope))) {
     forget_pairs(state, control);
     *state.array(kCoefG) = -1.0;
   }
   control[kIterations] += 1.0;
   control[kMove] = kGo;
-  if (state[kCount] > 0.0) {
+  if (state[kUsable] > 0.0) {
     control[kCuts] = 0.0;
     control[kStepLength] = told.lr;
   } else {
@@ -182,7 +183,7 @@ FUSE_INLINE void note_move(LbfgsScalars state, double* control) {
   control[kReason] = reason;
   if (reason == kStepped) {
     control[kPairStep] = control[kTaken] = control[kStepLength];
-  } else if (reason == kNoDescent && state[kCount] > 0.0) {
+  } else if (reason == kNoDescent && state[kUsable] > 0.0) {
     control[kReset] = 1.0;
   }
 }

@@ -103,13 +103,15 @@ py::dict build_info() {
 // name -> index, or name -> (offset, length).
 py::dict scalar_layout(std::int64_t slots) {
   py::dict layout;
-  const char* headers[] = {"count",        "open",          "gamma",       "direction_dot_grad",
-                           "direction_sq", "direction_max", "accepted",    "skipped",
-                           "pair_cosine",  "y_dot_y",       "self_scaling"};
-  static_assert(sizeof headers / sizeof *headers == kSelfScaling + 1);
-  for (int i = 0; i <= kSelfScaling; ++i) layout[headers[i]] = i;
-  const char* arrays[] = {"row_scale", "grad_s", "grad_y", "y_s",   "y_y",     "coef_s",
-                          "coef_y",    "coef_g", "growth", "grown", "gram_sy", "gram_yy"};
+  const char* headers[] = {"count",        "open",          "gamma",        "direction_dot_grad",
+                           "direction_sq", "direction_max", "accepted",     "skipped",
+                           "pair_cosine",  "y_dot_y",       "self_scaling", "usable",
+                           "set"};
+  static_assert(sizeof headers / sizeof *headers == kSet + 1);
+  for (int i = 0; i <= kSet; ++i) layout[headers[i]] = i;
+  const char* arrays[] = {"row_scale", "grad_s",  "grad_y",   "y_s",    "y_y",
+                          "coef_s",    "coef_y",  "coef_g",   "growth", "grown",
+                          "gram_sy",   "gram_yy", "pair_set", "chosen"};
   static_assert(sizeof arrays / sizeof *arrays == kScalarArrays);
   for (int i = 0; i < kScalarArrays; ++i) {
     const auto array = static_cast<ScalarArray>(i);
@@ -117,6 +119,7 @@ py::dict scalar_layout(std::int64_t slots) {
         py::make_tuple(scalar_offset(array, slots), scalar_array_size(array, slots));
   }
   layout["size"] = scalar_offset(kScalarArrays, slots);
+  layout["size_without_sets"] = scalar_offset(kPairSet, slots);  // in older checkpoints
   return layout;
 }
 

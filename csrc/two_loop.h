@@ -9,6 +9,10 @@
 // filled: its S row is the current direction p and its Y row becomes y = g - g_prev. The `count`
 // slots before it, cyclically, hold the pairs, newest first. A pair's step is
 // s_i = row_scale[i] * S[i], so that a row can be written before its step length is known.
+//
+// A pair belongs to a set of parameters, those that had a gradient when it was made: of the others
+// it says nothing. The recursion uses the pairs of the present set; the rest stay in the ring until
+// their set is the present one again.
 #pragma once
 
 #include <cmath>
@@ -30,6 +34,8 @@ enum Scalar : int {
   kPairCosine,    // s.y / (|s| |y|) of the last pair offered
   kYDotY,         // raw dots of the update pass with the pair being formed
   kSelfScaling,   // 1: pairs from now on scale the inverse Hessian before them
+  kUsable,        // pairs of the present set, as the last recursion found them
+  kSet,           // number of the present set; the host writes it
   kHeaderSize = 16,
 };
 
@@ -46,6 +52,9 @@ enum ScalarArray : int {
   kGrown,     // [slots]        product of 1 / tau over all newer pairs
   kGramSY,    // [slots, slots] s_i . y_j, valid where pair j is at least as new as pair i
   kGramYY,    // [slots, slots] y_i . y_j
+  // Behind all others: without them it is the vector of scalars that older checkpoints hold.
+  kPairSet,  // [slots]         number of the pair's set
+  kChosen,   // [slots]         slots of the usable pairs, newest first: the recursion's scratch
   kScalarArrays,
 };
 
@@ -74,6 +83,21 @@ struct LbfgsScalars {
     return slot < 0 ? slot + slots : slot;
   }
 };
+
+// Pairs of the present set, counted up to `enough`: for what comes before the recursion, since when
+// kUsable was written the set may have been another.
+FUSE_INLINE std::int64_t usable_pairs(LbfgsScalars state, std::int64_t enough) {
+  const double *pair_set = state.array(kPairSet), set = state[kSet];
+  const std::int64_t count = state.count();
+  std::int64_t usable = 0;
+  for (std::int64_t age = 0; age < count && usable < enough; ++age) {
+    if (pair_set[state.slot(age)] == set) ++usable;
+  }
+  return usable;
+}
+FUSE_INLINE std::int64_t usable_pairs(LbfgsScalars state) {
+  return usable_pairs(state, state.slots);
+}
 
 // Who runs the functions below: `size` threads that share the work and wait for each other. This
 // is one thread alone, for CPUs.
@@ -110,6 +134,7 @@ FUSE_INLINE bool commit_pair(LbfgsScalars state, double step_length, double curv
       const bool scaling = state[kSelfScaling] != 0.0;
       const double s_b_s = -step_length * step_length * state[kDirectionDotGrad];
       row_scale[open] = step_length;
+      state.array(kPairSet)[open] = state[kSet];
       growth[open] = scaling && s_b_s > sy && is_finite(s_b_s / sy) ? s_b_s / sy - 1.0 : 0.0;
       gram_sy[open * slots + open] = sy;
       gram_yy[open * slots + open] = yy;
@@ -126,68 +151,88 @@ FUSE_INLINE bool commit_pair(LbfgsScalars state, double step_length, double curv
 // Algorithm 2 with the second loop running from the oldest pair to the newest (Nocedal and
 // Wright, Algorithm 7.4), on dot products instead of vectors: p = -H g as coefficients of
 // g and of the rows. Each step of a loop updates the dot products of all pairs to come, which
-// are independent of each other.
+// are independent of each other. Ages count the usable pairs only; where all are usable, results
+// are those of a ring without sets to the bit.
 template <class Team = Alone>
 FUSE_INLINE void two_loop(LbfgsScalars state, const Team& team = {}) {
-  const std::int64_t slots = state.slots, count = state.count();
+  const std::int64_t slots = state.slots, held = state.count();
   const std::int64_t rank = team.rank(), size = team.size();
   const double *row_scale = state.array(kRowScale), *grad_s = state.array(kGradS),
                *grad_y = state.array(kGradY), *gram_sy = state.array(kGramSY),
                *gram_yy = state.array(kGramYY), *growth = state.array(kGrowth);
-  double *coef_s = state.array(kCoefS), *coef_y = state.array(kCoefY), *grown = state.array(kGrown);
-  const double gamma = count > 0 ? state[kGamma] : 1.0;
+  double *coef_s = state.array(kCoefS), *coef_y = state.array(kCoefY), *grown = state.array(kGrown),
+         *chosen = state.array(kChosen);
+  const double *pair_set = state.array(kPairSet), set = state[kSet];
   if (rank == 0) {
+    std::int64_t found = 0;
     double product = 1.0;
-    for (std::int64_t age = 0; age < count; ++age) {
-      grown[state.slot(age)] = product;
-      product *= 1.0 + growth[state.slot(age)];
+    for (std::int64_t age = 0; age < held; ++age) {
+      const std::int64_t i = state.slot(age);
+      if (pair_set[i] != set) continue;
+      chosen[found++] = static_cast<double>(i);
+      grown[i] = product;
+      product *= 1.0 + growth[i];
     }
+    state[kUsable] = static_cast<double>(found);
+  }
+  // Pass 2 reads the rows of all pairs.
+  for (std::int64_t age = rank; age < held; age += size) {
+    const std::int64_t i = state.slot(age);
+    if (pair_set[i] != set) coef_s[i] = coef_y[i] = 0.0;
+  }
+  team.sync();
+  const std::int64_t count = static_cast<std::int64_t>(state[kUsable]);
+  const auto slot = [chosen](std::int64_t age) { return static_cast<std::int64_t>(chosen[age]); };
+  double gamma = count > 0 ? state[kGamma] : 1.0;
+  if (count > 0 && count < held) {
+    const std::int64_t first = slot(state[kSelfScaling] != 0.0 ? count - 1 : 0);
+    gamma = gram_sy[first * slots + first] / gram_yy[first * slots + first];
   }
   // First loop, newest pair first; coef_y[i] holds s_i . p until alpha_i follows from it.
   for (std::int64_t age = rank; age < count; age += size) {
-    const std::int64_t i = state.slot(age);
+    const std::int64_t i = slot(age);
     coef_y[i] = -row_scale[i] * grad_s[i];
   }
   for (std::int64_t newer = 0; newer < count; ++newer) {
     team.sync();
-    const std::int64_t j = state.slot(newer);
+    const std::int64_t j = slot(newer);
     const double alpha = coef_y[j] / gram_sy[j * slots + j];
     for (std::int64_t age = newer + 1 + rank; age < count; age += size) {
-      const std::int64_t i = state.slot(age);
+      const std::int64_t i = slot(age);
       coef_y[i] -= alpha * gram_sy[i * slots + j];
     }
   }
   team.sync();
   for (std::int64_t age = rank; age < count; age += size) {
-    const std::int64_t i = state.slot(age);
+    const std::int64_t i = slot(age);
     coef_y[i] /= gram_sy[i * slots + i];
   }
   team.sync();
   // Second loop, oldest pair first; coef_s[i] holds y_i . p until alpha_i - beta_i follows. p grows
   // by 1 / tau before each pair but the oldest.
   for (std::int64_t age = rank; age < count; age += size) {
-    const std::int64_t i = state.slot(age);
+    const std::int64_t i = slot(age);
     double y_dot_p = -gamma * grad_y[i];
     for (std::int64_t other = 0; other < count; ++other) {
-      const std::int64_t j = state.slot(other);
+      const std::int64_t j = slot(other);
       y_dot_p -= gamma * coef_y[j] * gram_yy[i * slots + j];
     }
     coef_s[i] = y_dot_p;
   }
   for (std::int64_t older = count - 1; older > 0; --older) {
     team.sync();
-    const std::int64_t j = state.slot(older);
+    const std::int64_t j = slot(older);
     const double change = coef_y[j] - coef_s[j] / gram_sy[j * slots + j];
-    const double growing = 1.0 + growth[state.slot(older - 1)];
+    const double growing = 1.0 + growth[slot(older - 1)];
     for (std::int64_t age = rank; age < older; age += size) {
-      const std::int64_t i = state.slot(age);
+      const std::int64_t i = slot(age);
       coef_s[i] = (coef_s[i] + change * gram_sy[j * slots + i]) * growing;
     }
   }
   team.sync();
-  const double initial = count > 0 ? -gamma * grown[state.slot(count - 1)] : -gamma;
+  const double initial = count > 0 ? -gamma * grown[slot(count - 1)] : -gamma;
   for (std::int64_t age = rank; age < count; age += size) {
-    const std::int64_t i = state.slot(age);
+    const std::int64_t i = slot(age);
     coef_s[i] = row_scale[i] * (coef_y[i] - coef_s[i] / gram_sy[i * slots + i]) * grown[i];
     coef_y[i] *= initial;
   }

@@ -126,7 +126,7 @@ class BoundOps(Protocol):
         """Both of them in one call, and with ``origin`` perhaps the move too.
 
         It is made, and the last number is 1 instead of 0, where the step can only be ``step``:
-        pairs are held, p is finite and -g.p > ``least_slope`` >= 0.
+        pairs are usable, p is finite and -g.p > ``least_slope`` >= 0.
         """
 
     def lbfgs_move(
@@ -210,7 +210,7 @@ class _Listed:
         header = Header(*numbers)
         moves = (
             origin is not None
-            and header.count > 0
+            and header.usable > 0
             and -header.direction_dot_grad > least_slope
             and math.isfinite(header.direction_sq)
         )

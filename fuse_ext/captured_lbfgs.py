@@ -237,7 +237,7 @@ def _to_host(entry: dict[str, Any]) -> None:
     rows, scalars, slots = entry["history"], entry["scalars"], entry["history"].size(1)
     if reset:
         entry["resets"] += 1
-        for name in ("count", "gamma"):
+        for name in ("count", "gamma", "usable"):
             scalars[ring.index(name, slots)] = 0.0
     if entry["grad_prev"].dtype == rows.dtype:
         rows[1, int(ring.read_header(scalars).open)] = entry.pop("grad_prev")

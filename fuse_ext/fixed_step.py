@@ -81,12 +81,12 @@ def decide(
         return
     recursion()
     slope = _slope_to_come(scalars, slots, numbers)
-    if ring.read_header(scalars).count > 0 and not (slope < 0.0 and math.isfinite(slope)):
+    if ring.read_header(scalars).usable > 0 and not (slope < 0.0 and math.isfinite(slope)):
         _forget(scalars, slots, numbers)
         ring.array(scalars, "coef_g", slots)[0] = -1.0
     numbers.n_iter += 1
     numbers.move = GO
-    if ring.read_header(scalars).count > 0:
+    if ring.read_header(scalars).usable > 0:
         numbers.cuts, numbers.step_length = 0, lr
         return
     visible = math.sqrt(eps) * numbers.param_largest / numbers.grad_largest
@@ -96,7 +96,7 @@ def decide(
 
 
 def _forget(scalars: Tensor, slots: int, numbers: Control) -> None:
-    for name in ("count", "gamma"):
+    for name in ("count", "gamma", "usable"):
         scalars[ring.index(name, slots)] = 0.0
     numbers.resets += 1
 
@@ -113,7 +113,7 @@ def _refuse(
     if not waiting or not (closes_pair or numbers.bad_starts > patience):
         return
     numbers.move, numbers.pair_step = RETURN, 0
-    if ring.read_header(scalars).count > 0:
+    if ring.read_header(scalars).usable > 0:
         _forget(scalars, slots, numbers)
     else:
         numbers.cuts = min(numbers.cuts + 1, MOST_CUTS)
@@ -121,14 +121,12 @@ def _refuse(
 
 
 def _slope_to_come(scalars: Tensor, slots: int, numbers: Control) -> float:
-    header = ring.read_header(scalars)
     slope = float(ring.array(scalars, "coef_g", slots)) * numbers.grad_square
     named = {
         name: ring.array(scalars, name, slots).tolist()
         for name in ("coef_s", "coef_y", "grad_s", "grad_y")
     }
-    for age in range(int(header.count)):
-        i = (int(header.open) + slots - 1 - age) % slots
+    for i in ring.usable_slots(scalars, slots):
         slope += named["coef_s"][i] * named["grad_s"][i] + named["coef_y"][i] * named["grad_y"][i]
     return slope
 
@@ -149,7 +147,7 @@ def ordered_move(scalars: Tensor, control: Tensor) -> tuple[float, bool] | None:
         return None
     reason = _judge(scalars, numbers)
     numbers.reason = reason
-    if reason == _NO_DESCENT and ring.read_header(scalars).count > 0:
+    if reason == _NO_DESCENT and ring.read_header(scalars).usable > 0:
         numbers.reset = 1
     if reason != _STEPPED:
         return None

@@ -166,6 +166,8 @@ class History:
             tensors["grad_prev"] = self.grad_prev
         if self.scales is not None:
             tensors["history_scale"] = self.scales
+        if "scalars" in entry:
+            entry["scalars"] = ring.with_sets(entry["scalars"], self.slots)
         for name, tensor in tensors.items():
             if name in entry:
                 tensor.copy_(entry[name])
@@ -224,7 +226,7 @@ class History:
 
     def reset(self) -> None:
         """Forgets all pairs; the counters stay."""
-        for name in ("count", "gamma"):
+        for name in ("count", "gamma", "usable"):
             self.scalars[ring.index(name, self.slots)] = 0.0
 
     def stats(
@@ -314,7 +316,7 @@ class History:
         """:meth:`update` and :meth:`direction` in one call, for small problems' sake.
 
         With ``origin``, which becomes the parameters, also :meth:`move` by ``step``, where pairs
-        are held, p is finite and -g.p > ``least_slope``. Says whether it did.
+        are usable, p is finite and -g.p > ``least_slope``. Says whether it did.
         """
         *numbers, moved = self._bound.lbfgs_update_direction(
             grads,

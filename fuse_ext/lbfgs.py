@@ -90,7 +90,10 @@ def check_lbfgs_state(entry: dict[str, Any], slots: int, flat: FlatParams) -> No
     """Raises ValueError unless a state entry holds a history of these parameters."""
     numel = flat.numel
     shapes: dict[str, Any] = {"history": (2, slots, numel), "scalars": (layout(slots)["size"],)}
-    history = entry.get("history")
+    history, scalars = entry.get("history"), entry.get("scalars")
+    older = (layout(slots)["size_without_sets"],)
+    if isinstance(scalars, Tensor) and tuple(scalars.shape) == older:
+        shapes["scalars"] = older  # History completes them
     if isinstance(history, Tensor) and history.element_size() < 4:
         shapes["grad_prev"] = (numel,)
     if "control" in entry:  # with capturable=True

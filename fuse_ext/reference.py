@@ -162,7 +162,7 @@ def lbfgs_update(
         form_pair = numbers.pair_step != 0.0
         numbers.grad_square, numbers.grad_sum = dot(g, g), sum_of(g.abs())
         numbers.grad_largest = float(g.abs().max()) if numel else 0.0
-        if not pairs:
+        if not ring.usable_slots(scalars, history.size(1)):
             largest = [float(p.abs().max()) for p in params if p.numel()]
             numbers.param_largest = max(largest, default=0.0)
     slots, opened = history.size(1), int(header.open)
@@ -199,8 +199,8 @@ def _commit_pair(scalars: Tensor, slots: int, step_length: float, curvature_tol:
         scalars[ring.index("skipped", slots)] += 1
         return
     row_scale[opened] = step_length
-    for age in range(count):
-        i = (opened + slots - 1 - age) % slots
+    ring.array(scalars, "pair_set", slots)[opened] = scalars[ring.index("set", slots)]
+    for i in ring.held_slots(scalars, slots):
         gram_sy[i, opened] = row_scale[i] * y_s[i]
         gram_yy[i, opened] = gram_yy[opened, i] = y_y[i]
     gram_sy[opened, opened], gram_yy[opened, opened] = sy, yy
@@ -226,16 +226,19 @@ def lbfgs_two_loop(
 
 
 def _recursion(scalars: Tensor, slots: int) -> None:
-    header = ring.read_header(scalars)
-    newest_first = [
-        (int(header.open) + slots - 1 - age) % slots for age in range(int(header.count))
-    ]
-    gamma = header.gamma if newest_first else 1.0
+    header, newest_first = ring.read_header(scalars), ring.usable_slots(scalars, slots)
+    scalars[ring.index("usable", slots)] = len(newest_first)
+    chosen = ring.array(scalars, "chosen", slots)
+    chosen[: len(newest_first)] = torch.tensor(newest_first, dtype=chosen.dtype)
     named = {
         name: ring.array(scalars, name, slots).tolist()
         for name in ("row_scale", "grad_s", "grad_y", "growth", "gram_sy", "gram_yy")
     }
     scale, sy, yy = named["row_scale"], named["gram_sy"], named["gram_yy"]
+    gamma = header.gamma if newest_first else 1.0
+    if 0 < len(newest_first) < header.count:
+        first = newest_first[-1 if header.self_scaling else 0]
+        gamma = sy[first][first] / yy[first][first]
     alpha: dict[int, float] = {}
     for i in newest_first:
         s_dot_p = -scale[i] * named["grad_s"][i] - sum(a * sy[i][j] for j, a in alpha.items())
@@ -255,6 +258,8 @@ def _recursion(scalars: Tensor, slots: int) -> None:
         y_dot_p += sum(c * sy[j][i] for j, c in change.items())
         change[i] = alpha[i] - y_dot_p / sy[i][i]
     coef_s, coef_y = ring.array(scalars, "coef_s", slots), ring.array(scalars, "coef_y", slots)
+    for i in ring.held_slots(scalars, slots):
+        coef_s[i] = coef_y[i] = 0.0  # read by the second pass, whatever the pair's set
     for i in newest_first:
         coef_s[i], coef_y[i] = change[i] * scale[i], initial * alpha[i]
     ring.array(scalars, "coef_g", slots)[0] = initial

@@ -206,7 +206,4 @@ class Rows:
 
 def ring_slots(scalars: Tensor, history: Tensor) -> tuple[Header, list[int]]:
     """The header, and the ring's slots, newest pair first."""
-    slots = history.size(1)
-    header = ring.read_header(scalars)
-    newest = int(header.open) + slots - 1
-    return header, [(newest - age) % slots for age in range(int(header.count))]
+    return ring.read_header(scalars), ring.held_slots(scalars, history.size(1))

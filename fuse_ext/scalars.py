@@ -16,7 +16,7 @@ class Header:
     """The scalars that the host decides by, in their order.
 
     Attributes:
-        count: Pairs held.
+        count: Pairs held, of all sets of parameters.
         open: Slot being filled.
         gamma: s.y / y.y of the newest pair; of the oldest with self-scaling.
         direction_dot_grad: g.p, the slope along the direction.
@@ -25,6 +25,10 @@ class Header:
         accepted: Pairs accepted since the start.
         skipped: Pairs refused by the curvature test.
         pair_cosine: s.y / (|s| |y|) of the last pair offered.
+        y_dot_y: y.y of that pair, raw as the update pass left it.
+        self_scaling: 1 where pairs scale the inverse Hessian before them, else 0.
+        usable: Pairs of the present set of parameters, as the last recursion found them; with
+            none of them the direction is -g.
     """
 
     count: float
@@ -36,6 +40,9 @@ class Header:
     accepted: float
     skipped: float
     pair_cosine: float
+    y_dot_y: float
+    self_scaling: float
+    usable: float
 
 
 HEADER = tuple(field.name for field in fields(Header))
@@ -50,6 +57,16 @@ def layout(slots: int) -> dict[str, int | tuple[int, int]]:
 def new_scalars(slots: int, device: torch.device) -> Tensor:
     """Zeroed scalars: an empty ring with slot 0 open."""
     return torch.zeros(int(_C.scalar_layout(slots)["size"]), dtype=torch.float64, device=device)
+
+
+def with_sets(scalars: Tensor, slots: int) -> Tensor:
+    """Scalars of a checkpoint from before pairs had sets, as if all had been of set 0."""
+    if scalars.numel() != index("size_without_sets", slots):
+        return scalars
+    missing = index("size", slots) - scalars.numel()
+    scalars = torch.cat([scalars, scalars.new_zeros(missing)])
+    scalars[index("usable", slots)] = scalars[index("count", slots)]
+    return scalars
 
 
 def index(name: str, slots: int) -> int:
@@ -71,3 +88,16 @@ def array(scalars: Tensor, name: str, slots: int) -> Tensor:
 def read_header(scalars: Tensor) -> Header:
     """Copies the header to the host (one synchronisation on a GPU)."""
     return Header(*scalars[: len(HEADER)].tolist())
+
+
+def held_slots(scalars: Tensor, slots: int) -> list[int]:
+    """The slots of all pairs, newest first."""
+    header = read_header(scalars)
+    newest = int(header.open) + slots - 1
+    return [(newest - age) % slots for age in range(int(header.count))]
+
+
+def usable_slots(scalars: Tensor, slots: int) -> list[int]:
+    """The slots of the pairs of the present set, newest first."""
+    sets, present = array(scalars, "pair_set", slots).tolist(), float(scalars[index("set", slots)])
+    return [i for i in held_slots(scalars, slots) if sets[i] == present]

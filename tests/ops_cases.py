@@ -187,7 +187,8 @@ def make_ring(
     scalars = ring.new_scalars(slots, CPU)
     made = Ring(memory[:, :, :numel], scalars, None)
     scalars[ring.index("open", slots)] = opened
-    scalars[ring.index("count", slots)] = count
+    for name in ("count", "usable"):
+        scalars[ring.index(name, slots)] = count
     for slot in made.pairs:
         for side in (0, 1):
             made.history[side, slot] = draw(numel)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuse_ext import _C, LBFGS, Adam, Fuse, FusePV, adam_engine, bound_ops, history, ops
 from fuse_ext.flat import FlatParams
+from fuse_ext.scalars import index
 
 OPTIMIZERS = {
     "Adam": lambda params: Adam(params, lr=0.1, weight_decay=0.1, amsgrad=True),
@@ -456,3 +457,22 @@ def test_without_pairs_the_step_is_not_known_yet(backend):
     header, moved = ring.update_direction(*rest, None, tolerance, origin, 0.25, 0.0)
     assert not moved and header.count == 0
     assert all(map(torch.equal, flat.params, before))
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@torch.no_grad()
+def test_pairs_of_other_sets_make_no_step_known(backend):
+    ring, flat, arguments = ring_in_use(backend)
+    *rest, _, tolerance = arguments
+    before = [p.detach().clone() for p in flat.params]
+    origin = torch.zeros(flat.numel)
+    ring.scalars[index("set", ring.slots)] = 1.0
+    header, moved = ring.update_direction(*rest, None, tolerance, origin, 0.25, 0.0)
+    assert not moved and (header.count, header.usable) == (2, 0)
+    assert torch.equal(ring.rows[0, int(header.open)], -torch.cat([g.flatten() for g in rest[0]]))
+    assert all(map(torch.equal, flat.params, before))
+    ring.scalars[index("set", ring.slots)] = 0.0
+    header, moved = ring.update_direction(*rest, None, tolerance, origin, 0.25, 0.0)
+    assert moved and (header.count, header.usable) == (2, 2)
+    ring.reset()
+    assert ring.header().usable == 0

@@ -50,9 +50,10 @@ def check_same(ordinary: Any, captured: Any) -> None:
     for name in ("row_scale", "gram_sy", "gram_yy"):
         a, b = (ring.array(entry["scalars"], name, slots) for entry in entries)
         assert torch.equal(a, b), name
-    assert asdict(header(ordinary[1])) == pytest.approx(
-        asdict(header(captured[1])), rel=0, abs=0, nan_ok=True
-    )
+    headers = [asdict(header(optimizer)) for _, optimizer, _ in (ordinary, captured)]
+    for numbers in headers:
+        del numbers["y_dot_y"]  # as those dots
+    assert headers[0] == pytest.approx(headers[1], rel=0, abs=0, nan_ok=True)
 
 
 # A ring of three, so that 40 steps wrap it around many times.

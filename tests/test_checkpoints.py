@@ -19,7 +19,8 @@ from adam_cases import (
     twin,
 )
 
-from fuse_ext import Adam, Fuse
+from fuse_ext import LBFGS, Adam, Fuse, FusePV
+from fuse_ext import scalars as ring
 
 TORCH_KINDS = {
     "plain": lambda params, **options: torch_adam(params, **options),
@@ -133,6 +134,65 @@ def test_resuming_is_bit_for_bit(dtype, make, through, backend):
     run(resumed, 5)
     assert frozen(copies) == frozen(params)
     assert frozen(resumed.state_dict()) == frozen(optimizer.state_dict())
+
+
+LBFGS_KINDS = {
+    "fixed step": lambda p, **options: LBFGS(p, lr=0.5, max_iter=1, **options),
+    "int8": lambda p, **options: LBFGS(p, max_iter=2, history_dtype=torch.int8, **options),
+    "capturable": lambda p, **options: LBFGS(p, lr=0.5, max_iter=1, capturable=True, **options),
+    "Fuse": lambda p, **options: Fuse(p, theta=0.5, **options),
+    "FusePV": lambda p, **options: FusePV(p, switch=2, **options),
+}
+
+
+def without_sets(saved):
+    """The checkpoint as it was before pairs had sets."""
+    (entry,) = (entry for entry in saved["state"].values() if "scalars" in entry)
+    slots = entry["history"].size(1)
+    scalars = entry["scalars"][: ring.index("size_without_sets", slots)].clone()
+    for name in ("usable", "set"):
+        scalars[ring.index(name, slots)] = 0.0
+    entry["scalars"] = scalars
+    return entry
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", LBFGS_KINDS)
+@pytest.mark.parametrize("steps_before", (2, 8))  # of three pairs the ring holds some, and all
+def test_checkpoints_from_before_pairs_had_sets(steps_before, kind, backend):
+    def make(params):
+        return LBFGS_KINDS[kind](params, history_size=3, backend=backend)
+
+    params = make_params()
+    optimizer = make(params)
+    run(optimizer, steps_before)
+    saved = copy.deepcopy(optimizer.state_dict())
+    entry = without_sets(saved)
+    before = frozen(saved)
+    copies = twin(params)
+    resumed = make(copies)
+    resumed.load_state_dict(saved)
+    run(optimizer, 1)
+    run(resumed, 1)
+    assert frozen(saved) == before
+    run(optimizer, 5)
+    run(resumed, 5)
+    assert frozen(copies) == frozen(params)
+    saved = [copy.deepcopy(o.state_dict()) for o in (optimizer, resumed)]
+    entries = [without_sets(s) for s in saved]
+    assert frozen(saved[0]) == frozen(saved[1])
+    assert entries[0]["scalars"].shape == entry["scalars"].shape
+
+
+def test_no_other_length_of_the_scalars_loads():
+    params = make_params()
+    optimizer = LBFGS_KINDS["fixed step"](params)
+    run(optimizer, 3)
+    saved = copy.deepcopy(optimizer.state_dict())
+    entry = without_sets(saved)
+    entry["scalars"] = entry["scalars"][:-1]
+    with pytest.raises(ValueError, match="scalars has shape"):
+        LBFGS_KINDS["fixed step"](twin(params)).load_state_dict(saved)
 
 
 def test_low_precision_moments_stay_float32_through_a_checkpoint():

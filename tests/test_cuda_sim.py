@@ -278,8 +278,11 @@ def test_a_history_too_long_for_shared_memory_is_refused(cuda: Any) -> None:
         cuda.lbfgs_update(**arguments)
 
 
-def gram_scalars(slots: int, opened: int, count: int) -> Tensor:
-    """Scalars with the Gram matrices of random, well-conditioned pairs."""
+def gram_scalars(slots: int, opened: int, count: int, sets: int = 1) -> Tensor:
+    """Scalars with the Gram matrices of random, well-conditioned pairs.
+
+    The slots' pairs are of the sets 0, 1, ... in turn, and the present set is 0.
+    """
     scalars = torch.randn(ring.new_scalars(slots, torch.device("cpu")).numel(), dtype=F64)
     s = torch.randn(slots, 3 * slots, dtype=F64)
     y = s + 0.3 * torch.randn(slots, 3 * slots, dtype=F64)
@@ -290,20 +293,23 @@ def gram_scalars(slots: int, opened: int, count: int) -> Tensor:
     ring.array(scalars, "y_s", slots).copy_(s @ y[opened])
     named = {"open": opened, "count": count, "gamma": 0.7, "direction_sq": float(s[0] @ s[0])}
     named["y_dot_y"] = float(y[opened] @ y[opened])
+    named["set"] = 0
+    ring.array(scalars, "pair_set", slots).copy_(torch.arange(slots) % sets)
     for name, value in named.items():
         scalars[ring.index(name, slots)] = value
     return scalars
 
 
-# Up to 53 slots the scalars are worked on in shared memory.
+# Up to 52 slots the scalars are worked on in shared memory.
 @pytest.mark.usefixtures("in_every_order")
-@pytest.mark.parametrize("slots", [2, 3, 11, 53, 54, 130] if PLAIN else [11, 54])
+@pytest.mark.parametrize("slots", [2, 3, 11, 52, 53, 130] if PLAIN else [11, 53])
 @pytest.mark.parametrize("step_length", [0.5, -0.5], ids=["accepted", "refused"])
 @pytest.mark.parametrize("commit", [True, False])
 def test_two_loop(cuda: Any, slots: int, commit: bool, step_length: float) -> None:
-    for opened, count in {(0, 0), (slots // 2, slots // 2), (slots - 1, slots - 1), (0, slots - 1)}:
+    places = {(0, 0), (slots // 2, slots // 2), (slots - 1, slots - 1), (0, slots - 1)}
+    for (opened, count), sets in product(places, (1, 3)):
         arguments = {
-            "scalars": gram_scalars(slots, opened, count),
+            "scalars": gram_scalars(slots, opened, count, sets),
             "slots": slots,
             "commit": commit,
             "step_length": step_length,
@@ -343,11 +349,12 @@ def test_decisions(told: dict[str, Any]) -> None:
 def test_decisions_on_scalars_too_many_for_shared_memory(cuda: Any) -> None:
     made = make_ring(10, 59, 30, 40)
     fixed.give_control(made, **fixed.NORMS, pair_step=0.5)
-    made.scalars.copy_(gram_scalars(60, 30, 40))
-    arguments = fixed.decide_arguments(made)
-    for name, value in results("lbfgs_decide", cuda, arguments).items():
-        expected = results("lbfgs_decide", NATIVE, arguments)[name]
-        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+    for sets in (1, 2):
+        made.scalars.copy_(gram_scalars(60, 30, 40, sets))
+        arguments = fixed.decide_arguments(made)
+        for name, value in results("lbfgs_decide", cuda, arguments).items():
+            expected = results("lbfgs_decide", NATIVE, arguments)[name]
+            torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
 
 
 @plain_only
@@ -355,6 +362,7 @@ def test_decisions_on_scalars_too_many_for_shared_memory(cuda: Any) -> None:
 def test_what_a_decision_leads_to() -> None:
     fixed.test_the_first_step_is_visible_and_of_1_norm_one("cuda")
     fixed.test_a_direction_that_would_ascend_is_foreseen("cuda")
+    fixed.test_pairs_of_other_sets_decide_nothing("cuda")
     for move in (fixed.STAY, fixed.RETURN):
         fixed.test_no_direction_where_none_is_wanted("cuda", move)
 

@@ -37,8 +37,11 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 NORMS = {"grad_square": 5.0, "grad_sum": 8.0, "grad_largest": 1.5, "param_largest": 3.0}
 
 
-def decided_ring(count: int, numel: int = 40, **numbers: float) -> Ring:
-    """A ring of good pairs, all its dots known, and a control with some norms."""
+def decided_ring(count: int, numel: int = 40, sets: int = 1, **numbers: float) -> Ring:
+    """A ring of good pairs, all its dots known, and a control with some norms.
+
+    The slots' pairs are of the sets 0, 1, ... in turn, and the present set is 0.
+    """
     made = make_ring(numel, 4, 2, count, state_dtype=F32)
     slots, rows = made.slots, torch.randn(5, 15, dtype=F64)
     y = rows + 0.3 * torch.randn(5, 15, dtype=F64)
@@ -53,6 +56,9 @@ def decided_ring(count: int, numel: int = 40, **numbers: float) -> Ring:
     named |= {"direction_dot_grad": -2.0}
     for name, value in named.items():
         made.scalars[ring.index(name, slots)] = value
+    made.array("pair_set").copy_(torch.arange(slots) % sets)
+    usable = len(ring.usable_slots(made.scalars, slots))
+    made.scalars[ring.index("usable", slots)] = usable
     give_control(made, **NORMS | numbers)
     return made
 
@@ -64,8 +70,9 @@ def run(backend: str, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 STATES = [
-    dict(zip(("count", "pair_step", "bad_starts", "cuts", "reset"), values, strict=True))
-    for values in itertools.product((0, 1, 4), (0.0, 0.5), (0, 3), (0, 2, 15), (0, 1))
+    dict(zip(("count", "sets", "pair_step", "bad_starts", "cuts", "reset"), values, strict=True))
+    for values in itertools.product((0, 1, 4), (1, 2), (0.0, 0.5), (0, 3), (0, 2, 15), (0, 1))
+    if values[0] or values[1] == 1
 ]
 TOLD: tuple[dict[str, Any], ...] = (
     {},
@@ -82,8 +89,7 @@ TOLD: tuple[dict[str, Any], ...] = (
 def check_decisions(backend: str, told: dict[str, Any], states: list[dict[str, Any]]) -> None:
     """Scalars and control after lbfgs_decide are those of the reference."""
     for state, square in itertools.product(states, (5.0, math.inf, math.nan)):
-        numbers = {k: v for k, v in state.items() if k != "count"}
-        made = decided_ring(state["count"], **numbers | {"grad_square": square})
+        made = decided_ring(**state | {"grad_square": square})
         arguments = decide_arguments(made, **told)
         ours, expected = (run(b, "lbfgs_decide", arguments) for b in (backend, "reference"))
         for key in ("control", "scalars"):
@@ -126,6 +132,30 @@ def test_a_direction_that_would_ascend_is_foreseen(backend: str) -> None:
     assert control.step_length == 0.5 / 8.0
 
 
+@each_backend
+def test_pairs_of_other_sets_decide_nothing(backend: str) -> None:
+    made = decided_ring(4)
+    made.scalars[ring.index("set", made.slots)] = 7
+    after = run(backend, "lbfgs_decide", decide_arguments(made))
+    scalars, control = after["scalars"], Control(after["control"])
+    header = ring.read_header(scalars)
+    assert (header.count, header.usable, control.resets, control.move) == (4, 0, 0, GO)
+    assert ring.array(scalars, "coef_g", made.slots) == -1.0
+    assert control.step_length == 0.5 / 8.0
+    state = {name: after[name] for name in ("scalars", "control")}
+    # Where -g does not descend either, there is nothing to forget.
+    scalars[ring.index("direction_dot_grad", made.slots)] = 0.0
+    moved = run(backend, "lbfgs_move", passes(made)["lbfgs_move"] | state)
+    assert Control(moved["control"]).reset == 0.0
+    # A step along -g that led nowhere is cut, whatever else the ring holds.
+    control.pair_step, control.bad_starts, control.cuts = 0.5, 3, 1
+    told = {"loss": torch.tensor(math.nan)}
+    back = run(backend, "lbfgs_decide", decide_arguments(made, **told) | state)
+    control = Control(back["control"])
+    assert (control.move, control.cuts, control.step_cuts, control.resets) == (RETURN, 2, 1, 0)
+    assert ring.read_header(back["scalars"]).count == 4
+
+
 def passes(made: Ring, numel: int = 40) -> dict[str, dict[str, Any]]:
     """Arguments of the three passes over vectors."""
     tensors = make_tensors([numel])
@@ -153,9 +183,10 @@ def test_the_norms_are_those_of_grad_stats(backend: str, state: torch.dtype) -> 
 
 def check_norms(backend: str, state: torch.dtype, sizes: list[int]) -> None:
     """lbfgs_update with a control: the norms, and everything else as without."""
-    for count, pair_step in itertools.product((0, 2), (0.0, 0.5)):
+    for count, pair_step, present in itertools.product((0, 2), (0.0, 0.5), (0, 1)):
         tensors = make_tensors(sizes, (state, BF16, F32), gaps=(0, 3))
         made = make_ring(tensors.numel, 4, 2, count, state, state)
+        made.scalars[ring.index("set", made.slots)] = present  # the pairs are of set 0
         control = Control(give_control(made, pair_step=pair_step, param_largest=-1.0))
         decay = [(0.1, 0.0, 0.3)[i % 3] for i in range(len(sizes))]
         stats = stats_arguments(tensors, None, decay, maximize=True)
@@ -175,7 +206,7 @@ def check_norms(backend: str, state: torch.dtype, sizes: list[int]) -> None:
             atol=0.0,
         )
         largest = max([float(p.abs().max()) for p in tensors.params if p.numel()], default=0.0)
-        assert control.param_largest == (-1.0 if count else largest)
+        assert control.param_largest == (-1.0 if count and not present else largest)
         assert same_bits(decided["history"], undecided["history"])
         ours, theirs = decided["scalars"], undecided["scalars"]
         torch.testing.assert_close(

@@ -100,17 +100,15 @@ class Scalars:
 
     def direction(self, g: Tensor) -> Tensor:
         """-H g, put together from the coefficients."""
-        # The slots outside of the ring must not matter.
+        # The slots outside of the ring must not matter, nor pairs of other sets.
         for name in ("grad_s", "grad_y"):
             self.array(name).fill_(math.nan)
-        newest = int(self.header.open) - 1
-        inside = [(newest - age) % self.slots for age in range(int(self.header.count))]
-        for slot in inside:
+        for slot in ring.usable_slots(self.data, self.slots):
             s_row, y = self.rows[slot]
             self.array("grad_s")[slot], self.array("grad_y")[slot] = g @ s_row, g @ y
         self._op(self.data, self.slots, False, math.nan, math.nan)
         p = float(self.array("coef_g")) * g
-        for slot in inside:
+        for slot in ring.held_slots(self.data, self.slots):
             s_row, y = self.rows[slot]
             p = p + self.array("coef_s")[slot] * s_row + self.array("coef_y")[slot] * y
         return p
@@ -205,6 +203,72 @@ def test_refused_pairs_leave_the_ring(
         assert same_bits(scalars.data[part], before[part]), name
     g = torch.randn(2, dtype=F64)
     torch.testing.assert_close(scalars.direction(g), vector_two_loop(kept, g))
+
+
+def coefficients(scalars: Scalars) -> tuple[Tensor, Tensor]:
+    """Of g, and of the rows [pairs, 2], newest pair first."""
+    held = ring.held_slots(scalars.data, scalars.slots)
+    rows = torch.stack([scalars.array("coef_s")[held], scalars.array("coef_y")[held]], dim=1)
+    return scalars.array("coef_g").clone(), rows
+
+
+@each_backend
+@pytest.mark.parametrize("history_size", [1, 4, 10])
+@pytest.mark.parametrize("self_scaling", [False, True])
+def test_pairs_of_a_set_are_used_as_if_they_were_alone(
+    backend: str, history_size: int, self_scaling: bool
+) -> None:
+    n, sets = 9, 3
+    mixed, slots = Scalars(backend, history_size, 1), history_size + 1
+    twin = Scalars("reference", history_size, 1)
+    for scalars in (mixed, twin):
+        scalars.data[ring.index("self_scaling", slots)] = self_scaling
+    a, kept = hessian(n), deque[tuple[int, Tensor, Tensor, float, float]](maxlen=history_size)
+
+    def offer(
+        scalars: Scalars, chosen: int, row: Tensor, y: Tensor, t: float, slope: float
+    ) -> None:
+        scalars.data[ring.index("set", slots)] = chosen
+        scalars.data[ring.index("direction_dot_grad", slots)] = slope
+        assert scalars.offer(row, y, t)
+
+    for round_ in range(2 * history_size + 3):
+        g, first = torch.randn(n, dtype=F64), []
+        for chosen in (*range(sets + 1), *range(sets + 1)):  # none is of the last set
+            alone = Scalars(backend, history_size, 0)
+            alone.data[ring.index("self_scaling", slots)] = self_scaling
+            for pair in kept:
+                if pair[0] == chosen:
+                    offer(alone, *pair)
+            expected = alone.direction(g)
+            for scalars in (mixed, twin):
+                scalars.data[ring.index("set", slots)] = chosen
+            p = mixed.direction(g)
+            assert (mixed.header.count, mixed.header.usable) == (len(kept), alone.header.count)
+            coef_g, rows = coefficients(mixed)
+            used = torch.tensor([pair[0] == chosen for pair in reversed(kept)], dtype=torch.bool)
+            assert same_bits(coef_g, coefficients(alone)[0])
+            assert same_bits(rows[used], coefficients(alone)[1])
+            assert not rows[~used].any()
+            torch.testing.assert_close(p, expected, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(p, twin.direction(g), rtol=1e-9, atol=1e-9)
+            usable = int(mixed.header.usable)
+            for name, length in (("pair_set", slots), ("chosen", usable)):
+                assert torch.equal(mixed.array(name)[:length], twin.array(name)[:length]), name
+            first.append(torch.cat([coef_g, rows.flatten()]))
+            if not usable:
+                assert torch.equal(p, -g)
+            elif not self_scaling:
+                pairs = [(t * row, y) for of, row, y, t, _ in kept if of == chosen]
+                torch.testing.assert_close(p, vector_two_loop(pairs, g), rtol=1e-9, atol=1e-9)
+        assert all(map(same_bits, first[: sets + 1], first[sets + 1 :]))
+        step_length, s = 0.05 + 3 * float(torch.rand(())), torch.randn(n, dtype=F64)
+        y = a @ s
+        # What makes tau less than 1 for about half of the pairs.
+        slope = -float(s @ y) * (0.5 + float(torch.rand(()))) / step_length
+        kept.append((round_ * 2 % 5 % sets, s / step_length, y, step_length, slope))
+        for scalars in (mixed, twin):
+            offer(scalars, *kept[-1])
 
 
 @each_backend

@@ -122,7 +122,7 @@ void measure(const TensorSegments& segments, at::ScalarType dtype, bool maximize
   control[kGradSquare] = stats[kGradSq];
   control[kGradSum] = stats[kGradAbsSum];
   control[kGradLargest] = stats[kGradAbsMax];
-  if (state.count() > 0) return;
+  if (usable_pairs(state, 1) > 0) return;
   with_state_type(dtype, [&](auto zero) {
     const Pass pass{.vectors = 1, .width = 1, .maxima = 1};
     run_chunks(segments.begin(), segments.end(), pass, control + kParamLargest,

@@ -7,7 +7,7 @@
 //   lbfgs_direction  reads grad and 2 n rows, writes the direction and the previous gradient:
 //                    8 + (2 n + 1) r
 // lbfgs_two_loop and lbfgs_decide touch scalars only. With a control, lbfgs_update also reads the
-// parameters, 4 bytes more, while the history is empty.
+// parameters, 4 bytes more, while no pair is usable.
 #include "rows.cuh"
 
 namespace fuse_ext::cuda {
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, row>)
   const Index numel = a.ring.numel;
   const bool decides = a.control != nullptr;
   const bool form_pair = decides ? a.control[kPairStep] != 0.0 : a.flag;
-  const bool first_steps = decides && ring.count == 0;
+  const bool first_steps = decides && (ring.count == 0 || usable_pairs(state, 1) == 0);
   const int slots = static_cast<int>(ring.slots), arrays = form_pair ? 4 : 2;
   const int lane = lane_of_thread(), dots = arrays * slots;
   const GridSums sums(shared, dots + (decides ? kNorms : 0), decides ? kLargestNorms : 0,

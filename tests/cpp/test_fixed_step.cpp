@@ -20,7 +20,7 @@ struct Ring {
       : data(static_cast<std::size_t>(scalar_offset(kScalarArrays, kSlots))),
         control(kControlSize) {
     state = {data.data(), kSlots};
-    state[kCount] = static_cast<double>(count);
+    state[kCount] = state[kUsable] = static_cast<double>(count);
     state[kOpen] = 2;
     state[kGamma] = state[kDirectionSq] = state[kYDotY] = 1;
     for (const ScalarArray ones : {kRowScale, kGradS, kGradY, kYS, kYY, kGramSY, kGramYY}) {
@@ -112,6 +112,45 @@ void check_refusals() {
   CHECK_EQUAL(ring[kMove], kReturn);
 }
 
+// Pairs of other sets decide nothing, and stay.
+void check_sets() {
+  Ring others(2);
+  others.state[kSet] = 1, others[kGradSum] = 4, others[kCuts] = 1;
+  others.decide(kTold);
+  CHECK_EQUAL(others.state[kUsable], 0.0);
+  CHECK_EQUAL(others.state[kCount], 2.0);
+  CHECK_EQUAL(*others.state.array(kCoefG), -1.0);
+  CHECK_EQUAL(others[kStepLength], 0.25 * kCut * 0.5);
+  CHECK_EQUAL(others[kCuts], 1.0);
+  others.state[kDirectionDotGrad] = 0;
+  note_move(others.state, others.control.data());
+  CHECK_EQUAL(others[kReset], 0.0);
+
+  // A step along -g that led nowhere is cut, whatever else the ring holds.
+  others[kPairStep] = 0.5, others[kBadStarts] = 3;
+  others.decide(with_loss(kNaN, false));
+  CHECK_EQUAL(others[kMove], kReturn);
+  CHECK_EQUAL(others[kStepCuts], 1.0);
+  CHECK_EQUAL(others.state[kCount], 2.0);
+
+  // The pair in waiting becomes one of the present set.
+  others[kPairStep] = 1;
+  others.decide(kTold);
+  CHECK_EQUAL(others.state[kCount], 3.0);
+  CHECK_EQUAL(others.state[kUsable], 1.0);
+  CHECK_EQUAL(others.state.array(kPairSet)[2], 1.0);
+  CHECK_EQUAL(others[kStepLength], 0.5);
+  CHECK_EQUAL(slope_to_come(others.state, others.control.data()), -1.0);
+  others.state[kSet] = 0;
+  others.decide(kTold);
+  CHECK_EQUAL(others.state[kUsable], 2.0);
+
+  others[kReset] = 1;
+  others.decide(kTold);
+  CHECK_EQUAL(others.state[kCount], 0.0);
+  CHECK_EQUAL(others.state[kUsable], 0.0);
+}
+
 void check_moves() {
   for (const double slope : {-1.0, 0.0, kNaN}) {
     Ring ring(2);
@@ -137,6 +176,7 @@ void check_moves() {
 int main() {
   check_steps();
   check_refusals();
+  check_sets();
   check_moves();
   return check::result();
 }

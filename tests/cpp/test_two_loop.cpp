@@ -104,12 +104,13 @@ class Ring {
 
   Vector direction(const Vector& g) {
     const LbfgsScalars state = scalars();
-    // Slots outside of the ring must not be read.
+    // Slots outside of the ring must not be read, nor those of other sets.
     for (std::int64_t i = 0; i < slots_; ++i) {
       state.array(kGradS)[i] = state.array(kGradY)[i] = std::nan("");
     }
     for (std::int64_t age = 0; age < state.count(); ++age) {
       const std::int64_t i = state.slot(age);
+      if (state.array(kPairSet)[i] != state[kSet]) continue;
       state.array(kGradS)[i] = dot(g, rows_[i].s);
       state.array(kGradY)[i] = dot(g, rows_[i].y);
     }
@@ -163,12 +164,13 @@ void check_refusals() {
   for (double& x : opposite) x = -x;
   for (double& x : huge) x *= 1e200;
   bad[3] = nan;
-  struct Offer {
+  struct Refused {
     Vector y;
     double step_length;
   };
-  for (const Offer& offer : {Offer{opposite, 1.0}, Offer{s, -1.0}, Offer{s, 0.0}, Offer{zero, 1.0},
-                             Offer{bad, 1.0}, Offer{huge, 1.0}, Offer{s, nan}, Offer{s, inf}}) {
+  for (const Refused& offer :
+       {Refused{opposite, 1.0}, Refused{s, -1.0}, Refused{s, 0.0}, Refused{zero, 1.0},
+        Refused{bad, 1.0}, Refused{huge, 1.0}, Refused{s, nan}, Refused{s, inf}}) {
     Ring ring(2, 1);
     CHECK(ring.offer(s, curvature_of(s), 1.0));
     const Vector g = random_vector(random);
@@ -183,6 +185,86 @@ void check_refusals() {
   }
 }
 
+struct Offer {
+  Vector row, y;
+  double step_length, slope;
+  int set;
+
+  void to(Ring& ring) const {
+    ring.scalars()[kSet] = set;
+    ring.scalars()[kDirectionDotGrad] = slope;
+    CHECK(ring.offer(row, y, step_length));
+  }
+};
+
+Offer random_offer(check::Random& random, int set) {
+  const Vector row = random_vector(random);
+  const double step_length = 0.1 + 2 * random.uniform();
+  Vector s = row;
+  for (double& x : s) x *= step_length;
+  const Vector y = curvature_of(s);
+  // s.B s = -t s.g is above and below s.y.
+  return {row, y, step_length, -dot(s, y) * (0.5 + random.uniform()) / step_length, set};
+}
+
+// Coefficients of the pairs, newest first and S and Y alternating, and of g.
+Vector coefficients(LbfgsScalars state) {
+  Vector all;
+  for (std::int64_t age = 0; age < state.count(); ++age) {
+    all.push_back(state.array(kCoefS)[state.slot(age)]);
+    all.push_back(state.array(kCoefY)[state.slot(age)]);
+  }
+  all.push_back(*state.array(kCoefG));
+  return all;
+}
+
+// With pairs of several sets in the ring, those of each are used as if they were alone in one.
+void check_sets(std::int64_t history_size, bool self_scaling) {
+  constexpr int kSets = 3, kNone = 3;  // no pair is of the last
+  check::Random random(history_size);
+  Ring mixed(history_size, history_size / 2);
+  mixed.scalars()[kSelfScaling] = self_scaling;
+  std::deque<Offer> kept;
+  for (int round = 0; round < 3 * history_size + 2; ++round) {
+    const Vector g = random_vector(random);
+    std::vector<Vector> first;
+    for (int again = 0; again < 2; ++again) {
+      for (int set = 0; set <= kNone; ++set) {
+        Ring alone(history_size, 0);
+        alone.scalars()[kSelfScaling] = self_scaling;
+        Vector expected;
+        for (const Offer& offer : kept) {
+          if (offer.set == set) offer.to(alone);
+        }
+        alone.direction(g);
+        const Vector theirs = coefficients(alone.scalars());
+        std::size_t next = 0;
+        for (std::size_t age = 0; age < kept.size(); ++age) {
+          const bool used = kept[kept.size() - 1 - age].set == set;
+          for (int side = 0; side < 2; ++side) expected.push_back(used ? theirs[next++] : 0.0);
+        }
+        expected.push_back(theirs[next]);
+
+        const LbfgsScalars state = mixed.scalars();
+        state[kSet] = set;
+        CHECK_EQUAL(usable_pairs(state), alone.scalars().count());
+        CHECK_EQUAL(usable_pairs(state, 1), alone.scalars().count() > 0);
+        mixed.direction(g);
+        CHECK_EQUAL(state[kUsable], alone.scalars().count());
+        CHECK_EQUAL(state.count(), kept.size());
+        const Vector ours = coefficients(state);
+        for (std::size_t i = 0; i < ours.size(); ++i) CHECK_EQUAL(ours[i], expected[i]);
+        if (set == kNone) CHECK_EQUAL(ours.back(), -1.0);
+        if (again == 0) first.push_back(ours);
+        CHECK(first[static_cast<std::size_t>(set)] == ours);
+      }
+    }
+    kept.push_back(random_offer(random, static_cast<int>(random.below(kSets))));
+    kept.back().to(mixed);
+    if (static_cast<std::int64_t>(kept.size()) > history_size) kept.pop_front();
+  }
+}
+
 // The arrays lie behind the header, one after another, without overlap.
 void check_layout() {
   for (std::int64_t slots = 2; slots < 20; ++slots) {
@@ -193,7 +275,9 @@ void check_layout() {
       end += scalar_array_size(array, slots);
     }
     CHECK_EQUAL(scalar_offset(kScalarArrays, slots), end);
-    CHECK_EQUAL(end, 16 + 9 * slots + 1 + 2 * slots * slots);
+    CHECK_EQUAL(end, 16 + 9 * slots + 1 + 2 * slots * slots + 2 * slots);
+    // What checkpoints from before pairs had sets hold is a prefix.
+    CHECK_EQUAL(scalar_offset(kPairSet, slots), 16 + 9 * slots + 1 + 2 * slots * slots);
   }
 }
 
@@ -208,6 +292,7 @@ int main() {
           "history_size " + std::to_string(history_size) + ", first slot " + std::to_string(open);
       check_ring(history_size, open);
     }
+    for (const bool self_scaling : {false, true}) check_sets(history_size, self_scaling);
   }
   return check::result();
 }
