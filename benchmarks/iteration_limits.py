@@ -214,14 +214,14 @@ class BareIteration:
         """Two iterations; notes the seconds of each op."""
         history, origin = self._history, self._origin
         loss = self.problem.closure()
-        grads = self._flat.grads()
+        grads = self._flat.gradients()[1]
         pair = self._pair_step
         self._time("grad_stats", lambda: history.stats(grads, [], False, self.searched, loss))
         self._time("lbfgs_update", lambda: history.update(grads, [], False, pair, 1e-8))
         self._time("lbfgs_direction", lambda: history.direction(grads, [], [], False))
         self._time("lbfgs_move", lambda: history.move(origin, self.lr, True))
         self.problem.closure()
-        again = (self._flat.grads(), [], [], False, self.lr, 1e-8, origin, self.lr, 0.0)
+        again = (self._flat.gradients()[1], [], [], False, self.lr, 1e-8, origin, self.lr, 0.0)
         history.stats(again[0], [], False, self.searched, loss)
         self._time(UPDATE_AND_SET_OUT, lambda: history.update_direction(*again))
         self._pair_step = self.lr
@@ -257,7 +257,7 @@ def bare_adam(params: list[nn.Parameter]) -> Callable[[], object]:
 
     def step() -> None:
         with torch.no_grad():
-            bound.adam_step(flat.grads(), *moments, None, stats, None, *numbers)
+            bound.adam_step(flat.gradients()[1], *moments, None, stats, None, *numbers)
 
     return step
 

@@ -225,8 +225,9 @@ class AveragedEngine:
         flat, entry = self._flat, self._entry
         flat.check_unchanged()
         if shrink and options.weight_decay:
-            kept = zip(options.weight_decay, shrink, strict=True)
-            options = replace(options, weight_decay=[0.0 if f is not None else d for d, f in kept])
+            decays = zip(options.weight_decay, shrink, strict=True)
+            coupled = [0.0 if factor is not None else decay for decay, factor in decays]
+            options = replace(options, weight_decay=coupled)
         part, grads = flat.gradients(options.freezing)
         if not part.params:
             self.progress.reason = "gradient"

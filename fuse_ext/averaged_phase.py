@@ -18,7 +18,6 @@ from fuse_ext.lbfgs_options import LbfgsOptions
 from fuse_ext.modes import AVERAGED, averages, finds_out, self_scales
 from fuse_ext.one_function import Values, agree
 
-
 # What watching the closure has led to.
 WATCHING, ONE_FUNCTION, BATCHES = "watching", "one function", "batches"
 

@@ -61,6 +61,13 @@ class Memory(NamedTuple):
     point: Point
     grads: list[tuple[Tensor | None, int, bool]]
 
+    def holds(self, flat: FlatParams) -> bool:
+        """Whether nobody has touched the gradients since, nor asked for others."""
+        return all(
+            p.grad is grad and _version(grad) == version and p.requires_grad == wanted
+            for p, (grad, version, wanted) in zip(flat.params, self.grads, strict=True)
+        )
+
 
 class Evaluations:
     """Calls the closure, or remembers what it gave; and knows who moved the parameters.
@@ -141,18 +148,19 @@ class Evaluations:
     def start(self, closure: Closure | None, options: LbfgsOptions) -> Point:
         """The point where the step begins: evaluated, remembered, or gradients at hand."""
         self.grant(options.max_eval)
+        self.precision.begin_step()
+        self.function.begin_step()
         moved = self._moved_since(options)
         if moved:  # x or g changed by more than the step
             self.drop_pair()
             self.function.leave()
             self.precision.forget_least()
             self._entry["settled"] = ""
-        settled = self._entry["settled"]
-        if closure is not None and options.deterministic and not moved and not settled:
-            if self._memory_holds():
-                assert self._memory is not None
-                self.precision.spend()
-                return self._memory.point
+        memory = self._memory if closure is not None and options.deterministic else None
+        if memory is not None and not moved and not self.settled and memory.holds(self.flat):
+            self.precision.spend()
+            return memory.point
+        del memory  # nobody else holds gradients that the closure may drop now
         self._memory = None
         if closure is None:
             return self._point(None, options, False)
@@ -163,8 +171,8 @@ class Evaluations:
 
     def _compare(self, point: Point, options: LbfgsOptions) -> None:
         """Holds where a step begins against where the last one ended."""
-        noise = self.precision.noise
-        same = self.function.meet(point.values, point.part.absent, noise)
+        ask = self.function.compare if options.deterministic else self.function.meet
+        same = ask(point.values, point.part.absent, self.precision.noise)
         if same is False:
             self.drop_pair()
             self.precision.forget_least()
@@ -173,10 +181,13 @@ class Evaluations:
         self.precision.begin(point.value)
 
     def is_one_function(self, options: LbfgsOptions) -> bool:
-        """Whether two calls of the closure may be compared: promised, or seen."""
-        return options.deterministic or self.function.known
+        """Whether two calls of the closure may be compared: promised or, with a search, seen.
 
-    def settle(self, point: Point, options: LbfgsOptions, reason: str) -> None:
+        (A fixed step compares nothing, and goes on as torch's does.)
+        """
+        return options.deterministic or (options.line_search is not None and self.function.known)
+
+    def settle_at(self, point: Point, options: LbfgsOptions, reason: str) -> None:
         """Nothing can be done from this point, where the parameters stand, on this function.
 
         From now on a step is one call of the closure, as long as that gives what it gave here.
@@ -185,33 +196,34 @@ class Evaluations:
             self._entry["settled"] = reason
             self._settled_with = options
 
+    def stay_settled(self, options: LbfgsOptions) -> None:
+        """It goes for these options, which a checkpoint does not say."""
+        self._settled_with = options
+
     @property
     def settled(self) -> str:
         """Why nothing can be done from here; empty while something can."""
         reason: str = self._entry["settled"]
         return reason
 
-    def _memory_holds(self) -> bool:
-        """Whether nobody has touched the gradients of the last evaluation, nor asked for others."""
-        return self._memory is not None and all(
-            p.grad is grad and _version(grad) == version and p.requires_grad == wanted
-            for p, (grad, version, wanted) in zip(
-                self.flat.params, self._memory.grads, strict=True
-            )
-        )
-
     def _moved_since(self, options: LbfgsOptions) -> bool:
         """Whether x or the objective changed by more than the last step."""
         here = (self.flat.places(), options.objective)
         return self._arrived is not None and self._arrived != here
 
+    def note_return(self, options: LbfgsOptions) -> None:
+        """A step that could not be completed has put the parameters back to where it began."""
+        if self._arrived is not None:
+            self._arrived = (self.flat.places(), options.objective)
+
     def note_arrival(self, point: Point | None, options: LbfgsOptions) -> None:
         """At the end of a step: notes where it has led, and what is known of that point."""
         self._arrived = (self.flat.places(), options.objective)
+        self.precision.end_step()
         if point is None or point.loss is None or not point.finite:
-            self.function.leave()
+            self.function.end_step(None)
             return
-        self.function.arrive(point.values, point.part.absent)
+        self.function.end_step(point.values, point.part.absent)
         if options.deterministic and point.grads:
             grads = [(p.grad, _version(p.grad), p.requires_grad) for p in self.flat.params]
             self._memory = Memory(point, grads)

@@ -135,9 +135,7 @@ class FlatParams:
         grads = [param.grad for param in self.params]
         check_grads(self.params, grads)
         absent = tuple(
-            i
-            for i, grad in enumerate(grads)
-            if grad is None or (lr_scale and lr_scale[i] == 0.0)
+            i for i, grad in enumerate(grads) if grad is None or (lr_scale and lr_scale[i] == 0.0)
         )
         part = self.part(absent)
         return part, self.reals([self._own_memory(i) for i in part.indices])

@@ -274,7 +274,7 @@ class Fuse(FlatOptimizer):
         return point.loss
 
     def _make_ready(self) -> None:
-        """Makes the engines, or makes them anew where the user has cleared or replaced the state."""
+        """Makes the engines; anew where the user has cleared or replaced the state."""
         if self._lbfgs is None or self._lbfgs.outdated(self.state):
             self._renew_layout()
             self._adopt_state()
@@ -340,9 +340,7 @@ class Fuse(FlatOptimizer):
         lrs = [float(group["lbfgs_lr"]) for group in groups]
         same_batch = groups[0]["same_batch_pairs"]
         # Adam moves a group whose lbfgs_lr is 0 as well.
-        return step_options(
-            self.flat, groups, lrs, "line_search", same_batch, zero_freezes=False
-        )
+        return step_options(self.flat, groups, lrs, "line_search", same_batch, zero_freezes=False)
 
     def report(self) -> Report:
         """What was done, and why."""

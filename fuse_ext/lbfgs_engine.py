@@ -31,6 +31,8 @@ __all__ = [
 CUT, MOST_CUTS = 0.1, 3
 # Where searches are cut short by max_eval, and where a fixed step is not finite, so often.
 SHORTEST_CUT = 15
+# Searches that ended so have not failed for rounding.
+NOT_ROUNDING = ("slopes_disagree", "non_finite")
 # Weight of the failures before the last step: four in a row, or a third of all, make 3.
 FAILING_DECAY = 0.9
 # So many starts in a row that are not finite may be the fault of batches.
@@ -87,16 +89,30 @@ class LbfgsEngine(Searching):
             return first_loss
         self._entry["bad_starts"] = 0
         if self.settled:
+            self.stay_settled(options)
             self.progress.reason = self.settled
         elif options.lr == 0.0:
             self.progress.reason = "lr"
         elif point.stats.abs_max <= options.tolerance_grad:
             self.progress.reason = "gradient"
         else:
-            self._iterations(closure, options, point)
+            try:
+                self._iterations(closure, options, point)
+            except BaseException:
+                self._note_interruption(point, options)
+                raise
         self.note_arrival(self._stand, options)
         self._stand = None
+        if self.progress.reason in ("lr", "gradient"):
+            self._memory = None  # a step calls the closure, whatever comes of it
         return first_loss
+
+    def _note_interruption(self, start: Point, options: LbfgsOptions) -> None:
+        """The parameters are at the last iterate completed; if that is the start, nothing was."""
+        if self._stand is start:
+            self.note_return(options)
+        else:
+            self.note_arrival(self._stand, options)
 
     def _iterations(self, closure: Closure | None, options: LbfgsOptions, point: Point) -> None:
         here: Point | None = point
@@ -115,7 +131,7 @@ class LbfgsEngine(Searching):
                 break
             if moved and self.is_one_function(options) and self._at_floor(here):
                 self.progress.reason = "precision"
-                self.settle(here, options, "precision")
+                self.settle_at(here, options, "precision")
                 break
         if here is not None and not options.deterministic and not options.pairs_elsewhere:
             self.absorb_pair(here, options)
@@ -149,11 +165,11 @@ class LbfgsEngine(Searching):
         header, moved = self._set_out(point, options, self.origin())
         if header is None:
             self.progress.reason = "no_descent"
-            self.settle(point, options, "no_descent")
+            self.settle_at(point, options, "no_descent")
             return None
         if not moved and -header.direction_dot_grad <= options.tolerance_change:
             self.progress.reason = "slope"
-            self.settle(point, options, "slope")
+            self.settle_at(point, options, "slope")
             return None
         self._memory = None  # nor does anyone else hold gradients that the closure may drop now
         point.grads.clear()
@@ -304,7 +320,7 @@ class LbfgsEngine(Searching):
             self._reset()
             self.progress.reason = "max_iter"
         else:
-            self.settle(point, options, "line_search")
+            self.settle_at(point, options, "line_search")
             self.progress.reason = "line_search"
         point.grads.clear()  # of another point by now
         self.note_arrival(point, options)
@@ -335,6 +351,7 @@ class LbfgsEngine(Searching):
             point = self.evaluate(closure, options, False)
         except BaseException:
             self._go_back(origin)
+            self._stand = before
             raise
         if point.finite:
             self._stand = point
@@ -378,7 +395,8 @@ class LbfgsEngine(Searching):
         if at.part.absent != self.history.part.absent:
             # Others have gradients here than where the step began: those are the next ones.
             self.drop_pair()
-            at = None if self._left <= 0 else self.evaluate(closure, options, False)
+            self._stand = self.evaluate(closure, options, False) if self.has_budget else None
+            return self._stand
         self._stand = at
         return at
 
@@ -404,7 +422,7 @@ class LbfgsEngine(Searching):
         self.progress.reason = "precision" if steepest and final else "line_search"
         most_cuts = SHORTEST_CUT if cut_short else MOST_CUTS
         if steepest and (final or self._entry["cuts"] >= most_cuts):
-            self.settle(point, options, self.progress.reason)
+            self.settle_at(point, options, self.progress.reason)
             return None
         if self._stays_at_floor(point, options):
             return None
@@ -422,23 +440,30 @@ class LbfgsEngine(Searching):
         return None
 
     def _is_final(self, point: Point, header: Header) -> bool:
-        """Whether along -g not even the shortest visible step has lowered the loss.
+        """Whether rounding is why not even the shortest visible step along -g lowers the loss.
 
-        The search has ended where steps cannot be told from none, or with a sum of squares that
-        has no digits left. (Slopes that contradict the loss say nothing of rounding.)
+        It is where one rounding of the parameters should change the loss by less than its noise,
+        or where a sum of squares has no digits left. (Slopes that contradict a loss with digits,
+        and trials that are not finite, say nothing of rounding.)
         """
-        if self.progress.line_search == "slopes_disagree":
+        if self.precision.without_digits(point.value):
+            return True
+        if self.progress.line_search in NOT_ROUNDING:
             return False
-        eps = torch.finfo(self.flat.dtype).eps
-        unseen = self._shortest * header.direction_max <= eps * self._largest_parameter()
-        return unseen or self.precision.without_digits(point.value)
+        visible = (
+            torch.finfo(self.flat.dtype).eps * self._largest_parameter() / header.direction_max
+        )
+        decrease = -visible * header.direction_dot_grad
+        return self._shortest <= visible and decrease <= self.precision.noise * abs(point.value)
 
     def _stays_at_floor(self, point: Point, options: LbfgsOptions) -> bool:
         """Whether searches have failed from here for long enough to call it the floor."""
-        if not self.is_one_function(options) or not self._at_floor(point):
+        if self.progress.line_search in NOT_ROUNDING or not self.is_one_function(options):
+            return False
+        if not self._at_floor(point):
             return False
         self.progress.reason = "precision"
-        self.settle(point, options, "precision")
+        self.settle_at(point, options, "precision")
         return True
 
 

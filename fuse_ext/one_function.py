@@ -1,4 +1,4 @@
-"""Whether the closure is the same function at every call, by what it returns where it was called."""
+"""Whether the closure is the same function at every call, by what it returned at one point."""
 
 from __future__ import annotations
 
@@ -52,6 +52,8 @@ def agree(a: Values, b: Values, loss_tol: float = SAME_LOSS, largest_square: flo
 class OneFunction:
     """Compares where steps begin with where the ones before ended; kept in the state entry.
 
+    What a step has told counts once it is completed.
+
     Args:
         entry: Holds ``arrival``, the :class:`Values` where the parameters were left (empty where
             they are not known), ``arrival_absent``, which parameters had no gradient there,
@@ -66,37 +68,58 @@ class OneFunction:
         entry.setdefault("arrival_absent", [])
         for name in self.NAMES[2:]:
             entry.setdefault(name, 0.0)
+        self._told: bool | None = None  # by the start of the step under way
+
+    def begin_step(self) -> None:
+        """Nothing is told yet."""
+        self._told = None
 
     def leave(self) -> None:
         """Of where the parameters stand now nothing is known."""
         self._entry["arrival"] = []
 
-    def arrive(self, values: Values, absent: tuple[int, ...]) -> None:
-        """Takes in where a step has ended."""
+    def compare(self, values: Values, absent: tuple[int, ...], loss_tol: float) -> bool | None:
+        """Whether a step begins as the last one has left it; None if that is not known."""
         entry = self._entry
+        if not entry["arrival"]:
+            return None
+        if list(absent) != entry["arrival_absent"]:  # frozen or thawed
+            return False
+        before, largest = Values(*entry["arrival"]), entry["largest_square"]
+        return agree(before, values, max(loss_tol, SAME_LOSS), max(largest, values.square))
+
+    def meet(self, values: Values, absent: tuple[int, ...], loss_tol: float) -> bool | None:
+        """:meth:`compare`, and what it says counts."""
+        same = self.compare(values, absent, loss_tol)
+        # Frozen or thawed parameters tell nothing of batches.
+        self._told = same if list(absent) == self._entry["arrival_absent"] else None
+        return same
+
+    def end_step(self, values: Values | None, absent: tuple[int, ...] = ()) -> None:
+        """Takes in where a step has ended, None where that was not evaluated."""
+        entry = self._entry
+        entry["agreed"], entry["contradicted"] = self._agreed, self._contradicted
+        self._told = None
+        if values is None:
+            return self.leave()
         entry["arrival"], entry["arrival_absent"] = list(values), list(absent)
         entry["largest_square"] = max(entry["largest_square"], values.square)
 
-    def meet(self, values: Values, absent: tuple[int, ...], loss_tol: float) -> bool | None:
-        """Takes in where a step begins; whether it is as it was left, None if that is not known."""
-        entry = self._entry
-        entry["largest_square"] = max(entry["largest_square"], values.square)
-        if not entry["arrival"]:
-            return None
-        before = Values(*entry["arrival"])
-        if list(absent) != entry["arrival_absent"]:  # frozen or thawed, not another batch
-            return False
-        same = agree(before, values, max(loss_tol, SAME_LOSS), entry["largest_square"])
-        entry["agreed"] += same
-        entry["contradicted"] = FORGETTING * entry["contradicted"] + (not same)
-        return same
+    @property
+    def _agreed(self) -> float:
+        return float(self._entry["agreed"] + (self._told is True))
+
+    @property
+    def _contradicted(self) -> float:
+        before: float = self._entry["contradicted"]
+        return before if self._told is None else FORGETTING * before + (not self._told)
 
     @property
     def contradicted(self) -> bool:
         """Whether too many starts were not as the steps before had left it."""
-        return bool(self._entry["contradicted"] >= MOST_OTHERS)
+        return self._contradicted >= MOST_OTHERS
 
     @property
     def known(self) -> bool:
         """Whether it has been seen to be one function, and not lately to be another."""
-        return bool(self._entry["agreed"] >= 1 and self._entry["contradicted"] < 1.0)
+        return self._agreed >= 1 and self._contradicted < 1.0

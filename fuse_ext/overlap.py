@@ -31,7 +31,8 @@ def overlap_step(
     if not before.finite:
         engine.refuse(before)
         return before.loss
-    at_start = effective_gradient(engine.flat, engine.ops, before.grads, options)
+    at_start = engine.new_vector()
+    effective_gradient(engine.flat, engine.ops, options, before.part, before.grads, at_start)
     loss = engine.step(closure, replace(options, pairs_elsewhere=True))
     if not engine.has_pair:
         return loss
@@ -40,9 +41,12 @@ def overlap_step(
     except BaseException:
         engine.undo()
         raise
-    if after.finite:
+    same = before.part.absent == engine.history.part.absent
+    if after.finite and same:
         engine.history.set_grad_prev(at_start)
         engine.absorb_pair(after, options)
+    elif after.finite:
+        engine.drop_pair()  # the sample knows other parameters than the step
     else:
         engine.refuse(after)
     return loss

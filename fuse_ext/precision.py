@@ -49,6 +49,8 @@ class Precision:
         self._entry = entry
         entry.setdefault("loss_noise", FIRST_NOISE * eps)
         self._eps = eps
+        # Of the step under way: one that is not completed has not been.
+        self._spending = 0
         if "spent" not in entry:
             self.forget_least()
 
@@ -70,25 +72,34 @@ class Precision:
         self._entry["loss_noise"] = min(max(2.0 * needed, NOISE_GROWTH * self.noise), LARGEST_NOISE)
         return True
 
+    def begin_step(self) -> None:
+        """Nothing is spent yet."""
+        self._spending = 0
+
     def spend(self) -> None:
         """Counts an evaluation."""
-        self._entry["spent"] += 1
+        self._spending += 1
+
+    def end_step(self) -> None:
+        """What was spent has been."""
+        self._entry["spent"] += self._spending
+        self._spending = 0
 
     def at_floor(self, loss: float, square: float) -> bool:
         """Takes in the point reached; whether loss and gradient have long stopped to fall."""
-        entry = self._entry
+        entry, spent = self._entry, self._entry["spent"] + self._spending
         visible = VISIBLE_FALL * self._eps * abs(loss)
         if loss < entry["least_loss"] - visible or square < LESS_GRADIENT * entry["least_square"]:
             entry["least_loss"] = min(loss, entry["least_loss"])
             entry["least_square"] = min(square, entry["least_square"])
-            entry["spent_at_least"] = entry["spent"]
+            entry["spent_at_least"] = spent
         low, high = FLOOR_EVALUATIONS
         patience = min(max(entry["spent_at_least"], low), high)
-        return bool(entry["spent"] - entry["spent_at_least"] >= patience)
+        return bool(spent - entry["spent_at_least"] >= patience)
 
     def without_digits(self, loss: float) -> bool:
         """Whether a sum of squares that has come down to this loss is nothing but rounding."""
-        return abs(loss) <= NO_DIGITS * self._eps**2 * self._entry["first_loss"]
+        return bool(abs(loss) < NO_DIGITS * self._eps**2 * self._entry["first_loss"])
 
     def begin(self, loss: float) -> None:
         """Takes in the loss where a step begins."""

@@ -39,9 +39,7 @@ class Searching(Evaluations):
         history: Holds the direction.
     """
 
-    def __init__(
-        self, flat: FlatParams, ops: Ops, entry: dict[str, Any], history: History
-    ) -> None:
+    def __init__(self, flat: FlatParams, ops: Ops, entry: dict[str, Any], history: History) -> None:
         super().__init__(flat, entry, history)
         self.ops = ops
         self.progress = Progress(reason=entry["settled"] or Progress.reason)
@@ -58,10 +56,11 @@ class Searching(Evaluations):
     def origin(self) -> Tensor:
         """Scratch for the point that a step starts from."""
         if self._origin is None:
-            self._origin = self._new_vector()
+            self._origin = self.new_vector()
         return self._origin
 
-    def _new_vector(self) -> Tensor:
+    def new_vector(self) -> Tensor:
+        """A vector of zeros as long as the flat state."""
         return torch.zeros(self.flat.numel, dtype=self.flat.dtype, device=self.flat.device)
 
     def search(
@@ -118,7 +117,7 @@ class Searching(Evaluations):
 
     def _save_grads(self, grads: list[Tensor]) -> None:
         if self._best_grads is None:
-            self._best_grads = self._new_vector()
+            self._best_grads = self.new_vector()
         part = self.history.part
         self.ops.grad_gather(part.reals(part.params), grads, part.offsets, self._best_grads)
 

@@ -49,7 +49,7 @@ def pairs(optimizer: LBFGS) -> list[tuple[Tensor, Tensor]]:
 
 def snapshot(optimizer: LBFGS) -> dict[str, Any]:
     """The state but for the counts of attempts."""
-    attempts = ("n_iter", "func_evals", "non_finite")
+    attempts = ("n_iter", "func_evals", "non_finite", "bad_starts")
     return {
         name: value.clone() if isinstance(value, Tensor) else value
         for name, value in state(optimizer).items()

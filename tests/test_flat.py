@@ -119,18 +119,36 @@ def test_one_value_per_group_is_spread_over_its_parameters(groups, data):
 
 
 @given(layouts)
-def test_missing_gradients_read_as_zeros(groups):
+def test_only_parameters_with_gradients_take_part(groups):
     flat = lay_out(groups)
     for i, param in enumerate(flat.params):
         param.requires_grad_()
         if i % 2:
             param.grad = torch.ones_like(param)
-    grads = flat.grads()
-    for i, (param, grad) in enumerate(zip(flat.params, grads, strict=True)):
+    part, grads = flat.gradients()
+    odd = list(range(1, len(flat.params), 2))
+    assert part.indices == odd
+    assert part.absent == tuple(range(0, len(flat.params), 2))
+    assert part.offsets == [flat.offsets[i] for i in odd]
+    assert part.pick(flat.sizes) == [flat.sizes[i] for i in odd] and part.pick([]) == []
+    for i, param, grad in zip(odd, part.params, grads, strict=True):
+        assert param is flat.params[i]
         assert not grad.is_complex()
         assert grad.numel() == flat.sizes[i]
-        assert grad.sum() == (param.numel() if i % 2 else 0)
-        assert (param.grad is None) == (i % 2 == 0)
+        assert grad.sum() == param.numel()
+    assert flat.gradients()[0] is part
+
+
+@given(layouts)
+def test_a_share_of_zero_takes_no_part(groups):
+    flat = lay_out(groups)
+    for param in flat.params:
+        param.requires_grad_().grad = torch.ones_like(param)
+    assert flat.gradients()[0] is flat.gradients([0.5] * len(flat.params))[0] is flat.whole
+    shares = [float(i % 2) for i in range(len(flat.params))]
+    part, grads = flat.gradients(shares)
+    assert part.absent == tuple(range(0, len(flat.params), 2))
+    assert len(grads) == len(part.params)
 
 
 def test_gradients_are_the_users_own_tensors():
@@ -141,7 +159,7 @@ def test_gradients_are_the_users_own_tensors():
     z.conj().backward(torch.full((3,), 1 + 2j, dtype=torch.complex64))
     assert z.grad.is_conj()
     flat = lay_out([[x, z]])
-    grads = flat.grads()
+    _, grads = flat.gradients()
     assert grads[0] is x.grad
     assert grads[1].tolist() == [[1.0, -2.0]] * 3
     grads[1].zero_()

@@ -338,20 +338,20 @@ def test_a_new_objective_is_evaluated_again() -> None:
         optimizer.step(mine.closure)
     at_rest = mine.calls
     optimizer.step(mine.closure)
-    assert mine.calls == at_rest
+    assert mine.calls == at_rest + 1
     optimizer.param_groups[0]["weight_decay"] = 10.0
     for _ in range(60):
         optimizer.step(mine.closure)
-    assert mine.calls > at_rest
+    assert mine.calls > at_rest + 3
     assert (mine.x.grad + 10.0 * mine.x.detach()).abs().max() <= 1e-9
 
 
 @pytest.mark.parametrize("line_search", SEARCHES)
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
-def test_no_evaluations_where_a_deterministic_search_is_at_its_end(
+def test_one_evaluation_a_step_where_a_deterministic_search_is_at_its_end(
     line_search: str, dtype: torch.dtype
 ) -> None:
-    """Down where rounding hides the loss's decrease, steps cost next to nothing."""
+    """Down where rounding hides the loss's decrease, a step only looks whether that is still so."""
 
     def f(x: Tensor) -> Tensor:  # an offset makes the floor of the loss coarse
         return 100.0 + rosenbrock(10).f(x)
@@ -364,14 +364,12 @@ def test_no_evaluations_where_a_deterministic_search_is_at_its_end(
     loss = optimizer.step(mine.closure)
     for _ in range(19):
         assert optimizer.step(mine.closure) == loss
-    # Approximate Wolfe goes on below the floor of the loss, one evaluation a step.
-    assert mine.calls - before <= (40 if line_search == "approximate_wolfe" else 0)
-    if mine.calls == before:
-        assert reason(optimizer) in ("precision", "gradient", "no_descent")
+    assert mine.calls - before == 20
+    assert reason(optimizer) in ("precision", "gradient", "no_descent")
     # Asked otherwise, it tries again.
     optimizer.param_groups[0]["lr"] = 0.9
     optimizer.step(mine.closure)
-    assert mine.calls > before or reason(optimizer) == "gradient"
+    assert mine.calls > before + 21 or reason(optimizer) == "gradient"
 
 
 @pytest.mark.parametrize("line_search", SEARCHES)
@@ -400,7 +398,7 @@ def test_a_step_that_lowers_nothing_is_a_failure(line_search: str) -> None:
     error = (mine.x.detach().double() - solution).norm() / solution.norm()
     assert error < (1e-4 if line_search == "approximate_wolfe" else 0.5)
     optimizer.step(mine.closure)
-    assert (mine.calls, reason(optimizer)) == (before, "precision")
+    assert (mine.calls, reason(optimizer)) == (before + 1, "precision")
 
 
 @pytest.mark.parametrize("line_search", SEARCHES)

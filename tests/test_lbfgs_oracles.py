@@ -188,7 +188,7 @@ class Twins:
         {"max_iter": 20},
         {"max_iter": 5, "maximize": True},
         {"max_iter": 20, "max_eval": 7},
-        {"max_iter": 20, "max_eval": 1},
+        {"max_iter": 20, "max_eval": 2},  # torch takes 1 for 2
         {"max_iter": 100, "max_eval": 1000, "tolerance_grad": 1e-3},
         {"max_iter": 100, "max_eval": 1000, "tolerance_change": 1e-3},
         {"max_iter": 100, "max_eval": 1000, "tolerance_change": 1e-5, "tolerance_grad": 0.0},
