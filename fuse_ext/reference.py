@@ -408,12 +408,16 @@ def fuse_blend(
     check(params, None, offsets, history.size(2), origin.dtype)
     header, _ = ring_slots(scalars, history)
     rows, opened = Rows(history, history_scale, origin.dtype), int(header.open)
-    adam_point = fill_flat(params, params, offsets, origin.clone())
-    lbfgs_point = origin + step * rows.read(0, opened)
+    start = torch.zeros_like(origin)  # where no parameter is, the origin is not read
+    for param, offset in zip(params, offsets, strict=True):
+        place = slice(offset, offset + param.numel())
+        start[place] = origin[place]
+    adam_point = fill_flat(params, params, offsets, start.clone())
+    lbfgs_point = start + step * rows.read(0, opened)
     point = adam_point.lerp(lbfgs_point, 1.0 - theta)
     for param, offset in zip(params, offsets, strict=True):
         write_in_memory_order(param, param, point[offset : offset + param.numel()])
-    taken = rows.write(0, opened, fill_flat(params, params, offsets, origin.clone()) - origin)
+    taken = rows.write(0, opened, fill_flat(params, params, offsets, start.clone()) - start)
     scalars[ring.index("direction_sq", history.size(1))] = dot(taken, taken)
 
 

@@ -20,6 +20,7 @@ import test_ops_adam as adam
 import test_ops_errors as errors
 import test_ops_layouts as layouts
 import test_ops_lbfgs as lbfgs
+import test_ops_parts as parts
 import torch
 from cuda_sim import library
 from ops_cases import (
@@ -227,6 +228,16 @@ def test_segments_with_all_options(pieces: int, exact: bool) -> None:
         lr_scale=[(1.0, 2.0, 0.0, 1.0)[i % 4] for i in range(pieces)],
         maximize=True,
     ).check_all("cuda")
+
+
+@not_tsan
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("kept", [*parts.KEPT.values(), ()], ids=[*parts.KEPT, "none"])
+@parts.each_history
+def test_some_of_the_parameters(
+    kept: tuple[int, ...], row: torch.dtype, state: torch.dtype
+) -> None:
+    parts.check_parts("cuda", kept, row, state)
 
 
 @plain_only
