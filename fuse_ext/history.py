@@ -195,8 +195,9 @@ class History:
                 sets.clear()
                 self.reset()
             sets.append(absent)
-        before, self._entry["set"] = self._entry.get("set"), sets.index(absent)
-        self.note_set()
+        before, self._entry["set"] = self._entry.get("set", 0), sets.index(absent)
+        if before != self._entry["set"]:
+            self.note_set()
         return known and before != self._entry["set"]
 
     def note_set(self) -> None:

@@ -181,9 +181,9 @@ def _make_options(
     named = dict(zip(_SHARED, shared, strict=True))
     named["deterministic"] = bool(named["deterministic"])
     ends = named["deterministic"] or same_batch_pairs
-    if named["max_eval"] is None:
+    # Too few for these options, where a search was asked for later: the constructor checks.
+    if (named["max_eval"] or 0) < least_evaluations(search is not None, ends):
         named["max_eval"] = default_evaluations(named["max_iter"], search is not None, ends)
-    check_max_eval(named, search is not None, ends)
     return LbfgsOptions(
         lr=lr,
         lr_scale=lr_scale,

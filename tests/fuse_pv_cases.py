@@ -13,7 +13,7 @@ from fuse_ext import FusePV
 
 BACKENDS = ("native", "reference")
 # Counts of attempts, which a step that was not taken may raise.
-ATTEMPTS = ("n_iter", "func_evals", "non_finite", "fuse_pv")
+ATTEMPTS = ("n_iter", "func_evals", "non_finite", "bad_starts", "fuse_pv")
 
 
 class Fit:
