@@ -97,7 +97,8 @@ def test_what_is_frozen_in_mid_run_keeps_its_bits(config, dtype, layer, how):
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
-@each(lambda config: config.id != "adam_bf16_moments")  # whose rounding knows the place
+# Stochastic rounding of moments knows an element's place. Float64 shares all that decides here.
+@each(lambda config: config.id != "adam_bf16_moments", dtypes=(F32, BF16))
 def test_frozen_parameters_leave_no_trace(config, dtype, layer):
     """Reported: the others train differently when the optimizer holds a frozen layer as well.
 
@@ -116,11 +117,7 @@ def test_frozen_parameters_leave_no_trace(config, dtype, layer):
             ours.layers[layer][0].mul_(1e4)
     Training(config, ours, **decay).step(config.steps)
     Training(config, theirs, theirs.others(layer), **decay).step(config.steps)
-    if config.id.endswith("reference") and dtype == F64:  # torch.dot sums by other blocks
-        for p, q in zip(ours.others(layer), theirs.others(layer), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
-    else:
-        assert changed(bits(theirs.others(layer)), ours.others(layer)) == []
+    assert changed(bits(theirs.others(layer)), ours.others(layer)) == []
 
 
 # --- (d): thawed -----------------------------------------------------------------------------
@@ -271,7 +268,7 @@ def test_moments_wait_while_frozen(config, dtype):
 
 @each(
     lambda config: config.phase == "lbfgs" and not config.one_function and not config.capturable,
-    dtypes=(F32, F64),
+    dtypes=(F32, BF16),
 )
 def test_a_branch_in_every_second_batch_trains(config, dtype):
     """Reported: where every second batch leaves a branch out, training became unstable.
@@ -281,7 +278,7 @@ def test_a_branch_in_every_second_batch_trains(config, dtype):
     net = Net(dtype)
     training = Training(config, net)
     first = training.objective()
-    for i in range(80):
+    for i in range(60):
         net.uses_branch = i // (2 if config.driver == "batch_id" else 1) % 2 == 0
         kept = bits(net.layers[BRANCH])
         training.step()
@@ -296,7 +293,7 @@ def test_a_branch_in_every_second_batch_trains(config, dtype):
 
 
 @pytest.mark.parametrize(("layer", "decoupled"), ((0, False), (1, True)))
-@each()
+@each(dtypes=(F32, BF16))
 def test_a_group_without_lr_is_frozen(config, dtype, layer, decoupled):
     """Reported: a group with lr=0 decays, or is moved along the history.
 
