@@ -59,7 +59,7 @@ class AveragedPhase(CapturedPhases):
                     assert isinstance(self._lbfgs, LbfgsEngine)
                     if self_scales({**self.param_groups[0], "deterministic": True}):
                         self._lbfgs.history.scale_itself()
-                    return self._lbfgs.step(closure, options)
+                    return self._lbfgs.step(closure, options, evaluated=loss)
             if not math.isfinite(value):
                 engine.count_non_finite()
                 return loss

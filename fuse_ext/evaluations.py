@@ -145,8 +145,11 @@ class Evaluations:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in part.params]
         return part.reals([grad.resolve_neg() for grad in grads])
 
-    def start(self, closure: Closure | None, options: LbfgsOptions) -> Point:
-        """The point where the step begins: evaluated, remembered, or gradients at hand."""
+    def start(self, closure: Closure | None, options: LbfgsOptions, evaluated: Any = None) -> Point:
+        """The point where the step begins: evaluated, remembered, or gradients at hand.
+
+        ``evaluated`` is the loss of gradients that the closure has just made there.
+        """
         self.grant(options.max_eval)
         self.precision.begin_step()
         self.function.begin_step()
@@ -164,7 +167,11 @@ class Evaluations:
         self._memory = None
         if closure is None:
             return self._point(None, options, False)
-        point = self._call(closure, options, False)
+        if evaluated is None:
+            point = self._call(closure, options, False)
+        else:
+            self.precision.spend()
+            point = self._point(evaluated, options, False)
         if point.finite and point.loss is not None:
             self._compare(point, options)
         return point
@@ -192,7 +199,10 @@ class Evaluations:
 
         From now on a step is one call of the closure, as long as that gives what it gave here.
         """
-        if point.loss is not None and self.is_one_function(options):
+        # A step that begins otherwise tells that it is another function, or a batch: no promise is
+        # needed. (A fixed step goes on as torch's does.)
+        searched = options.deterministic or options.line_search is not None
+        if point.loss is not None and searched:
             self._entry["settled"] = reason
             self._settled_with = options
 
@@ -219,7 +229,7 @@ class Evaluations:
     def note_arrival(self, point: Point | None, options: LbfgsOptions) -> None:
         """At the end of a step: notes where it has led, and what is known of that point."""
         self._arrived = (self.flat.places(), options.objective)
-        self.precision.end_step()
+        self.precision.end_step(math.nan if point is None else point.value)
         if point is None or point.loss is None or not point.finite:
             self.function.end_step(None)
             return

@@ -339,8 +339,9 @@ class Fuse(FlatOptimizer):
         groups = self.param_groups
         lrs = [float(group["lbfgs_lr"]) for group in groups]
         same_batch = groups[0]["same_batch_pairs"]
-        # Adam moves a group whose lbfgs_lr is 0 as well.
-        return step_options(self.flat, groups, lrs, "line_search", same_batch, zero_freezes=False)
+        # Adam moves a group whose lbfgs_lr is 0, unless its own lr is 0 as well.
+        still = all(float(g["lr"]) == 0.0 for g in groups if float(g["lbfgs_lr"]) == 0.0)
+        return step_options(self.flat, groups, lrs, "line_search", same_batch, zero_freezes=still)
 
     def report(self) -> Report:
         """What was done, and why."""

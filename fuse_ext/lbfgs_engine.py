@@ -15,7 +15,7 @@ from fuse_ext.lbfgs_options import LbfgsOptions, spread_lr
 from fuse_ext.ops import Ops
 from fuse_ext.precision import PRECISION_NAMES
 from fuse_ext.scalars import Header
-from fuse_ext.searching import MAX_LINE_SEARCH_EVALUATIONS, Searching, lowers
+from fuse_ext.searching import MAX_LINE_SEARCH_EVALUATIONS, Searching
 
 __all__ = [
     "COUNTERS",
@@ -72,17 +72,18 @@ class LbfgsEngine(Searching):
 
     # --- one optimizer step -----------------------------------------------------------------
 
-    def step(self, closure: Closure | None, options: LbfgsOptions) -> Any:
+    def step(self, closure: Closure | None, options: LbfgsOptions, evaluated: Any = None) -> Any:
         """At most ``max_iter`` iterations of Algorithm 1.
 
         If the closure raises, the parameters return to the last iterate completed (with one
         iteration per step: to where the step began), and calling again goes on from there.
+        ``evaluated``: the loss of gradients that the closure has just made where the step begins.
 
         Returns:
             The closure's loss where the step began.
         """
         self.flat.check_unchanged()
-        point = self._stand = self.start(closure, options)
+        point = self._stand = self.start(closure, options, evaluated)
         first_loss = point.loss
         if not point.finite:
             self._refuse_start()
@@ -376,7 +377,7 @@ class LbfgsEngine(Searching):
         origin = self.origin()
         met, whole = self._entry["non_finite"], self._left >= MAX_LINE_SEARCH_EVALUATIONS
         result, at, best = self.search(closure, options, point, header, step, moved)
-        if not lowers(result, point):
+        if not self.lowers(result, point, options):
             self._go_back(origin)
             if self._entry["non_finite"] > met:
                 self.progress.line_search = "non_finite"

@@ -28,6 +28,7 @@ PRECISION_NAMES = (
     "least_loss",
     "least_square",
     "first_loss",
+    "lowest_loss",
     "spent",
     "spent_at_least",
     "iterations_since_least",
@@ -39,7 +40,8 @@ class Precision:
 
     Args:
         entry: Holds ``loss_noise``, relative to the loss; the loss that the objective was first
-            met at; the least loss and squared gradient, the evaluations ``spent`` on it, and when
+            met at; the lowest it has ended a step at; the least loss and squared gradient of the
+            floor's test, the evaluations ``spent`` on it, and when
             the least were found. (An evaluation that is remembered counts as spent, so that a run
             that was saved goes on as if it had not been.)
         eps: Rounding of the parameters' dtype.
@@ -80,10 +82,18 @@ class Precision:
         """Counts an evaluation."""
         self._spending += 1
 
-    def end_step(self) -> None:
-        """What was spent has been."""
-        self._entry["spent"] += self._spending
+    def end_step(self, loss: float) -> None:
+        """What was spent has been, and led here (NaN where the loss is not known)."""
+        entry = self._entry
+        entry["spent"] += self._spending
         self._spending = 0
+        if loss < entry["lowest_loss"]:
+            entry["lowest_loss"] = loss
+
+    def is_low(self, loss: float) -> bool:
+        """Whether but for noise no lower loss is known."""
+        lowest = self._entry["lowest_loss"]
+        return math.isinf(lowest) or loss <= lowest + self.noise * abs(lowest)
 
     def at_floor(self, loss: float, square: float) -> bool:
         """Takes in the point reached; whether loss and gradient have long stopped to fall."""
@@ -109,7 +119,12 @@ class Precision:
     def forget_least(self) -> None:
         """Another objective has another floor."""
         self._entry.update(
-            least_loss=math.inf, least_square=math.inf, first_loss=0.0, spent=0, spent_at_least=0
+            least_loss=math.inf,
+            least_square=math.inf,
+            lowest_loss=math.inf,
+            first_loss=0.0,
+            spent=0,
+            spent_at_least=0,
         )
 
     def visible_step(self, x_max: float, g_max: float, square: float, loss: float | None) -> float:

@@ -105,11 +105,27 @@ class Searching(Evaluations):
                 self._go_back(origin)
                 raise
             result = search.result
-            if lowers(result, point) or not self._learns_noise(search) or self._left <= 0:
+            if (
+                self.lowers(result, point, options)
+                or not self._learns_noise(search)
+                or self._left <= 0
+            ):
                 break
             at.grads.clear()
         self.progress.line_search = result.reason
         return result, at, best
+
+    def lowers(self, result: LineSearchResult, point: Point, options: LbfgsOptions) -> bool:
+        """Whether a search from the point has found a step that is worth taking.
+
+        Losses that noise has made higher must not add up: on one function none is accepted that is
+        above the lowest by more than the noise.
+        """
+        if result.loss < point.value:
+            return True
+        if result.reason not in PASSED:
+            return False
+        return not self.is_one_function(options) or self.precision.is_low(result.loss)
 
     def _learns_noise(self, search: LineSearch) -> bool:
         """Whether noise may explain the failure of a search that can live with it."""
@@ -153,8 +169,3 @@ class Searching(Evaluations):
         if name == "approximate_wolfe":
             self._searches[key].loss_eps = self.precision.noise
         return self._searches[key]
-
-
-def lowers(result: LineSearchResult, point: Point) -> bool:
-    """Whether a search from the point has found a step that is worth taking."""
-    return result.reason in PASSED or result.loss < point.value

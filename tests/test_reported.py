@@ -51,8 +51,10 @@ def test_without_any_gradient_nothing_moves(config, dtype, decoupled):
     training = Training(config, net, **decay_of(config, decoupled))
     for steps in (0, config.steps, 1):
         training.step(steps)
-        kept = bits(net.params)
         training.no_gradients = True
+        if config.one_function:  # promised: it goes on from the gradient it remembers
+            training.step()
+        kept = bits(net.params)
         training.step(2)
         assert changed(kept, net.params) == [], training.step_number
         training.no_gradients = False
@@ -117,6 +119,10 @@ def test_frozen_parameters_leave_no_trace(config, dtype, layer):
             ours.layers[layer][0].mul_(1e4)
     Training(config, ours, **decay).step(config.steps)
     Training(config, theirs, theirs.others(layer), **decay).step(config.steps)
+    if config.averaged:  # whose norms torch sums in an order that depends on the vector's length
+        for p, q in zip(ours.others(layer), theirs.others(layer), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+        return
     assert changed(bits(theirs.others(layer)), ours.others(layer)) == []
 
 
@@ -309,9 +315,12 @@ def test_a_group_without_lr_is_frozen(config, dtype, layer, decoupled):
             assert torch.equal(p, q), i
 
 
-@each(dtypes=(F32,))
+@each(lambda c: c.kind is LBFGS or c.options.get("switch") == 0, dtypes=(F32,))
 def test_a_group_without_lr_keeps_its_bits(config, dtype):
-    """Right: even -0.0 stays what it is beside lr=0, as if frozen (x - 0 g can be 0.0)."""
+    """Right: even -0.0 stays what it is beside lr=0, as if frozen.
+
+    (In Adam, as in torch's, x - 0 m can be 0.0.)
+    """
     net = Net(dtype)
     training = Training(config, net, groups_without_lr(net, 1, config))
     kept = bits(net.layers[1])

@@ -242,7 +242,10 @@ SEARCHING = {
 
 @pytest.mark.parametrize("kind", SEARCHING)
 def test_a_search_needs_two_evaluations(kind):
-    """Right: max_eval=1 with a line search is refused, when made and when loaded."""
+    """Right: max_eval=1 with a line search is refused; older checkpoints with it still load.
+
+    It was LBFGS's default with max_iter=1, and one whole search was made all the same.
+    """
     make, options = SEARCHING[kind]
     params = [torch.zeros(3, requires_grad=True)]
     with pytest.raises(ValueError, match="max_eval"):
@@ -251,9 +254,8 @@ def test_a_search_needs_two_evaluations(kind):
     state = optimizer.state_dict()
     for group in state["param_groups"]:
         group["max_eval"] = 1
-    with pytest.raises(ValueError, match="max_eval"):
-        optimizer.load_state_dict(state)
-    assert optimizer.param_groups[0]["max_eval"] == 2
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["max_eval"] == 26
 
 
 def test_a_search_without_max_eval_works_for_one_iteration():
