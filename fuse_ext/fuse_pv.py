@@ -59,7 +59,9 @@ class FusePV(AveragedPhase):
 
     Each call of ``step`` is an Adam step (Eq. 2) until ``switch`` says that Adam has done its
     part; from then on it is ``max_iter`` iterations of L-BFGS (Algorithms 1 and 2). Adam's
-    moments are released at the switch.
+    moments are released at the switch. As in torch, a parameter whose gradient is None is not
+    touched by a step, neither by weight decay nor along old curvature pairs; nor is, in the L-BFGS
+    phase, one whose group has lr = 0.
 
     ::
 
@@ -82,8 +84,10 @@ class FusePV(AveragedPhase):
             (see ``pairs``), else :class:`~fuse_ext.LossPlateau` or, if ``deterministic``, a short
             :class:`~fuse_ext.WarmUp`.
         betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root, moment_dtype: As
-            in :class:`~fuse_ext.Adam`. In the L-BFGS phase weight_decay is an L2 term of the
-            objective, decoupled or not.
+            in :class:`~fuse_ext.Adam`. On averages weight decay is what it is in the Adam phase,
+            decoupled or not. With a line search or a fixed step it is an L2 term of the objective,
+            weight_decay/2 \|x\|^2, in either case: a decay that is no part of the loss would have
+            no minimum to search for.
         maximize: Ascend, in both phases.
         lbfgs_lr: First trial step of L-BFGS, and the step itself without a line search.
         history_size: m, the curvature pairs kept; None for 10 or, if ``deterministic``, as many as
@@ -111,10 +115,10 @@ class FusePV(AveragedPhase):
         deterministic: True is a promise that the closure is the same function at every call (full
             batch, no dropout). A step then begins with the last step's final evaluation, unless
             parameters or gradients were touched in between: about one evaluation an iteration
-            instead of two, and none where the loss can fall no further (see ``stop_reason`` in
-            :meth:`report`: a loop should not wait for more). False: it is not. None: where it
-            decides anything, find out: the first L-BFGS step does not move, and the second sees
-            whether the closure returns the same loss again.
+            instead of two. False: it is not. None: where it decides anything, find out: the first
+            L-BFGS step does not move, and the second sees whether the closure gives the same loss
+            and gradient again. Where steps then begin with other ones than the last ended with,
+            time and again, it was no such function: Adam takes over, and averages after it.
         pairs: How curvature pairs are made, so that none mixes two batches.
 
             - "averaged": of two successive means over 10 batches each, with a step on the
@@ -344,8 +348,15 @@ class FusePV(AveragedPhase):
 
         A step with a NaN or infinite loss or gradient is not taken: it is counted in
         :meth:`report`, and the first one warns. A failed line search is followed by one along -g,
-        without curvature, then from shorter and shorter first trials; where most searches fail
-        so, Adam takes over from the last point that was accepted, and the criterion starts anew.
+        without curvature, then from shorter and shorter first trials. Where most searches fail so,
+        though not for rounding, Adam tries: where the closure is one function, for a single step
+        of up to ``max_eval`` evaluations, which ends at the least loss that it met; where it is
+        not, losses cannot be compared, and Adam goes on from the last point that was accepted,
+        with the criterion started anew.
+
+        Where nothing can be gained any more (``report().converged``, or neither searches nor Adam
+        find a lower loss) a step is one call of the closure, which sees whether that is still so:
+        new data, parameters moved by hand or thawed ones set it going again.
 
         Args:
             closure: Zeroes the gradients, computes the loss and its gradients, returns the loss.

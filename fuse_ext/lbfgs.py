@@ -203,7 +203,9 @@ class LBFGS(FlatOptimizer):
     pair s = t p, y = g(x + t p) - g(x). The recursion runs on dot products in float64, so that
     the history is read twice an iteration instead of about five times.
 
-    Differences to torch: parameter groups; a pair is kept when
+    Differences to torch: parameter groups; a parameter without a gradient, or with lr = 0, takes no
+    part in a step and is not written, and pairs are used for the parameters alone that they were
+    taken on; a pair is kept when
     :math:`s^T y > r \lVert s \rVert \lVert y \rVert` (torch: s.y > 1e-10, which depends on the
     scale of the loss); a trial with a NaN or infinite loss or gradient counts as too far and is
     never accepted (a fixed step is undone, where its end is evaluated); the line search is that
@@ -239,7 +241,8 @@ class LBFGS(FlatOptimizer):
         deterministic: Promise that the closure is the same function at every call (no minibatch,
             no dropout): a step then starts from the last evaluation instead of repeating it,
             unless parameters or gradients were touched in between (``p.data.add_(1)`` goes
-            unseen), and evaluates nothing where the loss can fall no further.
+            unseen). Where the loss can fall no further it evaluates once, to see whether that is
+            still so.
         capturable: The step reads nothing from the device, which decides instead, so that a CUDA
             graph can repeat it. Needs ``line_search_fn=None``, ``max_iter=1`` and ``rtol=0``, and
             an ``lr`` that is a tensor is one for all groups. Parameters must not be moved between

@@ -72,7 +72,8 @@ class Report:
         history_resets: Times the history was dropped: the direction did not descend, no acceptable
             step was found along it, or, on averages, the gradient had jumped.
         step_cuts: Times the next step along -g was made shorter, since none was found.
-        fallbacks: Times Adam took over again, since line searches kept failing.
+        fallbacks: Times Adam took over again, since line searches kept failing or what had looked
+            like one function were batches; on one function for one step, see ``FusePV.step``.
         step_length: t of the last L-BFGS step.
         line_search: Why the last line search ended.
         line_search_failures: Searches that found no acceptable step.
