@@ -83,7 +83,7 @@ def test_what_is_frozen_in_mid_run_keeps_its_bits(config, dtype, layer, how):
         net.freeze(layer)
     kept, rest = bits(net.layers[layer]), bits(net.others(layer))
     penalty = decay.get("weight_decay", 0.0)
-    objective, rounding = training.objective(penalty), 10 * torch.finfo(dtype).eps
+    objective, rounding = training.objective(penalty), 20 * torch.finfo(dtype).eps
     for i in range(config.steps // 2):
         training.step()
         assert changed(kept, net.layers[layer]) == [], i
@@ -222,7 +222,7 @@ def test_what_thaws_after_convergence_is_looked_at(kind):
     assert math.isclose(problem.loss().item(), problem.least(), rel_tol=1e-12)
 
 
-@each(lambda config: config.phase == "lbfgs" and not config.averaged)
+@each(lambda config: config.phase == "lbfgs")
 def test_a_network_thaws(config, dtype):
     """Reported: as above, in every kind of L-BFGS; the loss after the thaw must go on falling."""
     net = Net(dtype)
