@@ -128,11 +128,11 @@ class LbfgsEngine(Searching):
             if here is None:
                 break
             moved = self._entry["pair_step"] is not None
-            if moved and self._converged(options, before, here, iteration):
-                break
             if moved and self.is_one_function(options) and self._at_floor(here):
                 self.progress.reason = "precision"
                 self.settle_at(here, options, "precision")
+                break
+            if moved and self._converged(options, before, here, iteration):
                 break
         if here is not None and not options.deterministic and not options.pairs_elsewhere:
             self.absorb_pair(here, options)
@@ -425,8 +425,6 @@ class LbfgsEngine(Searching):
         if steepest and (final or self._entry["cuts"] >= most_cuts):
             self.settle_at(point, options, self.progress.reason)
             return None
-        if self._stays_at_floor(point, options):
-            return None
         self._retreat(header)
         if iteration + 1 == options.max_iter:
             return None
@@ -456,16 +454,6 @@ class LbfgsEngine(Searching):
         )
         decrease = -visible * header.direction_dot_grad
         return self._shortest <= visible and decrease <= self.precision.noise * abs(point.value)
-
-    def _stays_at_floor(self, point: Point, options: LbfgsOptions) -> bool:
-        """Whether searches have failed from here for long enough to call it the floor."""
-        if self.progress.line_search in NOT_ROUNDING or not self.is_one_function(options):
-            return False
-        if not self._at_floor(point):
-            return False
-        self.progress.reason = "precision"
-        self.settle_at(point, options, "precision")
-        return True
 
 
 # What an entry counts since the start, for reports, and what it holds besides tensors in all.

@@ -91,9 +91,13 @@ class Precision:
             entry["lowest_loss"] = loss
 
     def is_low(self, loss: float) -> bool:
-        """Whether but for noise no lower loss is known."""
+        """Whether but for noise no lower loss is known.
+
+        The noise is learnt from neighbouring trials, and the lowest loss is that of the luckiest
+        point so far: they differ by more.
+        """
         lowest = self._entry["lowest_loss"]
-        return math.isinf(lowest) or loss <= lowest + self.noise * abs(lowest)
+        return math.isinf(lowest) or loss <= lowest + NOISE_GROWTH * self.noise * abs(lowest)
 
     def at_floor(self, loss: float, square: float) -> bool:
         """Takes in the point reached; whether loss and gradient have long stopped to fall."""
