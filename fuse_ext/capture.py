@@ -82,4 +82,8 @@ def device_loss(loss: Any, device: torch.device) -> Tensor | None:
     check_loss(loss)
     if isinstance(loss, Tensor):
         return loss.detach()
-    return None if math.isfinite(loss) else torch.full((), math.nan, dtype=torch.float32, device=device)
+    return (
+        None
+        if math.isfinite(loss)
+        else torch.full((), math.nan, dtype=torch.float32, device=device)
+    )

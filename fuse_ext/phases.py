@@ -12,7 +12,7 @@ from fuse_ext.averaged import AVERAGED_NAMES, VECTORS, AveragedEngine, check_ave
 from fuse_ext.captured_adam import make_adam
 from fuse_ext.captured_lbfgs import make_lbfgs
 from fuse_ext.criterion import Switchover
-from fuse_ext.flat import FlatOptimizer, FlatParams
+from fuse_ext.flat import FlatOptimizer, FlatParams, ParamGroup
 from fuse_ext.history import STATE_NAMES
 from fuse_ext.lbfgs import check_lbfgs_state
 from fuse_ext.lbfgs_engine import COUNTERS, ENGINE_NAMES, LbfgsEngine
@@ -105,6 +105,15 @@ class TwoPhases(FlatOptimizer):
         else:
             self._switch.load_state_dict(criterion)
 
+    def _own_group(self, param_group: ParamGroup) -> ParamGroup:
+        group = super()._own_group(param_group)
+        # State of the optimizer that the group comes from, if it comes from one.
+        for name in ("phase", "lr_at_switch"):
+            group.pop(name, None)
+        if self.__dict__.get("_flat") is not None:
+            group["phase"] = self.phase
+        return group
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, in either phase.
 
@@ -112,8 +121,7 @@ class TwoPhases(FlatOptimizer):
         it has to find the new parameters' metric.
         """
         averaged = isinstance(self.__dict__.get("_lbfgs"), AveragedEngine)
-        if self.__dict__.get("_flat") is not None and isinstance(param_group, dict):
-            param_group.setdefault("phase", self.phase)
+        if self.__dict__.get("_flat") is not None:
             self._settle()
         super().add_param_group(param_group)
         if averaged:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -184,3 +185,88 @@ def test_estimates_do_not_depend_on_torch_defaults(optimizer: str, options: Any)
     with defaults("meta", torch.float16), Named():
         ours = [fuse_ext.estimate_memory(p, optimizer, **options) for p in params]
     assert ours == expected
+
+
+# --- parameter groups belong to the caller -------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_group_serves_a_second_optimizer(name: str) -> None:
+    problem, again = Problem(), Problem()
+    group: dict[str, Any] = {"params": (p for p in problem.params), "weight_decay": 0.1}
+    first = CASES[name]([group])
+    assert all(map(operator.is_, group["params"], problem.params))
+    assert group.keys() == {"params", "weight_decay"}
+    for _ in range(9):
+        first.step(problem.closure)
+    assert group.keys() == {"params", "weight_decay"}
+    # The same numbers in the same tensors, to the second optimizer as to one that is alone.
+    with torch.no_grad():
+        for param, start in zip(problem.params, again.params, strict=True):
+            param.copy_(start)
+    problem.calls = 0
+    second = CASES[name]([group])
+    alone = CASES[name]([{"params": again.params, "weight_decay": 0.1}])
+    for _ in range(9):
+        second.step(problem.closure)
+        alone.step(again.closure)
+    assert torch.equal(problem.flat, again.flat)
+    assert_same(second.state_dict(), alone.state_dict())
+
+
+@pytest.mark.parametrize("kind", [Adam, LBFGS, Fuse, FusePV])
+def test_a_group_added_later_stays_the_caller_s(kind: Any) -> None:
+    optimizer = kind([torch.zeros(2, requires_grad=True)], lr=0.1)
+    new = torch.zeros(3, requires_grad=True)
+    group = {"params": new, "lr": 0.2}
+    optimizer.add_param_group(group)
+    assert group.keys() == {"params", "lr"} and group["params"] is new
+    optimizer.param_groups[1]["lr"] = 0.3  # as schedulers do
+    assert group["lr"] == 0.2
+    with pytest.raises(TypeError, match="param_group must be a dict"):
+        optimizer.add_param_group([new])
+    with pytest.raises(KeyError, match="params"):
+        optimizer.add_param_group({"lr": 0.2})
+
+
+@pytest.mark.parametrize("switch", [3, 0])
+def test_phase_and_rate_at_the_switch_are_not_taken_over(switch: int) -> None:
+    problem = Problem()
+    first = FusePV(problem.params, 0.01, switch)
+    for _ in range(5):
+        first.step(problem.closure)
+    assert first.phase == "lbfgs"
+    second = FusePV(first.param_groups, 0.01, 100)
+    assert second.phase == "adam"
+    assert second.param_groups[0]["lr_at_switch"] is None
+    assert first.phase == "lbfgs"
+    third = FusePV(second.param_groups, switch=AtOnce())
+    assert third.phase == "lbfgs"
+
+    new = torch.zeros(3, requires_grad=True)
+    second.add_param_group({"params": new, "phase": "lbfgs", "lr_at_switch": 7.0})
+    assert [group["phase"] for group in second.param_groups] == ["adam", "adam"]
+    assert second.param_groups[1]["lr_at_switch"] is None
+    third.add_param_group({"params": new, "phase": "adam"})
+    assert [group["phase"] for group in third.param_groups] == ["lbfgs", "lbfgs"]
+
+
+def test_a_group_serves_an_estimate_and_an_optimizer() -> None:
+    group = {"params": (torch.zeros(n, requires_grad=True) for n in (2, 3))}
+    assert fuse_ext.estimate_memory([group]).numel == 5
+    FusePV([group])
+    assert group.keys() == {"params"} and len(group["params"]) == 2
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_hook_returns_is_not_written_to(name: str) -> None:
+    problem = Problem()
+    optimizer = CASES[name](problem.params)
+    optimizer.step(problem.closure)
+    kept = copy.deepcopy(optimizer.state_dict())
+    kept["param_groups"][0]["capturable"] = "another process's"
+    before = copy.deepcopy(kept)
+    optimizer.register_load_state_dict_pre_hook(lambda _, incoming: kept)
+    if "capturable" in optimizer.defaults:
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert_same(kept, before)
