@@ -793,7 +793,6 @@ def test_grad_scaler_and_a_line_search_do_not_go_together() -> None:
             ValueError,
             "max_iter must be the same in all parameter groups, got 1 in group 0 and 2 in group 1",
         ),
-        ({"groups": [{}, {"phase": "lbfgs"}]}, ValueError, "phase must be the same in all"),
         ({"groups": [{}, {"phase": "sgd"}]}, ValueError, "phase must be 'adam' or 'lbfgs', got"),
         ({"groups": [{}, {"lr": math.nan}]}, ValueError, "lr must be .* got nan"),
     ],
