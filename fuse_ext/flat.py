@@ -7,7 +7,6 @@ re-pointed, nothing is gathered). Complex parameters take part as pairs of real 
 from __future__ import annotations
 
 import operator
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeAlias
@@ -184,10 +183,7 @@ class FlatOptimizer(Optimizer):
         self._flat: FlatParams | None = None
         if backend not in ops.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
-        with warnings.catch_warnings():
-            # torch only warns about duplicates; here they are an error, which check_params names.
-            warnings.filterwarnings("ignore", message="optimizer contains a parameter group with")
-            super().__init__(params, defaults)
+        super().__init__(params, defaults)
         self._check_groups(self.param_groups)
         self._renew_layout()
 
@@ -233,11 +229,13 @@ class FlatOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the new parameters' state starts empty, the others' stays.
 
-        The dictionary is copied: set options in ``param_groups``.
+        The dictionary is copied: set options in ``param_groups``. A tensor that comes twice in it
+        counts once.
         """
         if isinstance(param_group, dict):  # of anything else torch says what it thinks
             param_group = self._own_group(param_group)
         super().add_param_group(param_group)
+        _drop_repeats(param_group)
         if self.__dict__.get("_flat") is None:
             return
         try:
@@ -359,6 +357,16 @@ def own_group(param_group: ParamGroup) -> ParamGroup:
         # As torch does: it would be empty when the caller uses it again.
         param_group["params"] = list(param_group["params"])
     return dict(param_group)
+
+
+def _drop_repeats(group: ParamGroup) -> None:
+    """Keeps the first of each tensor; torch has warned of the others, and steps each time."""
+    first: dict[Tensor, int] = {}
+    for i, param in enumerate(group["params"]):
+        first.setdefault(param, i)
+    if len(first) < len(group["params"]):
+        for name in group.keys() & {"params", "param_names"}:
+            group[name] = [group[name][i] for i in first.values()]
 
 
 def _describe(param: Tensor) -> str:

@@ -225,7 +225,8 @@ def _on_meta(params: Any) -> list[dict[str, Any]]:
     if not (groups and isinstance(groups[0], dict)):
         groups = [{"params": groups}]
     groups = [own_group(group) for group in groups]
-    groups = [{**group, "params": _tensors(group["params"])} for group in groups]
+    # Each tensor of a group counts once, as in the optimizers.
+    groups = [{**group, "params": [*dict.fromkeys(_tensors(group["params"]))]} for group in groups]
     check_params([tensor for group in groups for tensor in group["params"]])
     return [
         {**group, "params": [torch.empty_like(t, device="meta") for t in group["params"]]}

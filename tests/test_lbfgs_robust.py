@@ -331,7 +331,6 @@ def test_options_that_groups_share(name: str, value: Any) -> None:
             ValueError,
             r"params\[1\] is on meta but params\[0\] is on cpu",
         ),
-        ([torch.ones(2)] * 2, ValueError, r"params\[1\] is the same tensor as params\[0\]"),
     ],
     ids=str,
 )

@@ -270,3 +270,42 @@ def test_what_a_hook_returns_is_not_written_to(name: str) -> None:
     if "capturable" in optimizer.defaults:
         optimizer.load_state_dict(optimizer.state_dict())
     assert_same(kept, before)
+
+
+# --- a parameter given twice ---------------------------------------------------------------------
+
+TWICE = "a parameter group with duplicate parameters"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_parameter_twice_in_one_group_counts_once(name: str) -> None:
+    problem, other = Problem(), Problem()
+    weight, bias, late = problem.params
+    with pytest.warns(UserWarning, match=TWICE):
+        optimizer = CASES[name]([weight, bias, weight, late, bias])
+    assert [*map(id, optimizer.param_groups[0]["params"])] == [*map(id, problem.params)]
+    once = CASES[name](other.params)
+    for _ in range(9):
+        optimizer.step(problem.closure)
+        once.step(other.closure)
+    assert torch.equal(problem.flat, other.flat)
+    assert_same(optimizer.state_dict(), once.state_dict())
+
+
+@pytest.mark.parametrize("kind", [Adam, LBFGS, Fuse, FusePV])
+def test_names_of_parameters_given_twice(kind: Any) -> None:
+    a, b, c = (torch.zeros(n, requires_grad=True) for n in (2, 3, 4))
+    given = [("a", a), ("a again", a), ("b", b)]
+    with pytest.warns(UserWarning, match=TWICE):
+        optimizer = kind([{"params": given}])
+    assert optimizer.param_groups[0]["param_names"] == ["a", "b"]
+    assert len(given) == 3
+    group = {"params": [("c", c), ("c", c)]}
+    with pytest.warns(UserWarning, match=TWICE):
+        optimizer.add_param_group(group)
+    assert optimizer.param_groups[1]["param_names"] == ["c"]
+    assert optimizer.flat.numel == 9
+    with pytest.raises(ValueError, match="appear in more than one parameter group"):
+        optimizer.add_param_group({"params": [("a", a)]})
+    with pytest.raises(ValueError, match="appear in more than one parameter group"):
+        kind([{"params": a}, {"params": [b, a]}])
