@@ -39,8 +39,11 @@ class AveragedPhase(CapturedPhases):
         entry, loss = self._entry, None
         if closure is not None:
             loss = with_grad(closure)
-            value = loss_value(loss)
             entry["func_evals"] += 1
+        if closure is not None and loss is None:
+            entry.pop("watched_loss", None)  # there is no finding out then
+        elif closure is not None:
+            value = loss_value(loss)
             before = entry.get("watched_loss")
             if before is not None and math.isnan(before) and math.isfinite(value):
                 entry["watched_loss"] = value

@@ -93,7 +93,7 @@ class CapturedPhases(TwoPhases):
         empty = closure is None and loss is None and numbers and not any(numbers)
         if closure is not None:
             loss = with_grad(closure)
-        checked = None if loss is None else device_loss(loss, flat.device)
+        checked = device_loss(loss, flat.device)
         if isinstance(loss, Tensor):
             loss = loss.detach()
         engine = self._adam

@@ -78,7 +78,7 @@ class Evaluations:
         """Calls the closure where the parameters stand."""
         loss = with_grad(closure)
         self._entry["func_evals"] += 1
-        check_loss(loss)
+        check_loss(loss, options.needs_loss)
         return self._point(loss, options, along_direction)
 
     def _point(self, loss: Any, options: LbfgsOptions, along_direction: bool) -> Point:

@@ -230,7 +230,7 @@ class Fuse(FlatOptimizer):
 
         Args:
             closure: Zeroes the gradients, computes the loss and its gradients, returns the loss.
-                May be left out without a line search.
+                May return None, or be left out, without a line search.
 
         Returns:
             The loss where the step began, or None.

@@ -15,7 +15,7 @@ from fuse_ext.averaged import AveragedEngine
 from fuse_ext.averaged_phase import AveragedPhase
 from fuse_ext.capture import check_capturable
 from fuse_ext.captured_phases import check_switch
-from fuse_ext.checks import check_number, loss_value
+from fuse_ext.checks import check_loss, check_number, loss_value
 from fuse_ext.criterion import Observation, Switchover
 from fuse_ext.flat import Closure, ParamGroup
 from fuse_ext.history import grads_are_finite
@@ -336,9 +336,9 @@ class FusePV(AveragedPhase):
         so, Adam takes over from the last point that was accepted, and the criterion starts anew.
 
         Args:
-            closure: Zeroes the gradients, computes the loss and its gradients, returns the loss.
-                Optional in the Adam phase, and in the L-BFGS phase on averages or with a fixed
-                step and ``max_iter=1``.
+            closure: Zeroes the gradients, computes the loss and its gradients, returns the loss,
+                or None where nothing needs it. Optional in the Adam phase, and in the L-BFGS phase
+                on averages or with a fixed step and ``max_iter=1``.
             loss: The loss of the gradients at hand, for a criterion that needs it, where there is
                 no closure.
             batch_id: What batch this is. Without averages, a pair that awaits its second gradient
@@ -352,7 +352,8 @@ class FusePV(AveragedPhase):
 
         Raises:
             ValueError: The closure or loss is missing where it is needed.
-            TypeError, ValueError: The closure returns no scalar. After any error raised by the
+            TypeError, ValueError: The closure returns no scalar: not even None, or None to a line
+                search, ``rtol`` or a criterion that needs the loss. After any error raised by the
                 closure, parameters and state are as before the step (with ``max_iter`` > 1: as
                 after its last completed iteration).
         """
@@ -382,8 +383,8 @@ class FusePV(AveragedPhase):
         value = None
         if loss is not None and (self._switch.needs_loss or group["check_finite"]):
             value = loss_value(loss)
-        elif closure is not None and loss is None:
-            loss_value(loss)
+        elif self._switch.needs_loss and not empty:
+            check_loss(loss, f"switch={self._switch!r}")
         log["adam_evaluations"] += closure is not None
         scale, found_inf = self._from_grad_scaler()
         if found_inf:  # the scaler's business: it lowers its scale

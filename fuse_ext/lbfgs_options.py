@@ -56,6 +56,13 @@ class LbfgsOptions:
             object.__setattr__(self, "weight_decay", decay)
 
     @cached_property
+    def needs_loss(self) -> str:
+        """What needs the closure's loss, in words; empty where nothing does."""
+        if self.line_search is not None:
+            return f"the line search {self.line_search!r}"
+        return f"rtol={self.rtol:g}" if self.rtol else ""
+
+    @cached_property
     def objective(self) -> tuple[Any, ...]:
         """The options that the objective depends on."""
         frozen = [share == 0.0 for share in self.lr_scale]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 import fuse_ext
-from fuse_ext import LBFGS, Adam, AtOnce, Fuse, FusePV
+from fuse_ext import LBFGS, Adam, AtOnce, Fuse, FusePV, LossPlateau, Never
 
 SEARCHES = (None, "armijo", "strong_wolfe", "approximate_wolfe")
 CPU = torch.device("cpu")
@@ -309,3 +310,156 @@ def test_names_of_parameters_given_twice(kind: Any) -> None:
         optimizer.add_param_group({"params": [("a", a)]})
     with pytest.raises(ValueError, match="appear in more than one parameter group"):
         kind([{"params": a}, {"params": [b, a]}])
+
+
+# --- closures that return None -------------------------------------------------------------------
+
+WITHOUT_LOSS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    **{name: CASES[name] for name in CASES if "capturable" in name},
+    "adam": CASES["adam"],
+    "adam phase": CASES["adam phase"],
+    "never": lambda p, **o: FusePV(p, 0.01, Never(), **o),
+    "unchecked": lambda p, **o: FusePV(p, 0.01, Never(), check_finite=False, **o),
+    "averages": CASES["averages"],
+    "said so": lambda p, **o: FusePV(p, 0.01, 5, pairs="averaged", **o),
+    "fixed step": CASES["fixed step"],
+    "consecutive": lambda p, **o: FusePV(
+        p, 0.01, 5, line_search=None, lbfgs_lr=0.1, pairs="consecutive", **o
+    ),
+    "one function": lambda p, **o: FusePV(
+        p, 0.01, 5, line_search=None, lbfgs_lr=0.1, deterministic=True, **o
+    ),
+    "iterations": lambda p, **o: FusePV(
+        p, 0.01, 5, line_search=None, lbfgs_lr=0.1, max_iter=3, **o
+    ),
+    "lbfgs": lambda p, **o: LBFGS(p, 0.1, max_iter=3, tolerance_change=0.0, **o),
+    "lbfgs one function": lambda p, **o: LBFGS(
+        p, 0.1, max_iter=3, max_eval=99, tolerance_change=0.0, deterministic=True, **o
+    ),
+    "fuse": CASES["fuse"],
+    "fuse one function": lambda p, **o: Fuse(p, 0.01, deterministic=True, **o),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", WITHOUT_LOSS)
+def test_a_closure_may_return_none_where_nothing_needs_the_loss(name: str, backend: str) -> None:
+    silent, telling = Problem(), Problem()
+    if name == "one function" or "lbfgs one" in name:
+        silent.calls = telling.calls = 9  # evaluations remembered do not count
+    ours = WITHOUT_LOSS[name](silent.params, backend=backend)
+    theirs = WITHOUT_LOSS[name](telling.params, backend=backend)
+
+    def closure() -> None:
+        silent.closure()
+
+    for _ in range(30):
+        assert ours.step(closure) is None
+        assert theirs.step(telling.closure) is not None
+        assert torch.equal(silent.flat, telling.flat)
+    if isinstance(ours, FusePV):
+        assert ours.phase == ("adam" if name in ("adam phase", "never", "unchecked") else "lbfgs")
+
+
+def test_without_a_loss_it_stays_on_averages() -> None:
+    silent, other = Problem(), Problem()
+    ours = FusePV(silent.params, 0.01, 5)
+    theirs = FusePV(other.params, 0.01, 5, deterministic=False)
+    for k in range(20):
+        # A loss now and then comes too late: the steps are taken.
+        ours.step(lambda k=k: silent.closure() if k == 9 else silent.closure() and None)
+        theirs.step(other.closure)
+        assert torch.equal(silent.flat, other.flat)
+    assert ours.report().line_search == "fixed"
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda p: FusePV(p, 0.01, LossPlateau()), r"switch=LossPlateau\(.*\) needs"),
+        (lambda p: FusePV(p, 0.01, AtOnce(), deterministic=True), "'approximate_wolfe' needs"),
+        (lambda p: FusePV(p, 0.01, AtOnce(), line_search="armijo"), "line search 'armijo' needs"),
+        (lambda p: FusePV(p, 0.01, AtOnce(), line_search=None, rtol=0.5), "rtol=0.5 needs"),
+        (lambda p: LBFGS(p, rtol=1e-3), "rtol=0.001 needs"),
+        *(
+            (lambda p, s=search: LBFGS(p, line_search_fn=s), f"line search '{search}' needs")
+            for search in SEARCHES[1:]
+        ),
+        (lambda p: Fuse(p, line_search="strong_wolfe"), "line search 'strong_wolfe' needs"),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_needs_the_loss_is_named(make: Any, what: str, backend: str) -> None:
+    problem = Problem()
+    optimizer = make(problem.params)
+    before = problem.flat
+    with pytest.raises(TypeError, match=f"closure must return the loss, got None; .*{what}"):
+        optimizer.step(lambda: problem.closure() and None)
+    assert torch.equal(problem.flat, before)
+
+
+def test_the_sample_of_a_pair_needs_no_loss() -> None:
+    silent, telling = Problem(), Problem()
+    ours, theirs = (
+        FusePV(p.params, 0.01, AtOnce(), line_search="armijo", deterministic=False)
+        for p in (silent, telling)
+    )
+    for _ in range(5):
+        ours.step(silent.closure, pair_closure=lambda: silent.closure() and None)
+        theirs.step(telling.closure, pair_closure=telling.closure)
+    assert torch.equal(silent.flat, telling.flat)
+
+
+# --- tolerances ----------------------------------------------------------------------------------
+
+LBFGS_ALONE: dict[str, Callable[..., Any]] = {
+    "lbfgs": lambda p, **o: LBFGS(p, **o),
+    "lbfgs search": lambda p, **o: LBFGS(p, line_search_fn="strong_wolfe", **o),
+    "lbfgs capturable": lambda p, **o: LBFGS(p, max_iter=1, capturable=True, **o),
+    "fuse_pv": lambda p, **o: FusePV(p, switch=AtOnce(), max_iter=3, **o),
+    "fuse_pv fixed": lambda p, **o: FusePV(p, switch=AtOnce(), line_search=None, **o),
+    "fuse_pv one function": lambda p, **o: FusePV(p, switch=AtOnce(), deterministic=True, **o),
+    "fuse_pv capturable": lambda p, **o: FusePV(
+        p, switch=AtOnce(), line_search=None, capturable=True, **o
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", LBFGS_ALONE)
+def test_an_infinite_tolerance_stops_a_step_at_once(name: str, backend: str) -> None:
+    for tolerance, reason in (("tolerance_grad", "gradient"), ("tolerance_change", "slope")):
+        problem = Problem()
+        options = {"tolerance_grad": 0.0, "tolerance_change": 0.0, tolerance: math.inf}
+        optimizer = LBFGS_ALONE[name](problem.params, backend=backend, **options)
+        before = problem.flat
+        for k in range(3):
+            loss = optimizer.step(problem.closure)
+            assert isinstance(loss, Tensor)
+            if name != "fuse_pv capturable":  # whose host cannot know that there is no pair
+                assert problem.calls == (1 if "one function" in name else k + 1)
+        assert torch.equal(problem.flat, before)
+        assert optimizer.report().stop_reason == reason
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", LBFGS_ALONE)
+def test_minus_infinity_is_never(name: str, backend: str) -> None:
+    never, zero = Problem(), Problem()
+    for problem, value in ((never, -math.inf), (zero, 0.0)):
+        options = {"tolerance_grad": value, "tolerance_change": value}
+        optimizer = LBFGS_ALONE[name](problem.params, backend=backend, **options)
+        for _ in range(5):
+            optimizer.step(problem.closure)
+        for param in problem.params:  # nor may it divide by a gradient of 0
+            param.grad = None
+        optimizer.step(lambda: torch.zeros((), device=CPU))
+    assert torch.equal(never.flat, zero.flat)
+
+
+@pytest.mark.parametrize("kind", [LBFGS, FusePV])
+@pytest.mark.parametrize("name", ["tolerance_grad", "tolerance_change"])
+def test_other_tolerances_are_still_refused(kind: Any, name: str) -> None:
+    for value in (math.nan, -1.0):
+        with pytest.raises(ValueError, match=f"{name} must be at least 0"):
+            kind(Problem().params, **{name: value})
