@@ -168,6 +168,9 @@ def effective_gradient(
     ops.grad_gather(flat.reals(flat.params), options.moving(grads), flat.offsets, out)
     if options.maximize:
         out.neg_()
+    for i, ascends in enumerate(options.ascends):
+        if ascends:
+            flat.piece(out, i).neg_()
     for i, coefficient in enumerate(options.weight_decay):
         if coefficient:
             flat.piece(out, i).add_(flat.params[i].detach(), alpha=coefficient)

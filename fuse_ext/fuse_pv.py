@@ -35,6 +35,7 @@ from fuse_ext.modes import (
     LEAST_PAIRS,
     SEARCH,
     check_modes,
+    check_signs,
     default_history_size,
     default_switch,
 )
@@ -79,7 +80,8 @@ class FusePV(AveragedPhase):
         betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root, moment_dtype: As
             in :class:`~fuse_ext.Adam`. In the L-BFGS phase weight_decay is an L2 term of the
             objective, decoupled or not.
-        maximize: Ascend, in both phases.
+        maximize: Ascend, in both phases. Groups may differ where L-BFGS is on averages or never
+            comes (``switch=Never()``).
         lbfgs_lr: First trial step of L-BFGS, and the step itself without a line search.
         history_size: m, the curvature pairs kept; None for 10 or, if ``deterministic``, as many as
             fit 64 MiB, at most 500 and the number of parameters, but at least 10. (They cost time
@@ -92,8 +94,8 @@ class FusePV(AveragedPhase):
         max_iter: L-BFGS iterations per ``step``, all on the one closure.
         max_eval: Evaluations per ``step``; None for 25 an iteration.
         tolerance_grad, tolerance_change, rtol: When an L-BFGS ``step`` stops early, as in
-            :class:`~fuse_ext.LBFGS`; by default it never does while it can go on. ``rtol`` knows
-            no scale, and ``report().converged`` tells a loop that it was reached.
+            :class:`~fuse_ext.LBFGS`, but on averages; by default it never does while it can go on.
+            ``rtol`` knows no scale, and ``report().converged`` tells a loop that it was reached.
         curvature_tol: Pairs need s.y > curvature_tol \|s\| \|y\|; None for 1e-8 if
             ``deterministic``, else 1e-4.
         self_scaling: Before each pair divide the inverse Hessian by min(1, s.y / s.B s), and begin
@@ -149,7 +151,6 @@ class FusePV(AveragedPhase):
     """
 
     _shared_options = (
-        "maximize",
         "moment_dtype",
         "max_iter",
         "max_eval",
@@ -462,6 +463,8 @@ class FusePV(AveragedPhase):
 
     def _options(self) -> LbfgsOptions:
         groups = self.param_groups
+        if not isinstance(self._lbfgs, AveragedEngine):
+            check_signs(groups)
         lrs = [_lbfgs_lr(group) for group in groups]
         same_batch = groups[0]["pairs"] != CONSECUTIVE
         return step_options(self.flat, groups, lrs, "line_search", same_batch, SEARCH)

@@ -16,7 +16,7 @@ from fuse_ext.flat import FlatOptimizer, FlatParams, ParamGroup
 from fuse_ext.history import STATE_NAMES
 from fuse_ext.lbfgs import check_lbfgs_state
 from fuse_ext.lbfgs_engine import COUNTERS, ENGINE_NAMES, LbfgsEngine
-from fuse_ext.modes import self_scales
+from fuse_ext.modes import check_signs, check_signs_to_come, self_scales
 from fuse_ext.report import LOG, NEW_LOG, check_log
 
 ADAM, LBFGS_PHASE = "adam", "lbfgs"
@@ -66,6 +66,10 @@ class TwoPhases(FlatOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_switch": self._switch}
 
+    def _check_groups(self, groups: list[ParamGroup]) -> None:
+        super()._check_groups(groups)
+        check_signs_to_come(groups, self._switch)
+
     def _check_layout(self, flat: FlatParams) -> None:
         check_moments_fit(self.param_groups[0]["moment_dtype"], flat.params)
 
@@ -79,6 +83,8 @@ class TwoPhases(FlatOptimizer):
             if groups[0].get("lr_at_switch") is not None or first.keys() - {LOG}:
                 check_lbfgs_state(first, size + 1, self.flat)
                 check_averaged_state(first, self.flat)
+            if "history" in first and VECTORS[0] not in first:
+                check_signs([{**self.defaults, **group} for group in groups])
         else:  # torch.optim.Adam's checkpoints have no phase and are welcome
             ours = (LOG, *ENGINE_NAMES)
             moments = {name: value for name, value in first.items() if name not in ours}
