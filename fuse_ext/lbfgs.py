@@ -289,12 +289,13 @@ class LBFGS(FlatOptimizer):
         return entry
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        groups = state_dict["param_groups"]
-        first = next(key for group in groups for key in group["params"])
-        for key, entry in state_dict["state"].items():
-            if key == first:
-                check_lbfgs_state(entry, groups[0]["history_size"] + 1, self.flat)
-            elif entry:
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        first, *others = (key for group in groups for key in group["params"])
+        if first in state:
+            check_lbfgs_state(state[first], groups[0]["history_size"] + 1, self.flat)
+        for key in others:
+            entry = state.get(key)
+            if entry:
                 raise ValueError(
                     f"state_dict is not of fuse_ext's L-BFGS: it holds {sorted(map(str, entry))} "
                     f"for parameter {key}"

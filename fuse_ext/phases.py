@@ -142,7 +142,8 @@ class TwoPhases(FlatOptimizer):
             if history.shape[2] != self.flat.numel:
                 self._drop_lbfgs_state()  # a group was added: curvature starts afresh
             self._lbfgs = self._make_lbfgs()
-        elif any("step" in entry for entry in self.state.values()):
+        # The user may keep other things in the state, under other keys.
+        elif any("step" in self.state.get(param, {}) for param in self.flat.params):
             self._adam = self._make_adam()
 
     def _from_grad_scaler(self) -> tuple[Tensor | None, bool | None]:

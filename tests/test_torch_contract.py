@@ -646,3 +646,32 @@ def test_fused_on_a_device_without_memory(kind: Any) -> None:
 def test_fused_and_foreach_exclude_each_other(kind: Any) -> None:
     with pytest.raises(RuntimeError, match=r"fused.*foreach"):
         kind([torch.zeros(2)], fused=True, foreach=True)
+
+
+# --- the user's own state ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, 3, 9])
+@pytest.mark.parametrize("name", [*CASES, "torch's adam", "torch's lbfgs"])
+def test_the_state_may_hold_what_is_the_user_s(name: str, steps: int) -> None:
+    makers = {
+        **CASES,
+        "torch's adam": lambda p: torch.optim.Adam(p),
+        "torch's lbfgs": lambda p: torch.optim.LBFGS(p),
+    }
+    problem, plain = Problem(), Problem()
+    optimizer, other = makers[name](problem.params), makers[name](plain.params)
+    mine: dict[str, Any] = {"a number": 3, "some numbers": {"step": 4}}
+    optimizer.state.update(copy.deepcopy(mine))
+    for _ in range(steps):
+        optimizer.step(problem.closure)
+        other.step(plain.closure)
+    copied = copy.deepcopy(optimizer)
+    assert {key: copied.state[key] for key in mine} == mine
+    again = makers[name](problem.params)
+    again.load_state_dict(optimizer.state_dict())
+    assert {key: again.state[key] for key in mine} == mine
+    for _ in range(3):
+        again.step(problem.closure)
+        other.step(plain.closure)
+    assert torch.equal(problem.flat, plain.flat)
