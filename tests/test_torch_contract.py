@@ -675,3 +675,13 @@ def test_the_state_may_hold_what_is_the_user_s(name: str, steps: int) -> None:
         again.step(problem.closure)
         other.step(plain.closure)
     assert torch.equal(problem.flat, plain.flat)
+
+
+def test_the_state_of_a_parameter_is_not_the_user_s() -> None:
+    problem = Problem()
+    optimizer = LBFGS(problem.params)
+    optimizer.step(problem.closure)
+    saved = optimizer.state_dict()
+    saved["state"][2] = {"exp_avg": 1}
+    with pytest.raises(ValueError, match=r"it holds \['exp_avg'\] for parameter 2"):
+        optimizer.load_state_dict(saved)
