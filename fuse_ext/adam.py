@@ -74,7 +74,8 @@ class Adam(FlatOptimizer):
         capturable: The step reads nothing from the device: step counts lie there, and ``lr`` may
             (a tensor on the parameters' device), so that a CUDA graph can repeat it. Take a step
             before the capture.
-        foreach, fused: Accepted for torch's sake; there is one, fused, way here.
+        foreach, fused: Accepted for torch's sake, one of them at a time; there is one, fused, way
+            here.
         differentiable: Not supported.
         backend: "auto" (C++ kernels where there are some), "native" or "reference" (plain
             PyTorch).
@@ -129,6 +130,8 @@ class Adam(FlatOptimizer):
             "moment_dtype": moment_dtype,
         }
         check_adam_group(defaults)
+        if fused and foreach:
+            raise RuntimeError("fused=True and foreach=True exclude each other")
         self._engine: AdamEngine | None = None
         super().__init__(params, defaults, backend)
 
@@ -142,6 +145,17 @@ class Adam(FlatOptimizer):
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         keys = [i for group in state_dict["param_groups"] for i in group["params"]]
         check_adam_state(state_dict["state"], self.flat.params, keys)
+
+    def _check_fused(self) -> None:
+        """Raises RuntimeError, as torch does at the first step, where there is nothing to fuse."""
+        if self.flat.device.type != "meta":
+            return
+        for group in self.param_groups:
+            if group["fused"] and any(p.grad is not None for p in group["params"]):
+                raise RuntimeError(
+                    "`fused=True` requires all the params to be floating point Tensors with "
+                    f"memory of their own, got device {self.flat.device}"
+                )
 
     def _adopt_state(self) -> None:
         self._engine = self._make_engine() if self.state else None
@@ -165,6 +179,7 @@ class Adam(FlatOptimizer):
         engine = self._engine
         if engine is None or engine.outdated(self.state):
             self._renew_layout()
+            self._check_fused()
             check_adam_state(self.state, self.flat.params, self.flat.params, "state")
             engine = self._engine = self._make_engine()
         # GradScaler sets these two around the call.

@@ -124,7 +124,7 @@ class AdamEngine:
         self._steps = torch.zeros(
             len(flat.params), dtype=torch.float64 if double else torch.float32, device="cpu"
         )
-        self._one = torch.ones((), dtype=self._steps.dtype)
+        self._one = torch.ones((), dtype=self._steps.dtype, device=self._steps.device)
         self._exposed = [False] * len(flat.params)
         self._stats = torch.zeros(1, dtype=torch.float64, device=flat.device)
         self._grad_norm_sq: float | None = 0.0
@@ -326,7 +326,9 @@ class AdamEngine:
     def _advance(self, stepped: list[int]) -> None:
         """Counts the step for every parameter that took part."""
         if stepped:
-            self._steps[stepped] += 1
+            # A list would become a tensor on the default device, in some versions of torch.
+            index = torch.tensor(stepped, dtype=torch.int64, device=self._steps.device)
+            self._steps.index_add_(0, index, self._one.expand(len(stepped)))
             self._read_shared_step()
             self._expose_new(stepped)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,14 @@ from fuse_ext.history import GradStats, grad_stats_into
 from fuse_ext.hooks import with_grad
 from fuse_ext.lbfgs_engine import LbfgsEngine
 from fuse_ext.lbfgs_options import LbfgsOptions
-from fuse_ext.modes import AVERAGED, averages, finds_out, self_scales
+from fuse_ext.modes import (
+    AVERAGED,
+    averages,
+    check_signs,
+    finds_out,
+    mixed_signs,
+    self_scales,
+)
 from fuse_ext.one_function import Values, agree
 
 # What watching the closure has led to.
@@ -32,22 +40,30 @@ class AveragedPhase(CapturedPhases):
             engine = self._make_lbfgs(averaged=True)
             assert isinstance(engine, AveragedEngine)
             engine.inherit(self._adam, self.param_groups)
-            if finds_out(group) and not self._log.get("batches"):
+            watches = finds_out(group) and not mixed_signs(self.param_groups)
+            if watches and not self._log.get("batches"):
                 self._entry["watched_loss"] = math.nan
             return engine
         if group["pairs"] == AVERAGED:
             raise RuntimeError("pairs='averaged' needs Adam's moments: take an Adam step first")
+        check_signs(self.param_groups)
         return self._make_lbfgs()
 
     def _averaged_step(
         self, engine: AveragedEngine, closure: Closure | None, options: LbfgsOptions
     ) -> Any:
         """One step on averages, unless the closure turns out to be one function all along."""
-        entry, loss = self._entry, None
+        entry, loss, groups = self._entry, None, self.param_groups
+        mixed = mixed_signs(groups)
+        if mixed:
+            entry.pop("watched_loss", None)  # no function to minimise, be it one or not
         if closure is not None:
             loss = with_grad(closure)
-            value = loss_value(loss)
             entry["func_evals"] += 1
+        if closure is not None and loss is None:
+            entry.pop("watched_loss", None)  # there is no finding out then
+        elif closure is not None:
+            value = loss_value(loss)
             if "watched_loss" in entry:
                 watched = self._watch(engine, value)
                 if watched is WATCHING:
@@ -63,7 +79,9 @@ class AveragedPhase(CapturedPhases):
             if not math.isfinite(value):
                 engine.count_non_finite()
                 return loss
-        groups = self.param_groups
+        if mixed:
+            ascends = self.flat.per_segment([bool(group["maximize"]) for group in groups], None)
+            options = replace(options, maximize=False, ascends=ascends)
         shrinks = [
             1.0 - float(group["lr"]) * float(group["weight_decay"])
             if group["decoupled_weight_decay"]

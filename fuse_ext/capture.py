@@ -74,12 +74,14 @@ def shared_lr(groups: list[ParamGroup], device: torch.device) -> Tensor | None:
 
 
 def device_loss(loss: Any, device: torch.device) -> Tensor | None:
-    """The closure's loss for a kernel to look at, unread; None if it is finite for certain.
+    """The closure's loss for a kernel to look at, unread; None if there is none or it is finite.
 
     Raises:
-        TypeError, ValueError: As :func:`fuse_ext.checks.loss_value`.
+        TypeError, ValueError: As :func:`fuse_ext.checks.check_loss`.
     """
     check_loss(loss)
     if isinstance(loss, Tensor):
         return loss.detach()
-    return None if math.isfinite(loss) else torch.full((), math.nan, device=device)
+    if loss is None or math.isfinite(loss):
+        return None
+    return torch.full((), math.nan, dtype=torch.float32, device=device)

@@ -153,7 +153,7 @@ class CapturedLbfgs(LbfgsEngine):
             history.scalars,
             history.slots,
             self._control,
-            loss=None if loss is None else device_loss(loss, self._control.device),
+            loss=device_loss(loss, self._control.device),
             closes_pair=closes_pair,
             **told,
         )

@@ -22,7 +22,7 @@ from fuse_ext.history import GradStats, grad_stats_into
 from fuse_ext.hooks import with_grad
 from fuse_ext.lbfgs import step_options
 from fuse_ext.lbfgs_options import LbfgsOptions
-from fuse_ext.modes import CONSECUTIVE
+from fuse_ext.modes import CONSECUTIVE, check_signs
 from fuse_ext.phases import ADAM, TwoPhases
 from fuse_ext.switchover import NearSolution
 
@@ -93,7 +93,7 @@ class CapturedPhases(TwoPhases):
         empty = closure is None and loss is None and numbers and not any(numbers)
         if closure is not None:
             loss = with_grad(closure)
-        checked = None if loss is None else device_loss(loss, flat.device)
+        checked = device_loss(loss, flat.device)
         if isinstance(loss, Tensor):
             loss = loss.detach()
         engine = self._adam
@@ -146,6 +146,7 @@ class CapturedPhases(TwoPhases):
     def _captured_lbfgs_step(self, closure: Closure | None) -> Any:
         groups, flat = self.param_groups, self.flat
         check_capturable(groups[0], "line_search")
+        check_signs(groups)
         lr, unit = shared_lr(groups, flat.device), 1.0
         if lr is None:
             options = self._options()

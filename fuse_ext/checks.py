@@ -81,6 +81,13 @@ def check_number(name: str, value: Any, low: float, high: float = math.inf) -> N
         raise ValueError(f"{name} must be {bound}, got {number!r}")
 
 
+def check_tolerance(name: str, value: Any) -> None:
+    """Raises unless ``value`` is a number of at least 0, or inf (stop at once) or -inf (never)."""
+    if not isinstance(value, Tensor) and isinstance(value, Real) and math.isinf(value):
+        return
+    check_number(name, value, 0.0)
+
+
 def check_integer(name: str, value: Any, low: int) -> None:
     """Raises unless ``value`` is an int of at least ``low``."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -100,8 +107,12 @@ def check_betas(betas: Any) -> tuple[float, float]:
     return float(betas[0]), float(betas[1])
 
 
-def check_loss(loss: Any) -> None:
+def check_loss(loss: Any, needed_by: str = "") -> None:
     """Raises unless the closure's loss is one number, without reading it.
+
+    Args:
+        loss: May be None where nothing needs it.
+        needed_by: What does, in words.
 
     Raises:
         TypeError: The closure returned no number.
@@ -114,11 +125,16 @@ def check_loss(loss: Any) -> None:
             )
         if loss.is_complex():
             raise TypeError(f"closure must return a real loss, got a tensor of {loss.dtype}")
-    elif not isinstance(loss, Real):
+    elif loss is None and needed_by:
+        raise TypeError(
+            "closure must return the loss, got None; end it with `return loss`, which "
+            f"{needed_by} needs"
+        )
+    elif loss is not None and not isinstance(loss, Real):
         raise TypeError(f"closure must return the loss, got {loss!r}; end it with `return loss`")
 
 
 def loss_value(loss: Any) -> float:
-    """The closure's loss as a float; raises as :func:`check_loss` does."""
+    """The closure's loss, not None, as a float; raises as :func:`check_loss` does."""
     check_loss(loss)
     return float(loss.item() if isinstance(loss, Tensor) else loss)

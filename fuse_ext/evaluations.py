@@ -114,7 +114,7 @@ class Evaluations:
         loss = with_grad(closure)
         self._entry["func_evals"] += 1
         self.precision.spend()
-        check_loss(loss)
+        check_loss(loss, options.needs_loss)
         return self._point(loss, options, along_direction)
 
     def _point(self, loss: Any, options: LbfgsOptions, along_direction: bool) -> Point:
@@ -274,6 +274,9 @@ def effective_gradient(
         ops.grad_gather(part.reals(part.params), grads, part.offsets, out)
     if options.maximize:
         out.neg_()
+    for i, ascends in zip(part.indices, part.pick(options.ascends), strict=False):
+        if ascends:
+            flat.piece(out, i).neg_()
     for i, coefficient in zip(part.indices, part.pick(options.weight_decay), strict=False):
         if coefficient:
             flat.piece(out, i).add_(flat.params[i].detach(), alpha=coefficient)

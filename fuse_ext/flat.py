@@ -7,9 +7,8 @@ re-pointed, nothing is gathered). Complex parameters take part as pairs of real 
 from __future__ import annotations
 
 import operator
-import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -205,10 +204,7 @@ class FlatOptimizer(Optimizer):
         self._flat: FlatParams | None = None
         if backend not in ops.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
-        with warnings.catch_warnings():
-            # torch only warns about duplicates; here they are an error, which check_params names.
-            warnings.filterwarnings("ignore", message="optimizer contains a parameter group with")
-            super().__init__(params, defaults)
+        super().__init__(params, defaults)
         self._check_groups(self.param_groups)
         self._renew_layout()
 
@@ -247,9 +243,20 @@ class FlatOptimizer(Optimizer):
         assert self._flat is not None
         return self._flat
 
+    def _own_group(self, param_group: ParamGroup) -> ParamGroup:
+        """A copy of the caller's group, who may use it for another optimizer too."""
+        return own_group(param_group)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; the new parameters' state starts empty, the others' stays."""
+        """As in torch; the new parameters' state starts empty, the others' stays.
+
+        The dictionary is copied: set options in ``param_groups``. A tensor that comes twice in it
+        counts once.
+        """
+        if isinstance(param_group, dict):  # of anything else torch says what it thinks
+            param_group = self._own_group(param_group)
         super().add_param_group(param_group)
+        _drop_repeats(param_group)
         if self.__dict__.get("_flat") is None:
             return
         try:
@@ -287,10 +294,12 @@ class FlatOptimizer(Optimizer):
         if not isinstance(state_dict, dict):
             raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
 
-        def receive(_: Optimizer, incoming: dict[str, Any]) -> None:
+        def receive(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            incoming = dict(incoming)  # it may be the one that a hook of the user's has kept
             self._check_incoming_groups(incoming)
             self._check_state_dict(incoming)
             self._incoming = incoming
+            return incoming
 
         # A hook sees the dictionary after the user's own hooks. torch would then cast the state
         # to the parameters' dtype; __setstate__ takes it from here instead.
@@ -364,6 +373,24 @@ class FlatOptimizer(Optimizer):
                     self.state[param] = _map_tensors(self._incoming["state"][i], _copy)
         self._renew_layout()
         self._adopt_state()
+
+
+def own_group(param_group: ParamGroup) -> ParamGroup:
+    """A copy of a parameter group."""
+    if isinstance(param_group.get("params"), Iterator):
+        # As torch does: it would be empty when the caller uses it again.
+        param_group["params"] = list(param_group["params"])
+    return dict(param_group)
+
+
+def _drop_repeats(group: ParamGroup) -> None:
+    """Keeps the first of each tensor; torch has warned of the others, and steps each time."""
+    first: dict[Tensor, int] = {}
+    for i, param in enumerate(group["params"]):
+        first.setdefault(param, i)
+    if len(first) < len(group["params"]):
+        for name in group.keys() & {"params", "param_names"}:
+            group[name] = [group[name][i] for i in first.values()]
 
 
 def _describe(param: Tensor) -> str:

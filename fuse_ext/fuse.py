@@ -195,7 +195,7 @@ class Fuse(FlatOptimizer):
         # Before the first step taken, and where it has no gradient, no moments of Adam.
         moments = {name: first[name] for name in ("step", *MOMENTS) if name in first}
         check_adam_state({**state, keys[0]: moments}, self.flat.params, keys)
-        if any(state.values()):
+        if any(state.get(key) for key in keys):
             check_lbfgs_state(first, groups[0]["history_size"] + 1, self.flat)
 
     def _adopt_state(self) -> None:
@@ -232,7 +232,7 @@ class Fuse(FlatOptimizer):
 
         Args:
             closure: Zeroes the gradients, computes the loss and its gradients, returns the loss.
-                May be left out without a line search.
+                May return None, or be left out, without a line search.
 
         Returns:
             The loss where the step began, or None.

@@ -15,7 +15,7 @@ from fuse_ext.averaged import AveragedEngine
 from fuse_ext.averaged_phase import AveragedPhase
 from fuse_ext.capture import check_capturable
 from fuse_ext.captured_phases import check_switch
-from fuse_ext.checks import check_number, loss_value
+from fuse_ext.checks import check_loss, check_number, loss_value
 from fuse_ext.criterion import Observation, Switchover
 from fuse_ext.excursion import adam_excursion
 from fuse_ext.flat import Closure, ParamGroup
@@ -39,6 +39,7 @@ from fuse_ext.modes import (
     SAME_BATCH,
     SEARCH,
     check_modes,
+    check_signs,
     default_history_size,
     default_switch,
     finds_out,
@@ -88,7 +89,8 @@ class FusePV(AveragedPhase):
             decoupled or not. With a line search or a fixed step it is an L2 term of the objective,
             weight_decay/2 \|x\|^2, in either case: a decay that is no part of the loss would have
             no minimum to search for.
-        maximize: Ascend, in both phases.
+        maximize: Ascend, in both phases. Groups may differ where L-BFGS is on averages or never
+            comes (``switch=Never()``).
         lbfgs_lr: First trial step of L-BFGS, and the step itself without a line search.
         history_size: m, the curvature pairs kept; None for 10 or, if ``deterministic``, as many as
             fit 64 MiB, at most 500 and the number of parameters, but at least 10. (They cost time
@@ -103,8 +105,8 @@ class FusePV(AveragedPhase):
             ``deterministic`` spares it); at least 2 where a step evaluates its end or searches.
             None for 25 an iteration and that one. Those of a ``pair_closure`` come on top.
         tolerance_grad, tolerance_change, rtol: When an L-BFGS ``step`` stops early, as in
-            :class:`~fuse_ext.LBFGS`; by default it never does while it can go on. ``rtol`` knows
-            no scale, and ``report().converged`` tells a loop that it was reached.
+            :class:`~fuse_ext.LBFGS`, but on averages; by default it never does while it can go on.
+            ``rtol`` knows no scale, and ``report().converged`` tells a loop that it was reached.
         curvature_tol: Pairs need s.y > curvature_tol \|s\| \|y\|; None for 1e-8 if
             ``deterministic``, else 1e-4.
         self_scaling: Before each pair divide the inverse Hessian by min(1, s.y / s.B s), and begin
@@ -160,7 +162,6 @@ class FusePV(AveragedPhase):
     """
 
     _shared_options = (
-        "maximize",
         "moment_dtype",
         "max_iter",
         "max_eval",
@@ -359,9 +360,9 @@ class FusePV(AveragedPhase):
         new data, parameters moved by hand or thawed ones set it going again.
 
         Args:
-            closure: Zeroes the gradients, computes the loss and its gradients, returns the loss.
-                Optional in the Adam phase, and in the L-BFGS phase on averages or with a fixed
-                step and ``max_iter=1``.
+            closure: Zeroes the gradients, computes the loss and its gradients, returns the loss,
+                or None where nothing needs it. Optional in the Adam phase, and in the L-BFGS phase
+                on averages or with a fixed step and ``max_iter=1``.
             loss: The loss of the gradients at hand, for a criterion that needs it, where there is
                 no closure.
             batch_id: What batch this is. Without averages, a pair that awaits its second gradient
@@ -375,7 +376,8 @@ class FusePV(AveragedPhase):
 
         Raises:
             ValueError: The closure or loss is missing where it is needed.
-            TypeError, ValueError: The closure returns no scalar. After any error raised by the
+            TypeError, ValueError: The closure returns no scalar: not even None, or None to a line
+                search, ``rtol`` or a criterion that needs the loss. After any error raised by the
                 closure, parameters and state are as before the step (with ``max_iter`` > 1: as
                 after its last completed iteration).
         """
@@ -407,8 +409,8 @@ class FusePV(AveragedPhase):
         value = None
         if loss is not None and (self._switch.needs_loss or group["check_finite"]):
             value = loss_value(loss)
-        elif closure is not None and loss is None:
-            loss_value(loss)
+        elif self._switch.needs_loss and not empty:
+            check_loss(loss, f"switch={self._switch!r}")
         log["adam_evaluations"] += closure is not None
         scale, found_inf = self._from_grad_scaler()
         if found_inf:  # the scaler's business: it lowers its scale
@@ -514,6 +516,8 @@ class FusePV(AveragedPhase):
 
     def _options(self) -> LbfgsOptions:
         groups = self.param_groups
+        if not isinstance(self._lbfgs, AveragedEngine):
+            check_signs(groups)
         lrs = [_lbfgs_lr(group) for group in groups]
         same_batch = groups[0]["pairs"] != CONSECUTIVE
         return step_options(self.flat, groups, lrs, "line_search", same_batch, SEARCH)

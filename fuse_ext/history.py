@@ -151,7 +151,7 @@ class History:
         )
         blocks = (flat.numel + SCALE_BLOCK - 1) // SCALE_BLOCK
         self.scales = (
-            torch.zeros(2, self.slots, blocks, device=flat.device)
+            torch.zeros(2, self.slots, blocks, dtype=torch.float32, device=flat.device)
             if self.dtype == torch.int8
             else None
         )

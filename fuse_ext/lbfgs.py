@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fuse_ext.capture import check_capturable, shared_lr
 from fuse_ext.captured_lbfgs import CapturedLbfgs, make_lbfgs
-from fuse_ext.checks import FLOATING, check_integer, check_number
+from fuse_ext.checks import FLOATING, check_integer, check_number, check_tolerance
 from fuse_ext.fixed_step import PLACES
 from fuse_ext.flat import Closure, FlatOptimizer, FlatParams, ParamGroup
 from fuse_ext.history import memory_order
@@ -31,8 +31,8 @@ def check_lbfgs_group(group: ParamGroup) -> None:
     check_integer("max_iter", group["max_iter"], 1)
     if group["max_eval"] is not None:
         check_integer("max_eval", group["max_eval"], 1)
-    check_number("tolerance_grad", group["tolerance_grad"], 0.0)
-    check_number("tolerance_change", group["tolerance_change"], 0.0)
+    check_tolerance("tolerance_grad", group["tolerance_grad"])
+    check_tolerance("tolerance_change", group["tolerance_change"])
     check_number("rtol", group["rtol"], 0.0)
     check_integer("history_size", group["history_size"], 1)
     check_number("curvature_tol", group["curvature_tol"], 0.0, 1.0)
@@ -184,6 +184,8 @@ def _make_options(
     # Too few for these options, where a search was asked for later: the constructor checks.
     if (named["max_eval"] or 0) < least_evaluations(search is not None, ends):
         named["max_eval"] = default_evaluations(named["max_iter"], search is not None, ends)
+    for name in ("tolerance_grad", "tolerance_change"):
+        named[name] = max(named[name], 0.0)  # -inf is never, as 0 is
     return LbfgsOptions(
         lr=lr,
         lr_scale=lr_scale,
@@ -224,7 +226,7 @@ class LBFGS(FlatOptimizer):
         tolerance_grad: Stop when max|g| is at most this.
         tolerance_change: Stop when -g.p, max|t p| or the loss's change is at most this. These
             two are absolute, as in torch: a loss of small scale ends early (:meth:`report` says
-            so) unless they are 0.
+            so) unless they are 0 (or -inf). inf ends a step where it begins.
         rtol: Stop when an iteration lowers the loss by at most this share of it.
         history_size: m, the pairs kept. torch's default of 100 holds 808 bytes a parameter; 10
             is usually as good.
@@ -338,12 +340,13 @@ class LBFGS(FlatOptimizer):
         return entry
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        groups = state_dict["param_groups"]
-        first = next(key for group in groups for key in group["params"])
-        for key, entry in state_dict["state"].items():
-            if key == first:
-                check_lbfgs_state(entry, groups[0]["history_size"] + 1, self.flat)
-            elif entry:
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        first, *others = (key for group in groups for key in group["params"])
+        if first in state:
+            check_lbfgs_state(state[first], groups[0]["history_size"] + 1, self.flat)
+        for key in others:
+            entry = state.get(key)
+            if entry:
                 raise ValueError(
                     f"state_dict is not of fuse_ext's L-BFGS: it holds {sorted(map(str, entry))} "
                     f"for parameter {key}"
@@ -377,7 +380,8 @@ class LBFGS(FlatOptimizer):
         """Up to ``max_iter`` iterations.
 
         Args:
-            closure: Zeroes the gradients, computes the loss and its gradients, returns the loss.
+            closure: Zeroes the gradients, computes the loss and its gradients, returns the loss
+                (or None, which no line search and no ``rtol`` can do with).
                 May be left out for one iteration of a fixed step on the gradients at hand.
 
         Returns:

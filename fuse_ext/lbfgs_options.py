@@ -18,6 +18,8 @@ class LbfgsOptions:
         lr_scale: Share of each parameter in a step; empty for 1.
         weight_decay: L2 coefficient of each parameter; empty for 0.
         maximize: Ascend.
+        ascends: Instead, whether to ascend in each parameter, where not all do alike; only on
+            averages.
         max_iter, max_eval: Budget of one call of ``step``. Where it begins counts as one
             evaluation, made or remembered.
         tolerance_grad, tolerance_change, rtol: When to stop; 0 for never.
@@ -35,6 +37,7 @@ class LbfgsOptions:
     lr_scale: list[float] = field(default_factory=list)
     weight_decay: list[float] = field(default_factory=list)
     maximize: bool = False
+    ascends: list[bool] = field(default_factory=list)
     max_iter: int = 1
     max_eval: int = 25
     tolerance_grad: float = 0.0
@@ -55,6 +58,13 @@ class LbfgsOptions:
         """
         freezes = self.zero_freezes and self.lr != 0.0 and 0.0 in self.lr_scale
         return self.lr_scale if freezes else None
+
+    @cached_property
+    def needs_loss(self) -> str:
+        """What needs the closure's loss, in words; empty where nothing does."""
+        if self.line_search is not None:
+            return f"the line search {self.line_search!r}"
+        return f"rtol={self.rtol:g}" if self.rtol else ""
 
     @cached_property
     def objective(self) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from fuse_ext.adam import Adam
 from fuse_ext.adam_engine import AdamEngine
 from fuse_ext.averaged import AveragedEngine
 from fuse_ext.checks import check_integer, check_params
-from fuse_ext.flat import FlatOptimizer
+from fuse_ext.flat import FlatOptimizer, own_group
 from fuse_ext.fuse import Fuse
 from fuse_ext.fuse_pv import FusePV
 from fuse_ext.lbfgs import LBFGS
@@ -224,7 +224,9 @@ def _on_meta(params: Any) -> list[dict[str, Any]]:
     groups = list(params)
     if not (groups and isinstance(groups[0], dict)):
         groups = [{"params": groups}]
-    groups = [{**group, "params": _tensors(group["params"])} for group in groups]
+    groups = [own_group(group) for group in groups]
+    # Each tensor of a group counts once, as in the optimizers.
+    groups = [{**group, "params": [*dict.fromkeys(_tensors(group["params"]))]} for group in groups]
     check_params([tensor for group in groups for tensor in group["params"]])
     return [
         {**group, "params": [torch.empty_like(t, device="meta") for t in group["params"]]}

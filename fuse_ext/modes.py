@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fuse_ext.flat import FlatParams, ParamGroup
 from fuse_ext.lbfgs import check_line_search
-from fuse_ext.switchover import AfterSteps, LossPlateau, Switchover, WarmUp
+from fuse_ext.switchover import AfterSteps, LossPlateau, Never, Switchover, WarmUp
 
 AUTO = "auto"
 # How curvature pairs are made.
@@ -57,6 +57,28 @@ def averages(group: ParamGroup) -> bool:
 def finds_out(group: ParamGroup) -> bool:
     """Whether the closure will be watched to learn if it is the same function at every call."""
     return averages(group) and group["pairs"] == AUTO and group["deterministic"] is None
+
+
+def mixed_signs(groups: list[ParamGroup]) -> bool:
+    """Whether some groups ascend and others descend."""
+    return any(bool(group["maximize"]) != bool(groups[0]["maximize"]) for group in groups)
+
+
+def check_signs(groups: list[ParamGroup]) -> None:
+    """Raises ValueError for groups of both signs, which an L-BFGS without averages cannot have."""
+    if mixed_signs(groups):
+        raise ValueError(
+            "maximize must be the same in all parameter groups, got "
+            f"{[group['maximize'] for group in groups]}: ascent in one group and descent in "
+            "another have no common objective for a line search or a fixed step; on averages and "
+            "with switch=Never() each group has its own sign"
+        )
+
+
+def check_signs_to_come(groups: list[ParamGroup], switch: Switchover) -> None:
+    """As :func:`check_signs`, unless L-BFGS will be on averages or never begin."""
+    if not isinstance(switch, Never) and (switch.at_once or not averages(groups[0])):
+        check_signs(groups)
 
 
 def default_switch(group: ParamGroup) -> Switchover:

@@ -27,7 +27,8 @@ def overlap_step(
     if closure is None:
         raise ValueError("closure=None with a pair_closure: its gradients would take their place")
     engine.drop_pair()
-    before = engine.evaluate(pair_closure, options, False)
+    gradient_alone = replace(options, line_search=None, rtol=0.0)
+    before = engine.evaluate(pair_closure, gradient_alone, False)
     if not before.finite:
         engine.refuse(before)
         return before.loss
@@ -37,7 +38,7 @@ def overlap_step(
     if not engine.has_pair:
         return loss
     try:
-        after = engine.evaluate(pair_closure, options, False)
+        after = engine.evaluate(pair_closure, gradient_alone, False)
     except BaseException:
         engine.undo()
         raise

@@ -12,11 +12,11 @@ from fuse_ext.averaged import AVERAGED_NAMES, VECTORS, AveragedEngine, check_ave
 from fuse_ext.captured_adam import make_adam
 from fuse_ext.captured_lbfgs import make_lbfgs
 from fuse_ext.criterion import Switchover
-from fuse_ext.flat import FlatOptimizer, FlatParams
+from fuse_ext.flat import FlatOptimizer, FlatParams, ParamGroup
 from fuse_ext.history import STATE_NAMES
 from fuse_ext.lbfgs import check_lbfgs_state
 from fuse_ext.lbfgs_engine import COUNTERS, ENGINE_NAMES, LbfgsEngine
-from fuse_ext.modes import self_scales
+from fuse_ext.modes import check_signs, check_signs_to_come, self_scales
 from fuse_ext.report import LOG, NEW_LOG, check_log
 
 ADAM, LBFGS_PHASE = "adam", "lbfgs"
@@ -94,6 +94,10 @@ class TwoPhases(FlatOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_switch": self._switch}
 
+    def _check_groups(self, groups: list[ParamGroup]) -> None:
+        super()._check_groups(groups)
+        check_signs_to_come(groups, self._switch)
+
     def _check_layout(self, flat: FlatParams) -> None:
         check_moments_fit(self.param_groups[0]["moment_dtype"], flat.params)
 
@@ -107,6 +111,8 @@ class TwoPhases(FlatOptimizer):
             if groups[0].get("lr_at_switch") is not None or first.keys() - {LOG}:
                 check_lbfgs_state(first, size + 1, self.flat)
                 check_averaged_state(first, self.flat)
+            if "history" in first and VECTORS[0] not in first:
+                check_signs([{**self.defaults, **group} for group in groups])
         else:  # torch.optim.Adam's checkpoints have no phase and are welcome
             ours = (LOG, *ENGINE_NAMES)
             moments = {name: value for name, value in first.items() if name not in ours}
@@ -133,6 +139,15 @@ class TwoPhases(FlatOptimizer):
         else:
             self._switch.load_state_dict(criterion)
 
+    def _own_group(self, param_group: ParamGroup) -> ParamGroup:
+        group = super()._own_group(param_group)
+        # State of the optimizer that the group comes from, if it comes from one.
+        for name in ("phase", "lr_at_switch"):
+            group.pop(name, None)
+        if self.__dict__.get("_flat") is not None:
+            group["phase"] = self.phase
+        return group
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, in either phase.
 
@@ -140,8 +155,7 @@ class TwoPhases(FlatOptimizer):
         it has to find the new parameters' metric.
         """
         averaged = isinstance(self.__dict__.get("_lbfgs"), AveragedEngine)
-        if self.__dict__.get("_flat") is not None and isinstance(param_group, dict):
-            param_group.setdefault("phase", self.phase)
+        if self.__dict__.get("_flat") is not None:
             self._settle()
         super().add_param_group(param_group)
         if averaged:
@@ -156,7 +170,8 @@ class TwoPhases(FlatOptimizer):
             if history.shape[2] != self.flat.numel:
                 self._drop_lbfgs_state()  # a group was added: curvature starts afresh
             self._lbfgs = self._make_lbfgs()
-        elif any("step" in entry for entry in self.state.values()):
+        # The user may keep other things in the state, under other keys.
+        elif any("step" in self.state.get(param, {}) for param in self.flat.params):
             self._adam = self._make_adam()
 
     def _from_grad_scaler(self) -> tuple[Tensor | None, bool | None]:

@@ -135,7 +135,7 @@ def grad_stats(
         slope = dot(g, rows.read(0, int(ring.read_header(scalars).open)))
     largest = float(g.abs().max()) if numel else 0.0
     values = [slope, dot(g, g), sum_of(g.abs()), penalty, largest]
-    stats.copy_(torch.tensor(values, dtype=torch.float64))
+    stats.copy_(torch.tensor(values, dtype=torch.float64, device=stats.device))
 
 
 def lbfgs_update(

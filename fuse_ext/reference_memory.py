@@ -131,7 +131,7 @@ def effective_gradient(
     dtype: torch.dtype,
 ) -> Tensor:
     """g = sign * grad + weight_decay * param, flat."""
-    device = params[0].device if params else None
+    device = params[0].device if params else torch.device("cpu")
     g = fill_flat(grads, params, offsets, torch.zeros(numel, dtype=dtype, device=device))
     if maximize:
         g.neg_()

@@ -21,7 +21,7 @@ def mixed(x: Tensor, between: int = 0) -> Tensor:
 
 
 def _mixed_number(x: int) -> int:
-    return int(mixed(torch.tensor(x & WORD)))
+    return int(mixed(torch.tensor(x & WORD, dtype=torch.int64, device="cpu")))
 
 
 def random_bits(begin: int, numel: int, step: int, device: torch.device) -> Tensor:
@@ -31,7 +31,7 @@ def random_bits(begin: int, numel: int, step: int, device: torch.device) -> Tens
     """
     first = _mixed_number((step & WORD) ^ _mixed_number(step >> 32))
     second = _mixed_number(first + GOLDEN)
-    elements = torch.arange(begin, begin + numel, device=device) & WORD
+    elements = torch.arange(begin, begin + numel, dtype=torch.int64, device=device) & WORD
     return mixed((elements + first) & WORD, second)
 
 

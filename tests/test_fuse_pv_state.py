@@ -410,7 +410,6 @@ def test_a_group_may_join_in_the_lbfgs_phase(deterministic: bool) -> None:
     ("group", "message"),
     [
         ({"history_size": 5}, "history_size must be the same"),
-        ({"phase": "sgd"}, "phase must be 'adam' or 'lbfgs'"),
         ({"lr": -1.0}, "lr must be at least 0"),
         ({"params": [torch.ones(2, device="meta")]}, "is on meta"),
     ],

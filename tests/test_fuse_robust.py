@@ -186,7 +186,6 @@ def test_a_closure_that_raises(line_search, index, warm, backend):
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        (None, TypeError, "closure must return the loss, got None"),
         ("loss", TypeError, "closure must return the loss, got 'loss'"),
         (torch.ones(2), ValueError, r"scalar loss, got a tensor of shape \(2,\)"),
     ],

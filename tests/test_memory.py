@@ -197,7 +197,8 @@ def test_bad_arguments_are_named(params, options, error, message):
         fuse_ext.estimate_memory(params, **options)
 
 
-def test_the_same_parameter_twice_is_an_error():
+def test_the_same_parameter_twice():
     weight = nn.Parameter(torch.ones(3))
+    assert fuse_ext.estimate_memory([weight, weight]) == fuse_ext.estimate_memory([weight])
     with pytest.raises(ValueError, match=r"params\[1\] is the same tensor as params\[0\]"):
-        fuse_ext.estimate_memory([weight, weight])
+        fuse_ext.estimate_memory([{"params": weight}, {"params": weight}])
