@@ -83,11 +83,13 @@ class AdamLegacy(NamedTuple):
         steps: Adam steps taken.
         lr: The largest of the groups.
         mean_metric: Of the elements where the metric is known and finite; 0 without any.
+        unseen: Which parameters have never had a gradient.
     """
 
     steps: int
     lr: float
     mean_metric: float
+    unseen: list[int]
 
 
 class AdamEngine:
@@ -195,6 +197,7 @@ class AdamEngine:
         metric.zero_()
         largest = max(float(group["lr"]) for group in groups)
         total, known = 0.0, 0
+        unseen: list[int] = []
         for group, place in zip(groups, self._flat.group_slices, strict=True):
             beta1, beta2 = group["betas"]
             source = MOMENTS[2] if group["amsgrad"] else MOMENTS[1]
@@ -214,7 +217,10 @@ class AdamEngine:
                     d.div_(1.0 - beta2**steps).sqrt_().add_(outside).div_(share)
                     total += float(d.sum(dtype=torch.float64))
                     known += size
-        return AdamLegacy(int(self._steps.max()), largest, total / known if known else 0.0)
+                elif size:
+                    unseen.append(i)
+        mean = total / known if known else 0.0
+        return AdamLegacy(int(self._steps.max()), largest, mean, unseen)
 
     def step(
         self,

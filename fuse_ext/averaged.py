@@ -165,8 +165,6 @@ class AveragedEngine:
         entry = self._entry
         average, root = entry["grad_avg"], entry["root_metric"]
         legacy = adam.legacy(groups, average, root)
-        # Adam has never seen these. (Where nothing moves the metric is inf.)
-        unseen = [i for i in range(len(self._flat.params)) if not self._piece(root, i).any()]
         root.clamp_(min=LEAST_METRIC * legacy.mean_metric).sqrt_()
         average.div_(root)
         entry.update(
@@ -179,7 +177,7 @@ class AveragedEngine:
             adam_steps=legacy.steps,
             adam_step_norm=legacy.lr * float(average.norm()),
             adam_lr=legacy.lr,
-            without_metric=[i for i in unseen if self._flat.sizes[i]],
+            without_metric=legacy.unseen,
             absent=[],
             missed=[],
             missed_before=[],

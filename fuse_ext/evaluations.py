@@ -250,6 +250,7 @@ class Evaluations:
             self.drop_pair()
             self._memory = None
             self.function.leave()
+            self.precision.forget_least()
             self._entry["settled"] = ""
 
     def drop_pair(self) -> None:

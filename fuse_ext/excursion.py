@@ -29,7 +29,6 @@ def adam_excursion(
     """
     engine.flat.check_unchanged()
     point = engine.start(closure, options)
-    engine.end_of_failures()
     if not point.finite:
         engine.refuse(point)
         return point.loss
@@ -47,6 +46,7 @@ def adam_excursion(
                 best, least = [param.detach().clone() for param in params], here
     except BaseException:
         torch._foreach_copy_(params, start)
+        engine.note_return(options)
         raise
     torch._foreach_copy_(params, best)
     engine.restart(least, options, found=least is not point)

@@ -17,6 +17,7 @@ from fuse_ext.history import memory_order
 from fuse_ext.hooks import without_grad
 from fuse_ext.lbfgs_engine import LbfgsEngine, LbfgsOptions, spread_lr
 from fuse_ext.line_search import make_line_search
+from fuse_ext.one_function import Values
 from fuse_ext.reference_memory import SCALE_BLOCK
 from fuse_ext.report import Report, lbfgs_fields
 from fuse_ext.scalars import layout
@@ -118,6 +119,24 @@ def check_lbfgs_state(entry: dict[str, Any], slots: int, flat: FlatParams) -> No
             f"state_dict does not fit: its parameters had strides {theirs or 'in row-major order'},"
             f" these have {ours or 'in row-major order'}; load it before a change of memory format"
         )
+    sets, which = entry.get("sets", [[]]), entry.get("set", 0)
+    known = range(len(flat.params))
+    if not (
+        isinstance(sets, list)
+        and all(isinstance(absent, list) and set(absent) <= set(known) for absent in sets)
+        and which in range(max(len(sets), 1))
+    ):
+        raise ValueError(
+            f"state_dict does not fit: sets={sets!r} and set={which!r} name no parameters among "
+            f"{len(flat.params)}"
+        )
+    arrival = entry.get("arrival", [])
+    if not (
+        isinstance(arrival, list)
+        and len(arrival) in (0, len(Values._fields))
+        and all(isinstance(value, float) for value in arrival)
+    ):
+        raise ValueError(f"state_dict does not fit: arrival is {arrival!r}")
     pair_step = entry.get("pair_step")
     if not (pair_step is None or isinstance(pair_step, float)):
         raise ValueError(f"state_dict does not fit: pair_step is {pair_step!r}, not a float")

@@ -309,12 +309,9 @@ class LbfgsEngine(Searching):
         count: float = self._entry["failing"]
         return count
 
-    def end_of_failures(self) -> None:
-        """Somebody else looks for a way on: failures are counted anew."""
-        self._entry.update(failing=0, cuts=0, settled="")
-
     def restart(self, point: Point, options: LbfgsOptions, found: bool) -> None:
         """Goes on from where somebody else has led, or stays for good where nothing was found."""
+        self._entry.update(failing=0, cuts=0, settled="")
         self.drop_pair()
         self.progress.line_search = "none"
         if found:
@@ -419,7 +416,7 @@ class LbfgsEngine(Searching):
             hidden = abs(again.value - point.value) <= self.precision.noise * abs(point.value)
         steepest = header.usable == 0
         final = hidden or (steepest and self._is_final(point, header))
-        self._count_failing(not final)
+        self._count_failing(not final and not cut_short)
         self.progress.reason = "precision" if steepest and final else "line_search"
         most_cuts = SHORTEST_CUT if cut_short else MOST_CUTS
         if steepest and (final or self._entry["cuts"] >= most_cuts):

@@ -338,3 +338,30 @@ def test_batches_are_not_taken_for_one_function() -> None:
     for _ in range(390):
         fit.optimizer.step(closure)
     assert fit.optimizer.phase == "adam"
+
+
+@pytest.mark.parametrize("failing", range(1, 5))
+def test_an_error_while_adam_tries_leaves_everything_as_it_was(failing: int) -> None:
+    """And the step that is called again tries again."""
+    mine = Objective(Problem("", misleading, nan_wall().x0))
+    optimizer = FusePV([mine.x], switch=0, deterministic=True)
+    for _ in range(4):
+        optimizer.step(mine.closure)
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise KeyboardInterrupt
+        return mine.closure()
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(closure)
+    assert torch.equal(mine.x.detach(), mine.problem.x0)
+    before = calls
+    optimizer.step(closure)
+    assert torch.equal(mine.x.detach(), mine.problem.x0)
+    assert calls > before + 2  # once more Adam's steps
+    optimizer.step(closure)
+    assert optimizer.report().stop_reason == "line_search"
