@@ -39,7 +39,7 @@ def agree(a: Values, b: Values, loss_tol: float = SAME_LOSS, largest_square: flo
         loss_tol: Noise of the loss, relative to it.
         largest_square: The largest g.g met; far below it nothing is told by gradients.
     """
-    if abs(a.loss - b.loss) > loss_tol * max(abs(a.loss), abs(b.loss)):
+    if not abs(a.loss - b.loss) <= loss_tol * max(abs(a.loss), abs(b.loss)):
         return False
     if max(a.square, b.square) <= LEAST_SQUARE * largest_square:
         return True
