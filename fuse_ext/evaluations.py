@@ -172,7 +172,7 @@ class Evaluations:
         else:
             self.precision.spend()
             point = self._point(evaluated, options, False)
-        if point.finite and point.loss is not None:
+        if point.loss is not None and compares(options) and point.finite:
             self._compare(point, options)
         return point
 
@@ -183,15 +183,13 @@ class Evaluations:
         if same is False:
             self.drop_pair()
             self.precision.forget_least()
-        if same is False or (self._settled_with or options) != options:
+            self._entry["settled"] = ""
+        elif self.settled and self._settled_with not in (None, options):
             self._entry["settled"] = ""
         self.precision.begin(point.value)
 
     def is_one_function(self, options: LbfgsOptions) -> bool:
-        """Whether two calls of the closure may be compared: promised or, with a search, seen.
-
-        (A fixed step compares nothing, and goes on as torch's does.)
-        """
+        """Whether two calls of the closure may be compared: promised or, with a search, seen."""
         return options.deterministic or (options.line_search is not None and self.function.known)
 
     def settle_at(self, point: Point, options: LbfgsOptions, reason: str) -> None:
@@ -200,9 +198,8 @@ class Evaluations:
         From now on a step is one call of the closure, as long as that gives what it gave here.
         """
         # A step that begins otherwise tells that it is another function, or a batch: no promise is
-        # needed. (A fixed step goes on as torch's does.)
-        searched = options.deterministic or options.line_search is not None
-        if point.loss is not None and searched:
+        # needed.
+        if point.loss is not None and compares(options):
             self._entry["settled"] = reason
             self._settled_with = options
 
@@ -230,7 +227,7 @@ class Evaluations:
         """At the end of a step: notes where it has led, and what is known of that point."""
         self._arrived = (self.flat.places(), options.objective)
         self.precision.end_step(math.nan if point is None else point.value)
-        if point is None or point.loss is None or not point.finite:
+        if point is None or point.loss is None or not compares(options) or not point.finite:
             self.function.end_step(None)
             return
         self.function.end_step(point.values, point.part.absent)
@@ -256,6 +253,11 @@ class Evaluations:
     def drop_pair(self) -> None:
         """Gives up the pair in waiting."""
         self._entry["pair_step"] = None
+
+
+def compares(options: LbfgsOptions) -> bool:
+    """Whether steps are compared with each other; a fixed step goes on as torch's does."""
+    return options.deterministic or options.line_search is not None
 
 
 # Where no parameter has one.

@@ -98,8 +98,9 @@ class OneFunction:
     def end_step(self, values: Values | None, absent: tuple[int, ...] = ()) -> None:
         """Takes in where a step has ended, None where that was not evaluated."""
         entry = self._entry
-        entry["agreed"], entry["contradicted"] = self._agreed, self._contradicted
-        self._told = None
+        if self._told is not None:
+            entry["agreed"], entry["contradicted"] = self._agreed, self._contradicted
+            self._told = None
         if values is None:
             return self.leave()
         entry["arrival"], entry["arrival_absent"] = list(values), list(absent)
