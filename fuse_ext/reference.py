@@ -229,7 +229,9 @@ def _recursion(scalars: Tensor, slots: int) -> None:
     header, newest_first = ring.read_header(scalars), ring.usable_slots(scalars, slots)
     scalars[ring.index("usable", slots)] = len(newest_first)
     chosen = ring.array(scalars, "chosen", slots)
-    chosen[: len(newest_first)] = torch.tensor(newest_first, dtype=chosen.dtype)
+    chosen[: len(newest_first)] = torch.tensor(
+        newest_first, dtype=chosen.dtype, device=chosen.device
+    )
     named = {
         name: ring.array(scalars, name, slots).tolist()
         for name in ("row_scale", "grad_s", "grad_y", "growth", "gram_sy", "gram_yy")
