@@ -23,7 +23,7 @@ from fuse_ext.hooks import with_grad
 from fuse_ext.lbfgs import step_options
 from fuse_ext.lbfgs_options import LbfgsOptions
 from fuse_ext.modes import CONSECUTIVE, check_signs
-from fuse_ext.phases import ADAM, TwoPhases
+from fuse_ext.phases import ADAM, TwoPhases, check_not_scaled
 from fuse_ext.switchover import NearSolution
 
 
@@ -161,15 +161,7 @@ class CapturedPhases(TwoPhases):
                     "with capturable=True lr must not be 0 at the switch"
                 )
         scale = getattr(self, "grad_scale", None)
-        if scale is not None and closure is not None:
-            raise RuntimeError(
-                "GradScaler does not go with a closure in the L-BFGS phase: losses and gradients "
-                "there must not be scaled; call step(closure) without it"
-            )
-        if scale is not None:
-            # A gradient that overflowed stays so, and the step is not taken.
-            for param in flat.params:
-                if param.grad is not None:
-                    param.grad.div_(scale)
+        check_not_scaled(scale, closure)
+        self._unscale(scale)  # a gradient that overflowed stays so, and the step is not taken
         assert isinstance(self._lbfgs, CapturedLbfgs)
         return self._lbfgs.step(closure, options, lr, unit)

@@ -12,6 +12,15 @@ from fuse_ext.flat import Closure, ParamGroup
 from fuse_ext.lbfgs_engine import LbfgsEngine
 from fuse_ext.lbfgs_options import LbfgsOptions
 
+# The engine's decaying count of steps that led nowhere at which Adam is asked: three, or nearly.
+FAILING = 3.0
+
+
+def goes_astray(engine: LbfgsEngine, options: LbfgsOptions) -> bool:
+    """Whether search after search has failed on one function."""
+    searches = options.line_search is not None and engine.is_one_function(options)
+    return searches and engine.failing >= FAILING
+
 
 def adam_excursion(
     engine: LbfgsEngine, closure: Closure, options: LbfgsOptions, groups: list[ParamGroup]

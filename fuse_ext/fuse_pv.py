@@ -17,7 +17,7 @@ from fuse_ext.capture import check_capturable
 from fuse_ext.captured_phases import check_switch
 from fuse_ext.checks import check_loss, check_number, loss_value
 from fuse_ext.criterion import Observation, Switchover
-from fuse_ext.excursion import adam_excursion
+from fuse_ext.excursion import FAILING, adam_excursion, goes_astray
 from fuse_ext.flat import Closure, ParamGroup
 from fuse_ext.history import grads_are_finite
 from fuse_ext.hooks import with_grad, without_grad
@@ -43,16 +43,14 @@ from fuse_ext.modes import (
     default_history_size,
     default_switch,
     finds_out,
+    lbfgs_lr,
 )
 from fuse_ext.overlap import overlap_step
-from fuse_ext.phases import ADAM, LBFGS_PHASE
-from fuse_ext.report import Report, lbfgs_fields
+from fuse_ext.phases import ADAM, LBFGS_PHASE, check_not_scaled
 from fuse_ext.switchover import as_switchover
 
 # Curvature test without and with noise in the gradients.
 CURVATURE_TOL = {True: 1e-8, False: 1e-4}
-# The engine's count of failed steps at which Adam takes over again.
-FAILING = 3.0
 
 
 class FusePV(AveragedPhase):
@@ -157,8 +155,7 @@ class FusePV(AveragedPhase):
         ValueError, TypeError: An option out of range, or parameters that cannot share one vector.
 
     References:
-        Jiang et al., FUSE: First-order and second-order unified synthesis in stochastic
-        optimization, arXiv 2503.04204, 2025, Algorithm 4.
+        Jiang et al., FUSE, arXiv 2503.04204, 2025, Algorithm 4.
     """
 
     _shared_options = (
@@ -457,18 +454,11 @@ class FusePV(AveragedPhase):
                 f"max_iter={options.max_iter}"
             )
         scale, found_inf = self._from_grad_scaler()
-        if scale is not None and closure is not None:
-            raise RuntimeError(
-                "GradScaler does not go with a closure in the L-BFGS phase: losses and gradients "
-                "there must not be scaled; call step(closure) without it"
-            )
+        check_not_scaled(scale, closure)
         if found_inf:
             self._lbfgs.count_non_finite()
             return None
-        if scale is not None:
-            for param in self.flat.params:
-                if param.grad is not None:
-                    param.grad.div_(scale)
+        self._unscale(scale)
         seen = self._entry["non_finite"]
         if isinstance(self._lbfgs, AveragedEngine):
             loss = self._averaged_step(self._lbfgs, closure, options)
@@ -476,8 +466,9 @@ class FusePV(AveragedPhase):
             self._lbfgs.begin_batch(batch_id)
             if pair_closure is not None:
                 loss = overlap_step(self._lbfgs, closure, pair_closure, options)
-            elif closure is not None and self._goes_astray(self._lbfgs, options):
-                loss = self._excursion(self._lbfgs, closure, options)
+            elif closure is not None and goes_astray(self._lbfgs, options):
+                self._log["fallbacks"] += 1
+                loss = adam_excursion(self._lbfgs, closure, options, self.param_groups)
             else:
                 loss = self._lbfgs.step(closure, options)
         if self._entry["non_finite"] > seen and self._lbfgs.progress.reason == "non_finite":
@@ -485,68 +476,25 @@ class FusePV(AveragedPhase):
         self._reconsider(options)
         return loss
 
-    def _goes_astray(self, engine: LbfgsEngine, options: LbfgsOptions) -> bool:
-        """Whether search after search has failed on one function."""
-        searches = options.line_search is not None and engine.is_one_function(options)
-        return searches and engine.failing >= FAILING
-
-    def _excursion(self, engine: LbfgsEngine, closure: Closure, options: LbfgsOptions) -> Any:
-        """Adam takes over for a step, from the best point known and back to it or a better one."""
-        self._log["fallbacks"] += 1
-        return adam_excursion(engine, closure, options, self.param_groups)
-
     def _reconsider(self, options: LbfgsOptions) -> None:
         """Returns to Adam where L-BFGS fails, or where one function turns out to be batches.
 
         On one function it stays: no step has made the loss any worse.
         """
         engine = self._lbfgs
-        if not isinstance(engine, LbfgsEngine) or self._goes_astray(engine, options):
+        if not isinstance(engine, LbfgsEngine) or goes_astray(engine, options):
             return
-        if engine.failing >= FAILING:
-            # It stands where its last good step has led.
-            self._fall_back()
-        elif finds_out(self.param_groups[0]) and engine.function.contradicted:
-            self._fall_back()
+        batches = finds_out(self.param_groups[0]) and engine.function.contradicted
+        if engine.failing >= FAILING or batches:
+            self._log["fallbacks"] += 1
+            self.switch_back()  # from where the last good step has led
+        if batches:
             self._log["batches"] = True
-
-    def _fall_back(self) -> None:
-        self._log["fallbacks"] += 1
-        self.switch_back()
 
     def _options(self) -> LbfgsOptions:
         groups = self.param_groups
         if not isinstance(self._lbfgs, AveragedEngine):
             check_signs(groups)
-        lrs = [_lbfgs_lr(group) for group in groups]
+        lrs = [lbfgs_lr(group) for group in groups]
         same_batch = groups[0]["pairs"] != CONSECUTIVE
         return step_options(self.flat, groups, lrs, "line_search", same_batch, SEARCH)
-
-    # --- report -----------------------------------------------------------------------------
-
-    def report(self) -> Report:
-        """What was done, and why."""
-        self._notice_lost_state()
-        self._settle()
-        log, entry, adam = self._log, self._entry, self._adam
-        fields = lbfgs_fields(self._lbfgs, entry)
-        fields["evaluations"] += log["adam_evaluations"]
-        fields["non_finite"] += log["adam_non_finite"]
-        if self._lbfgs is None:
-            fields["state_bytes"] = 0 if adam is None else adam.nbytes
-        return Report(
-            phase=self.phase,
-            adam_steps=log["adam_steps"],
-            switch_step=log["switch_step"],
-            switch_reason=log["switch_reason"],
-            fallbacks=log["fallbacks"],
-            **fields,
-        )
-
-
-def _lbfgs_lr(group: ParamGroup) -> float:
-    """The group's L-BFGS step: lbfgs_lr, times what a schedule has done to lr since the switch."""
-    lr = float(group["lr"])
-    if not group["lr_at_switch"]:  # was 0, or the group is new: its schedule begins when lr does
-        group["lr_at_switch"] = lr
-    return float(group["lbfgs_lr"]) * (lr / group["lr_at_switch"] if lr else 0.0)

@@ -112,3 +112,11 @@ def self_scales(group: ParamGroup) -> bool:
     if group["self_scaling"] is not None:
         return bool(group["self_scaling"])
     return may_scale(group) and group["history_size"] >= SCALING_PAIRS
+
+
+def lbfgs_lr(group: ParamGroup) -> float:
+    """The group's L-BFGS step: lbfgs_lr, times what a schedule has done to lr since the switch."""
+    lr = float(group["lr"])
+    if not group["lr_at_switch"]:  # was 0, or the group is new: its schedule begins when lr does
+        group["lr_at_switch"] = lr
+    return float(group["lbfgs_lr"]) * (lr / group["lr_at_switch"] if lr else 0.0)

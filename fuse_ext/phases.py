@@ -12,17 +12,26 @@ from fuse_ext.averaged import AVERAGED_NAMES, VECTORS, AveragedEngine, check_ave
 from fuse_ext.captured_adam import make_adam
 from fuse_ext.captured_lbfgs import make_lbfgs
 from fuse_ext.criterion import Switchover
-from fuse_ext.flat import FlatOptimizer, FlatParams, ParamGroup
+from fuse_ext.flat import Closure, FlatOptimizer, FlatParams, ParamGroup
 from fuse_ext.history import STATE_NAMES
 from fuse_ext.lbfgs import check_lbfgs_state
 from fuse_ext.lbfgs_engine import COUNTERS, ENGINE_NAMES, LbfgsEngine
 from fuse_ext.modes import check_signs, check_signs_to_come, self_scales
-from fuse_ext.report import LOG, NEW_LOG, check_log
+from fuse_ext.report import LOG, NEW_LOG, Report, check_log, lbfgs_fields
 
 ADAM, LBFGS_PHASE = "adam", "lbfgs"
 # In the L-BFGS phase, where there is such a thing: the loss that a watched closure returned last
 # (NaN before); the batch of a pair in waiting.
 WATCH_NAMES = ("watched_loss", "watched_grad", "batch_id")
+
+
+def check_not_scaled(scale: Tensor | None, closure: Closure | None) -> None:
+    """Raises RuntimeError for a closure under GradScaler in the L-BFGS phase."""
+    if scale is not None and closure is not None:
+        raise RuntimeError(
+            "GradScaler does not go with a closure in the L-BFGS phase: losses and gradients "
+            "there must not be scaled; call step(closure) without it"
+        )
 
 
 class TwoPhases(FlatOptimizer):
@@ -180,6 +189,13 @@ class TwoPhases(FlatOptimizer):
         found = None if found_inf is None else float(found_inf) != 0.0
         return getattr(self, "grad_scale", None), found
 
+    def _unscale(self, scale: Tensor | None) -> None:
+        """Takes GradScaler's factor out of the gradients, where L-BFGS looks at them."""
+        if scale is not None:
+            for param in self.flat.params:
+                if param.grad is not None:
+                    param.grad.div_(scale)
+
     def _warn_non_finite(self) -> None:
         if not self.__dict__.get("_warned_non_finite"):
             self._warned_non_finite = True
@@ -189,6 +205,25 @@ class TwoPhases(FlatOptimizer):
                 RuntimeWarning,
                 stacklevel=4,
             )
+
+    def report(self) -> Report:
+        """What was done, and why."""
+        self._notice_lost_state()
+        self._settle()
+        log, entry, adam = self._log, self._entry, self._adam
+        fields = lbfgs_fields(self._lbfgs, entry)
+        fields["evaluations"] += log["adam_evaluations"]
+        fields["non_finite"] += log["adam_non_finite"]
+        if self._lbfgs is None:
+            fields["state_bytes"] = 0 if adam is None else adam.nbytes
+        return Report(
+            phase=self.phase,
+            adam_steps=log["adam_steps"],
+            switch_step=log["switch_step"],
+            switch_reason=log["switch_reason"],
+            fallbacks=log["fallbacks"],
+            **fields,
+        )
 
     def _make_adam(self) -> AdamEngine:
         return make_adam(self.flat, self._ops, self.state, self.param_groups)
