@@ -113,11 +113,11 @@ class Trainer:
             if cosine:
                 schedule.step()
             run.seconds += time.process_time() - start
-            if seen == before:  # L-BFGS has converged: it no longer calls the closure
-                break
             # A line search may end beyond the budget; that point does not count.
             if seen // n > before // n and seen <= self.budget * n:
                 self._record(run, model, seen / n)
+            if isinstance(optimizer, FusePV) and optimizer.report().converged:
+                break
         if isinstance(optimizer, FusePV):
             report = optimizer.report()
             run.switch, run.reason = report.switch_step, report.switch_reason

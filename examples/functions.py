@@ -113,11 +113,10 @@ def minimise(problem: Problem, make: Callable[[list[Tensor]], Any], budget: int)
 
     record()
     while calls < budget:
-        before = calls
         optimizer.step(closure)
-        if calls == before:  # L-BFGS has converged: it no longer calls the closure
-            break
         record()
+        if isinstance(optimizer, FusePV) and optimizer.report().converged:
+            break
     if isinstance(optimizer, FusePV):
         run.switch = optimizer.report().switch_step
     return run

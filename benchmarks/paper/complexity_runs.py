@@ -236,12 +236,13 @@ def batches(
 
     while spent < budget:
         whole = method == "FUSE, then all images" and optimizer.phase == "lbfgs"
-        rows, before = None if whole else next(draw), spent
+        rows = None if whole else next(draw)
         optimizer.step(closure)
         if schedule is not None:
             schedule.step()
         steps += 1
-        stopped = spent == before or spent > budget
+        done = method.startswith("FUSE") and optimizer.report().converged
+        stopped = done or spent > budget
         if whole or stopped or steps % LOOK == 0:
             task.evaluate()
             at.append(round(spent))

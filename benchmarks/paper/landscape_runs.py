@@ -152,9 +152,9 @@ def alone(
 
     trace = [(0, x.tolist())]
     while calls < budget and still < STILL:
-        before, place = calls, x.detach().clone()
+        place = x.detach().clone()
         optimizer.step(closure)
-        if calls == before or calls > budget:  # converged; or a search that ends beyond
+        if calls > budget:  # a search that ends beyond
             break
         trace.append((calls, x.tolist()))
         moved = float((x.detach() - place).abs().max() / max(1.0, float(place.abs().max())))
