@@ -6,8 +6,10 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fuse_ext.adam_engine import AdamEngine
+from fuse_ext.evaluations import Point
 from fuse_ext.flat import Closure, ParamGroup
 from fuse_ext.lbfgs_engine import LbfgsEngine
 from fuse_ext.lbfgs_options import LbfgsOptions
@@ -41,8 +43,8 @@ def adam_excursion(
     if not point.finite:
         engine.refuse(point)
         return point.loss
-    params = point.part.params
-    start = [param.detach().clone() for param in params]
+    params, others = point.part.params, _others(engine, point)
+    start, kept = _copies(params), _copies(others)
     best, least = start, point
     adam = AdamEngine(engine.flat, engine.ops, defaultdict(dict), groups)
     try:
@@ -52,11 +54,21 @@ def adam_excursion(
             if not here.finite or here.part.absent != point.part.absent:
                 break
             if here.value < least.value:
-                best, least = [param.detach().clone() for param in params], here
+                best, least = _copies(params), here
     except BaseException:
-        torch._foreach_copy_(params, start)
+        torch._foreach_copy_([*params, *others], [*start, *kept])
         engine.note_return(options)
         raise
-    torch._foreach_copy_(params, best)
+    torch._foreach_copy_([*params, *others], [*best, *kept])
     engine.restart(least, options, found=least is not point)
     return point.loss
+
+
+def _copies(params: list[Tensor]) -> list[Tensor]:
+    return [param.detach().clone() for param in params]
+
+
+def _others(engine: LbfgsEngine, point: Point) -> list[Tensor]:
+    """Parameters with gradients in groups with lr = 0, of which Adam may make 0.0 of -0.0."""
+    absent = [engine.flat.params[i] for i in point.part.absent]
+    return [param for param in absent if param.grad is not None]

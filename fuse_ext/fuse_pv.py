@@ -479,7 +479,7 @@ class FusePV(AveragedPhase):
     def _reconsider(self, options: LbfgsOptions) -> None:
         """Returns to Adam where L-BFGS fails, or where one function turns out to be batches.
 
-        On one function it stays: no step has made the loss any worse.
+        On one function it stays: but for noise no step has made the loss any worse.
         """
         engine = self._lbfgs
         if not isinstance(engine, LbfgsEngine) or goes_astray(engine, options):

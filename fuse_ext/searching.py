@@ -119,7 +119,7 @@ class Searching(Evaluations):
         """Whether a search from the point has found a step that is worth taking.
 
         Losses that noise has made higher must not add up: on one function none is accepted that is
-        above the lowest by more than the noise.
+        above the lowest by more than noise explains (:meth:`Precision.is_low`).
         """
         if result.loss < point.value:
             return True

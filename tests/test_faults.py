@@ -365,3 +365,20 @@ def test_an_error_while_adam_tries_leaves_everything_as_it_was(failing: int) -> 
     assert calls > before + 2  # once more Adam's steps
     optimizer.step(closure)
     assert optimizer.report().stop_reason == "line_search"
+
+
+def test_what_has_no_lr_keeps_its_bits_while_adam_tries() -> None:
+    """Even -0.0, of which x - 0 m could make 0.0."""
+    mine = Objective(Problem("", misleading, nan_wall().x0))
+    still = torch.full((2,), -0.0, dtype=F64, requires_grad=True)
+    groups = [{"params": [mine.x]}, {"params": [still], "lr": 0.0}]
+    optimizer = FusePV(groups, switch=0, deterministic=True)
+
+    def closure() -> Tensor:
+        still.grad = torch.full_like(still, -1.0)
+        return mine.closure()
+
+    for _ in range(6):
+        optimizer.step(closure)
+        assert still.detach().view(torch.int64).eq(torch.iinfo(torch.int64).min).all()
+    assert optimizer.report().fallbacks == 1
