@@ -200,7 +200,7 @@ def fingerprint(module: str) -> str:
     this repository, and torch's version. Comments and layout of Python sources do not count.
     """
     digest = hashlib.sha256(torch.__version__.encode())
-    for path in sorted({*(ROOT / "fuse_ext").glob("*.py"), *_sources_of(module)}):
+    for path in sorted({*(ROOT / "fuse_ext").rglob("*.py"), *_sources_of(module)}):
         digest.update(ast.dump(ast.parse(path.read_text())).encode())
     for path in sorted((ROOT / "csrc").rglob("*")):
         if path.suffix in (".cpp", ".h", ".inl", ".cu", ".cuh"):

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from benchmarks.harness import Spread, number, show_time, table
 from benchmarks.limits import MOST_STREAMS
 from benchmarks.workloads import Quadratic
-from fuse_ext import ops
-from fuse_ext.bound_ops import AdamNumbers, bind
-from fuse_ext.flat import FlatParams
-from fuse_ext.history import History
+from fuse_ext.curvature.ring import History
+from fuse_ext.kernels import ops
+from fuse_ext.kernels.bound_ops import AdamNumbers, bind
+from fuse_ext.vector.flat import FlatParams
 
 HEADERS = (
     "target",

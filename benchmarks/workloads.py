@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fuse_ext
-from fuse_ext.scalars import read_header
+from fuse_ext.kernels.scalars import read_header
 
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 

@@ -1,5 +1,5 @@
 // The torch this binary was built for, as text inside the binary itself: when the extension cannot
-// be loaded, fuse_ext/_require.py reads it from the file to say why.
+// be loaded, fuse_ext/kernels/require.py reads it from the file to say why.
 
 namespace fuse_ext {
 

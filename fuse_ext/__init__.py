@@ -5,33 +5,32 @@ FUSE (arXiv 2503.04204) for PyTorch: :class:`FusePV` (Algorithm 4) and :class:`F
 ``torch.optim``'s.
 """
 
-from fuse_ext._require import require as _require
+from fuse_ext.kernels.require import require as _require
 
 _require()
 
 from fuse_ext import _C  # noqa: E402
 from fuse_ext._version import __version__  # noqa: E402
-from fuse_ext.adam import Adam  # noqa: E402
-from fuse_ext.fuse import CosineTheta, Fuse, LinearTheta  # noqa: E402
-from fuse_ext.fuse_pv import FusePV  # noqa: E402
-from fuse_ext.lbfgs import LBFGS  # noqa: E402
-from fuse_ext.memory import estimate_memory  # noqa: E402
-from fuse_ext.report import Report  # noqa: E402
-from fuse_ext.switchover import (  # noqa: E402
+from fuse_ext.optim.adam import Adam  # noqa: E402
+from fuse_ext.optim.fuse import CosineTheta, Fuse, LinearTheta  # noqa: E402
+from fuse_ext.optim.fuse_pv import FusePV  # noqa: E402
+from fuse_ext.optim.lbfgs import LBFGS  # noqa: E402
+from fuse_ext.switch.criterion import Observation, Switchover  # noqa: E402
+from fuse_ext.switch.plateau import LossPlateau  # noqa: E402
+from fuse_ext.switch.switchover import (  # noqa: E402
     AfterEpochs,
     AfterSteps,
     AtOnce,
     GradNorm,
     LossChange,
     LossGap,
-    LossPlateau,
     NearSolution,
     Never,
-    Observation,
-    Switchover,
     WarmUp,
     When,
 )
+from fuse_ext.tell.memory import estimate_memory  # noqa: E402
+from fuse_ext.tell.report import Report  # noqa: E402
 
 __all__ = [
     "LBFGS",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -12,61 +11,6 @@ from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex64, torch.complex128)
-
-
-def check_params(params: list[Tensor]) -> None:
-    """Raises for parameters that cannot share one flat vector."""
-    if not params:
-        raise ValueError("params is empty: the optimizer got no tensor")
-    seen: dict[Tensor, int] = {}
-    for i, param in enumerate(params):
-        if param in seen:
-            raise ValueError(
-                f"params[{i}] is the same tensor as params[{seen[param]}]; each may appear once"
-            )
-        seen[param] = i
-        if param.layout != torch.strided:
-            raise TypeError(
-                f"params[{i}] has layout {param.layout}; only dense tensors are supported"
-            )
-        if param.dtype not in FLOATING + COMPLEX:
-            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING + COMPLEX)
-            raise TypeError(f"params[{i}] has dtype {param.dtype}; supported are {names}")
-        if param.device != params[0].device:
-            raise ValueError(
-                f"params[{i}] is on {param.device} but params[0] is on {params[0].device}; "
-                "use one optimizer per device"
-            )
-        if param.is_conj() or param.is_neg():
-            raise ValueError(
-                f"params[{i}] is a conjugated or negated view, whose memory holds other values; "
-                "pass its .resolve_conj() or .resolve_neg()"
-            )
-        if any(
-            n > 1 and stride == 0 for n, stride in zip(param.shape, param.stride(), strict=True)
-        ):
-            raise ValueError(
-                f"params[{i}] has shape {tuple(param.shape)} and strides {param.stride()}: several "
-                "of its elements share memory; pass its .clone()"
-            )
-
-
-def check_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Raises for a gradient that does not fit its parameter; None always does."""
-    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        if grad is None:
-            continue
-        if grad.layout != torch.strided:
-            raise TypeError(
-                f"grads[{i}] has layout {grad.layout}; only dense tensors are supported"
-            )
-        if grad.shape != param.shape or grad.device != param.device:
-            raise ValueError(
-                f"grads[{i}] has shape {tuple(grad.shape)} on {grad.device} but params[{i}] has "
-                f"{tuple(param.shape)} on {param.device}"
-            )
-        if grad.dtype not in (COMPLEX if param.is_complex() else FLOATING):
-            raise TypeError(f"grads[{i}] has dtype {grad.dtype} but params[{i}] has {param.dtype}")
 
 
 def check_number(name: str, value: Any, low: float, high: float = math.inf) -> None:

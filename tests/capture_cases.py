@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fuse_ext import ops
+from fuse_ext.kernels import ops
 
 NEVER = {"tolerance_grad": 0.0, "tolerance_change": 0.0}
 READERS = ("tolist", "numpy", "item", "cpu", "__float__", "__int__", "__bool__", "__index__")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fuse_ext import LBFGS
-from fuse_ext import scalars as ring
+from fuse_ext.kernels import scalars as ring
 
 BACKENDS = ("native", "reference")
 SEARCHES = ("strong_wolfe", "approximate_wolfe", "armijo")

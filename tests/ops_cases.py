@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse_ext import fixed_step, ops
-from fuse_ext import scalars as ring
+from fuse_ext.kernels import fixed_step, ops
+from fuse_ext.kernels import scalars as ring
 
 CPU = torch.device("cpu")
 BACKENDS = {name: ops.select(name, CPU) for name in ("native", "reference")}

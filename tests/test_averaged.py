@@ -14,8 +14,9 @@ from fuse_pv_cases import Fit, assert_same, snapshot
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from fuse_ext import FusePV, Never, averaged
-from fuse_ext.averaged import (
+from fuse_ext import FusePV, Never
+from fuse_ext.phase import averages as averaged
+from fuse_ext.phase.averages import (
     BLOCK,
     CAP_DECAY,
     DAMPING,

@@ -12,7 +12,7 @@ from fuse_pv_cases import snapshot
 from torch import Tensor
 
 from fuse_ext import FusePV
-from fuse_ext.scalars import array, index
+from fuse_ext.kernels.scalars import array, index
 
 
 class Batches:

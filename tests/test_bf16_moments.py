@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 import fuse_ext
 from fuse_ext import Adam, FusePV
-from fuse_ext.stochastic import random_bits, store_stochastic
+from fuse_ext.kernels.reference.stochastic import random_bits, store_stochastic
 
 CPU = torch.device("cpu")
 ULP = 2.0**-7  # at most, relative

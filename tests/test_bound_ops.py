@@ -10,9 +10,12 @@ from adam_cases import frozen, snapshot
 from lbfgs_cases import NEVER_STOP
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fuse_ext import _C, LBFGS, Adam, Fuse, FusePV, adam_engine, bound_ops, history, ops
-from fuse_ext.flat import FlatParams
-from fuse_ext.scalars import index
+from fuse_ext import _C, LBFGS, Adam, Fuse, FusePV
+from fuse_ext.curvature import moments as adam_engine
+from fuse_ext.curvature import ring as history
+from fuse_ext.kernels import bound_ops, ops
+from fuse_ext.kernels.scalars import index
+from fuse_ext.vector.flat import FlatParams
 
 OPTIMIZERS = {
     "Adam": lambda params: Adam(params, lr=0.1, weight_decay=0.1, amsgrad=True),

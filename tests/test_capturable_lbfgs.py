@@ -14,8 +14,8 @@ from lbfgs_cases import header, state
 from torch import Tensor
 
 from fuse_ext import LBFGS
-from fuse_ext import scalars as ring
-from fuse_ext.fixed_step import Control
+from fuse_ext.kernels import scalars as ring
+from fuse_ext.kernels.fixed_step import Control
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 

@@ -20,7 +20,7 @@ from adam_cases import (
 )
 
 from fuse_ext import LBFGS, Adam, Fuse, FusePV
-from fuse_ext import scalars as ring
+from fuse_ext.kernels import scalars as ring
 
 TORCH_KINDS = {
     "plain": lambda params, **options: torch_adam(params, **options),

@@ -9,7 +9,8 @@ import cuda_static
 import pytest
 import torch
 
-from fuse_ext import _C, ops
+from fuse_ext import _C
+from fuse_ext.kernels import ops
 
 CUDA_BUILD = bool(_C.build_info()["cuda"])
 needs_cuda_build = pytest.mark.skipif(

@@ -36,7 +36,8 @@ from ops_cases import (
 )
 from torch import Tensor
 
-from fuse_ext import _C, LBFGS, Adam, ops
+from fuse_ext import _C, LBFGS, Adam
+from fuse_ext.kernels import ops
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -46,8 +46,9 @@ from ops_cases import (
 )
 from torch import Tensor
 
-from fuse_ext import LBFGS, Adam, FusePV, Never, ops
-from fuse_ext import scalars as ring
+from fuse_ext import LBFGS, Adam, FusePV, Never
+from fuse_ext.kernels import ops
+from fuse_ext.kernels import scalars as ring
 
 pytestmark = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
 

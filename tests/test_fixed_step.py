@@ -29,9 +29,9 @@ from ops_cases import (
 )
 from torch import Tensor
 
-from fuse_ext import fixed_step
-from fuse_ext import scalars as ring
-from fuse_ext.fixed_step import GO, PLACES, RETURN, STAY, Control
+from fuse_ext.kernels import fixed_step
+from fuse_ext.kernels import scalars as ring
+from fuse_ext.kernels.fixed_step import GO, PLACES, RETURN, STAY, Control
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 NORMS = {"grad_square": 5.0, "grad_sum": 8.0, "grad_largest": 1.5, "param_largest": 3.0}

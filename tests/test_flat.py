@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fuse_ext.flat import FlatParams
+from fuse_ext.vector.flat import FlatParams
 
 DTYPES = (
     torch.float32,

@@ -7,7 +7,7 @@ from fuse_cases import DTYPES, SHAPES, closure_of, loss_of
 from problems import Objective, rosenbrock
 
 from fuse_ext import LBFGS, Adam, CosineTheta, Fuse, LinearTheta, Report
-from fuse_ext import scalars as ring
+from fuse_ext.kernels import scalars as ring
 
 
 def flat_of(tensors):

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fuse_ext import LBFGS, Fuse, FusePV, ops
-from fuse_ext.flat import FlatParams
-from fuse_ext.history import History
-from fuse_ext.reference_memory import SCALE_BLOCK
+from fuse_ext import LBFGS, Fuse, FusePV
+from fuse_ext.curvature.ring import History
+from fuse_ext.kernels import ops
+from fuse_ext.kernels.reference.memory import SCALE_BLOCK
+from fuse_ext.vector.flat import FlatParams
 
 CPU = torch.device("cpu")
 SIZES = (1, 2, 127, 128, 129, 4095, 4097, 9001)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuse_ext.line_search import LineSearch, LineSearchResult, make_line_search
+from fuse_ext.search.line_search import LineSearch, LineSearchResult, make_line_search
 
 Phi = Callable[[float], tuple[float, float]]  # t -> phi(t), phi'(t)
 Trial = tuple[float, float, float]  # t, phi(t), phi'(t)

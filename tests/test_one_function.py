@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from fuse_ext.one_function import MOST_OTHERS, OneFunction, Values, agree
-from fuse_ext.precision import FLOOR_EVALUATIONS, Precision
+from fuse_ext.search.noise import FLOOR_EVALUATIONS, Precision
+from fuse_ext.search.one_function import MOST_OTHERS, OneFunction, Values, agree
 
 HERE = Values(2.0, 1.0, 3.0)
 

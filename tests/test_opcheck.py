@@ -10,7 +10,7 @@ from ops_cases import BACKENDS, Watch, clone_arguments, every_op, same_bits, ten
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from fuse_ext import ops
+from fuse_ext.kernels import ops
 
 OPS = {name: getattr(torch.ops.fuse_ext, name).default for name in ops.NAMES}
 KINDS = {

@@ -33,8 +33,8 @@ from ops_cases import (
 )
 from torch import Tensor
 
-from fuse_ext import fixed_step, ops
-from fuse_ext import scalars as ring
+from fuse_ext.kernels import fixed_step, ops
+from fuse_ext.kernels import scalars as ring
 
 Arguments = dict[str, Any]
 SIZES = [6, 4]

@@ -40,7 +40,7 @@ from ops_cases import (
 from torch import Tensor
 
 import fuse_ext
-from fuse_ext import ops
+from fuse_ext.kernels import ops
 
 SCALARS_ALONE = ("lbfgs_two_loop", "lbfgs_decide")
 NUMEL = 150_001  # several chunks, the last one odd, and work for three threads in every op

@@ -42,7 +42,7 @@ from ops_cases import (
 )
 from torch import Tensor
 
-from fuse_ext import scalars as ring
+from fuse_ext.kernels import scalars as ring
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 ROWS_AND_STATES = list(product(DTYPES, STATE_DTYPES))

@@ -38,9 +38,10 @@ from ops_cases import (
 )
 from torch import Tensor
 
-from fuse_ext import _C, bound_ops
-from fuse_ext import scalars as ring
-from fuse_ext.reference_memory import SCALE_BLOCK, Rows
+from fuse_ext import _C
+from fuse_ext.kernels import bound_ops
+from fuse_ext.kernels import scalars as ring
+from fuse_ext.kernels.reference.memory import SCALE_BLOCK, Rows
 
 I8 = torch.int8
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

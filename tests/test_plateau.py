@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy.stats import theilslopes
 
-from fuse_ext.switchover import LossPlateau, Observation
+from fuse_ext.switch.criterion import Observation
+from fuse_ext.switch.plateau import LossPlateau
 
 NON_FINITE = (math.nan, math.inf, -math.inf, 1e300)  # 1e300: sums of such overflow
 

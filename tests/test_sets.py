@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fuse_ext import LBFGS
-from fuse_ext import scalars as ring
-from fuse_ext.flat import MOST_PARTS
+from fuse_ext.kernels import scalars as ring
+from fuse_ext.vector.flat import MOST_PARTS
 
 F64 = torch.float64
 

@@ -14,20 +14,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuse_ext.switchover import (
+from fuse_ext.switch.criterion import All, Any, Observation, Switchover
+from fuse_ext.switch.plateau import LossPlateau
+from fuse_ext.switch.switchover import (
     AfterEpochs,
     AfterSteps,
-    All,
-    Any,
     AtOnce,
     GradNorm,
     LossChange,
     LossGap,
-    LossPlateau,
     NearSolution,
     Never,
-    Observation,
-    Switchover,
     WarmUp,
     When,
     as_switchover,

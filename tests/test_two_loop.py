@@ -28,7 +28,7 @@ from ops_cases import (
 )
 from torch import Tensor
 
-from fuse_ext import scalars as ring
+from fuse_ext.kernels import scalars as ring
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_history_size = pytest.mark.parametrize("history_size", [1, 2, 3, 7, 10])

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from fuse_ext import ops
+from fuse_ext.kernels import ops
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -161,7 +161,7 @@ def sanitized_environment(variant: str) -> dict[str, str]:
 
 
 class SimulatedOps:
-    """The CUDA kernels under the signatures of :class:`fuse_ext.ops.Ops`, on CPU tensors."""
+    """The CUDA kernels under the signatures of fuse_ext.kernels.ops.Ops, on CPU tensors."""
 
     def __init__(self, variant: str) -> None:
         path = str(build(variant))

@@ -1,0 +1,320 @@
+"""The ring of curvature pairs: its memory, and the passes over it.
+
+Memory, for m = history_size and d parameters: (2 m + 2) d elements. The slot being filled holds
+the direction in its S row and, where history and state share a dtype, the previous gradient in
+its Y row; a lower-precision history keeps the previous gradient apart, in the state's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuse_ext.kernels import ops as kernels
+from fuse_ext.kernels import scalars as ring
+from fuse_ext.kernels.bound_ops import BoundOps, bind
+from fuse_ext.kernels.ops import Ops
+from fuse_ext.kernels.reference.memory import SCALE_BLOCK
+from fuse_ext.kernels.scalars import Header
+from fuse_ext.vector.flat import MOST_PARTS, FlatParams, Part, memory_order
+from fuse_ext.vector.measures import GradStats
+
+# Rows are padded to an odd number of these, so that rows start on cache lines and no two rows
+# that stream together fall on the same cache sets.
+ROW_ALIGNMENT = 128
+
+
+# What a state entry of L-BFGS holds of its history; only some of it for some dtypes and layouts.
+STATE_NAMES = (
+    "history",
+    "history_scale",
+    "grad_prev",
+    "scalars",
+    "strides",
+    "control",
+    "sets",
+    "set",
+)
+
+
+class History:
+    """Curvature pairs of one flat vector.
+
+    A pair belongs to the parameters that it was taken on (:class:`~fuse_ext.vector.flat.Part`), and
+    only pairs of the present ones make a direction: one that was taken without a parameter knows
+    nothing of it, and in one that was taken with it y holds what its step did to the gradients of
+    the others. Pairs of other parameters wait in the ring until their turn or their end.
+
+    Args:
+        flat: The parameters.
+        ops: Kernels to use.
+        entry: The state entry that holds ``history`` [2, m + 1, d], ``scalars`` and, if needed,
+            ``grad_prev`` [d] and ``history_scale``; filled here, taken over where it already holds
+            them. ``sets`` lists the parameters that were absent, for each set that was met, and
+            ``set`` is the place of the present one.
+        history_size: m, the number of pairs.
+        dtype: Of the rows; None for the state's. int8 rows have one float32 scale per 128
+            elements.
+        grad_prev_apart: Keep the previous gradient in a vector of its own in any case.
+    """
+
+    def __init__(
+        self,
+        flat: FlatParams,
+        ops: Ops,
+        entry: dict[str, Any],
+        history_size: int,
+        dtype: torch.dtype | None,
+        grad_prev_apart: bool = False,
+    ) -> None:
+        self._flat, self._ops, self._entry = flat, ops, entry
+        self.part = flat.whole
+        self._bound = bind(ops, self.part)
+        self._bounds = {self.part.absent: self._bound}
+        self.slots = history_size + 1
+        self.dtype = flat.dtype if dtype is None else dtype
+        padded = (flat.numel + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
+        if padded // ROW_ALIGNMENT % 2 == 0:
+            padded += ROW_ALIGNMENT
+        # Zeroed, since a checkpoint must not carry stray memory, but only after the advice: pages
+        # that were touched before stay small.
+        rows = torch.empty(2, self.slots, padded, dtype=self.dtype, device=flat.device)
+        kernels.advise_large_pages(rows)
+        rows.zero_()
+        self.rows = rows[:, :, : flat.numel]
+        self.scalars = ring.new_scalars(self.slots, kernels.scalars_device(ops, flat.device))
+        self.grad_prev = (
+            None
+            if self.dtype == flat.dtype and not grad_prev_apart
+            else torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device)
+        )
+        blocks = (flat.numel + SCALE_BLOCK - 1) // SCALE_BLOCK
+        self.scales = (
+            torch.zeros(2, self.slots, blocks, dtype=torch.float32, device=flat.device)
+            if self.dtype == torch.int8
+            else None
+        )
+        # Norms of the gradient, and behind them the loss where it would be waited for alone.
+        with_loss = torch.zeros(
+            len(GradStats._fields) + 1, dtype=torch.float64, device=self.scalars.device
+        )
+        self._stats = with_loss[:-1]
+        self._with_loss = None if flat.device.type == "cpu" else with_loss
+        tensors = {"history": self.rows, "scalars": self.scalars}
+        if self.grad_prev is not None:
+            tensors["grad_prev"] = self.grad_prev
+        if self.scales is not None:
+            tensors["history_scale"] = self.scales
+        if "scalars" in entry:
+            entry["scalars"] = ring.with_sets(entry["scalars"], self.slots)
+        for name, tensor in tensors.items():
+            if name in entry:
+                tensor.copy_(entry[name])
+            entry[name] = tensor
+        strides = memory_order(flat)
+        if strides:
+            entry["strides"] = strides
+        if "sets" in entry:
+            self.enter(flat.part(tuple(entry["sets"][entry["set"]])))
+
+    def enter(self, part: Part) -> bool:
+        """From now on directions and pairs are of these parameters.
+
+        Returns:
+            Whether they were others before.
+        """
+        known = "sets" in self._entry
+        if known and part.absent == self.part.absent:
+            return False
+        self.part, self._bound = part, self._bound_to(part)
+        absent = list(part.absent)
+        sets = self._entry.setdefault("sets", [])
+        if absent not in sets:
+            if len(sets) >= MOST_PARTS:
+                sets.clear()
+                self.reset()
+            sets.append(absent)
+        before, self._entry["set"] = self._entry.get("set", 0), sets.index(absent)
+        if before != self._entry["set"]:
+            self.note_set()
+        return known and before != self._entry["set"]
+
+    def note_set(self) -> None:
+        """Tells the recursion which pairs are of the present parameters."""
+        self.scalars[ring.index("set", self.slots)].fill_(self._entry["set"])
+
+    def _bound_to(self, part: Part) -> BoundOps:
+        if part.absent not in self._bounds:
+            if len(self._bounds) > MOST_PARTS:
+                self._bounds.clear()
+            self._bounds[part.absent] = bind(self._ops, part)
+        return self._bounds[part.absent]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, padding included."""
+        apart = sum(t.nbytes for t in (self.grad_prev, self.scales) if t is not None)
+        return self.rows.untyped_storage().nbytes() + self.scalars.nbytes + apart
+
+    def header(self) -> Header:
+        """The scalars the host decides by."""
+        return ring.read_header(self.scalars)
+
+    def scale_itself(self) -> None:
+        """From now on each pair scales the inverse Hessian before it (csrc/two_loop.h)."""
+        self.scalars[ring.index("self_scaling", self.slots)] = 1.0
+
+    def reset(self) -> None:
+        """Forgets all pairs; the counters stay."""
+        for name in ("count", "gamma", "usable"):
+            self.scalars[ring.index(name, self.slots)] = 0.0
+
+    def stats(
+        self,
+        grads: list[Tensor],
+        decay: list[float],
+        maximize: bool,
+        along_direction: bool,
+        loss: Any = None,
+        part: Part | None = None,
+    ) -> tuple[GradStats, float]:
+        """Norms of the gradient, its slope along the current direction, and the loss as a number.
+
+        NaN where no loss is given. On a device the host waits once for all of it. ``part``: whose
+        gradients these are, if not those of the parameters of the direction.
+        """
+        bound = self._bound if part is None else self._bound_to(part)
+        numbers = bound.grad_stats(
+            grads,
+            decay,
+            maximize,
+            self.rows if along_direction else None,
+            self.scalars if along_direction else None,
+            self._stats,
+            self.scales if along_direction else None,
+            loss if isinstance(loss, Tensor) else None,
+            self._with_loss,
+        )
+        *norms, value = numbers
+        if not isinstance(loss, Tensor):
+            value = math.nan if loss is None else float(loss)
+        return GradStats._make(norms), value
+
+    def update(
+        self,
+        grads: list[Tensor],
+        decay: list[float],
+        maximize: bool,
+        pair_step: float | None,
+        curvature_tol: float,
+    ) -> None:
+        """Dots of the gradient with all rows and the two-loop recursion on them.
+
+        With ``pair_step`` = t, first forms the pair s = t p, y = g - g_prev, and keeps it when
+        s.y > curvature_tol |s| |y|.
+        """
+        self._bound.lbfgs_update(
+            grads,
+            decay,
+            maximize,
+            self.rows,
+            self.grad_prev,
+            self.scalars,
+            self.scales,
+            pair_step,
+            curvature_tol,
+        )
+
+    def direction(
+        self, grads: list[Tensor], decay: list[float], lr_scale: list[float], maximize: bool
+    ) -> Header:
+        """p = -H g into the open slot, g into g_prev; to be called after :meth:`update`."""
+        numbers = self._bound.lbfgs_direction(
+            grads,
+            decay,
+            lr_scale,
+            maximize,
+            self.rows,
+            self.grad_prev,
+            self.scalars,
+            self.scales,
+        )
+        return Header(*numbers)
+
+    def update_direction(
+        self,
+        grads: list[Tensor],
+        decay: list[float],
+        lr_scale: list[float],
+        maximize: bool,
+        pair_step: float | None,
+        curvature_tol: float,
+        origin: Tensor | None = None,
+        step: float = 0.0,
+        least_slope: float = 0.0,
+    ) -> tuple[Header, bool]:
+        """:meth:`update` and :meth:`direction` in one call, for small problems' sake.
+
+        With ``origin``, which becomes the parameters, also :meth:`move` by ``step``, where pairs
+        are usable, p is finite and -g.p > ``least_slope``. Says whether it did.
+        """
+        *numbers, moved = self._bound.lbfgs_update_direction(
+            grads,
+            decay,
+            lr_scale,
+            maximize,
+            self.rows,
+            self.grad_prev,
+            self.scalars,
+            self.scales,
+            pair_step,
+            curvature_tol,
+            origin,
+            step,
+            least_slope,
+        )
+        return Header(*numbers), moved != 0.0
+
+    def offer(self, s: Tensor, y: Tensor, curvature_tol: float) -> None:
+        """Keeps a pair made elsewhere if s.y > curvature_tol |s| |y|; both flat.
+
+        The direction under way is lost, and s becomes -s. The rows are written by the ops that
+        write any pair: s is the direction -(-s) of an empty ring, y a gradient after one of 0.
+        """
+        count = ring.index("count", self.slots)
+        held = self.scalars[count].clone()
+        self.scalars[count] = 0.0
+        ring.array(self.scalars, "coef_g", self.slots).fill_(-1.0)
+        self.direction([s.neg_()], [], [], False)
+        self.scalars[count] = held
+        self._grad_prev().zero_()
+        self.update([y], [], False, 1.0, curvature_tol)
+
+    def set_grad_prev(self, grad: Tensor) -> None:
+        """Puts another gradient in the place of the one that y will be taken from."""
+        self._grad_prev().copy_(grad)
+
+    def _grad_prev(self) -> Tensor:
+        """Where it lies."""
+        return self.rows[1, int(self.header().open)] if self.grad_prev is None else self.grad_prev
+
+    def move(self, origin: Tensor, step: float, save: bool) -> None:
+        """Parameters = origin + step * p; with ``save`` origin = parameters first."""
+        self._bound.lbfgs_move(origin, self.rows, self.scalars, self.scales, step, save)
+
+    def blend(self, origin: Tensor, theta: float, step: float) -> None:
+        """Algorithm 3's mixture of the current parameters (Adam's) and origin + step * p."""
+        part = self.part
+        self._ops.fuse_blend(
+            part.reals(part.params),
+            part.offsets,
+            origin,
+            self.rows,
+            self.scalars,
+            theta,
+            step,
+            history_scale=self.scales,
+        )

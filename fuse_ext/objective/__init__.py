@@ -1,0 +1,1 @@
+"""The closure as a function."""

@@ -1,0 +1,290 @@
+"""The objective where the parameters stand, and what is remembered of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fuse_ext.checks import check_loss
+from fuse_ext.curvature.ring import History
+from fuse_ext.kernels.hooks import with_grad
+from fuse_ext.kernels.ops import Ops
+from fuse_ext.objective.step_options import LbfgsOptions
+from fuse_ext.search.noise import Precision
+from fuse_ext.search.one_function import OneFunction, Values
+from fuse_ext.vector.flat import Closure, FlatParams, Part
+from fuse_ext.vector.measures import GradStats
+
+# What the state entry holds of all this, besides the counters.
+EVALUATION_NAMES = ("pair_step", "settled", *OneFunction.NAMES)
+
+
+class Point(NamedTuple):
+    """The objective where the parameters stand.
+
+    Attributes:
+        loss: What the closure returned (None without one).
+        value: The loss to minimise: sign and weight decay included.
+        grads: The gradients: of ``part``, or of the direction's parameters in a line search.
+        stats: Their norms.
+        part: The parameters that have a gradient here and may move.
+    """
+
+    loss: Any
+    value: float
+    grads: list[Tensor]
+    stats: GradStats
+    part: Part
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient are finite."""
+        return self.stats.finite and (self.loss is None or math.isfinite(self.value))
+
+    @property
+    def values(self) -> Values:
+        """What tells this function from another one."""
+        return Values(self.value, self.stats.square, self.stats.abs_sum)
+
+
+class Memory(NamedTuple):
+    """Where a deterministic closure was evaluated last, for the next step to begin with.
+
+    Attributes:
+        point: What it gave.
+        grads: Each ``.grad`` with its version, and whether the parameter asked for one.
+    """
+
+    point: Point
+    grads: list[tuple[Tensor | None, int, bool]]
+
+    def holds(self, flat: FlatParams) -> bool:
+        """Whether nobody has touched the gradients since, nor asked for others."""
+        return all(
+            p.grad is grad and _version(grad) == version and p.requires_grad == wanted
+            for p, (grad, version, wanted) in zip(flat.params, self.grads, strict=True)
+        )
+
+
+class Evaluations:
+    """Calls the closure, or remembers what it gave; and knows who moved the parameters.
+
+    Args:
+        flat: The parameters.
+        entry: The optimizer's state entry: counts ``func_evals``, holds ``pair_step``, the step
+            length t of a pair that awaits its second gradient (s = t p is taken, y not known), and
+            ``settled``, why nothing can be done from here (empty while something can).
+        history: Where the gradient's norms are taken.
+    """
+
+    def __init__(self, flat: FlatParams, entry: dict[str, Any], history: History) -> None:
+        self.flat, self._entry, self.history = flat, entry, history
+        self.precision = Precision(entry, torch.finfo(flat.dtype).eps)
+        self.function = OneFunction(entry)
+        entry.setdefault("pair_step", None)
+        entry.setdefault("settled", "")
+        self._left = 0  # evaluations that the step under way may still make
+        self._memory: Memory | None = None
+        # Where the last step has led, on which objective.
+        self._arrived: Any = None
+        self._settled_with: LbfgsOptions | None = None
+
+    def outdated(self, state: dict[Any, Any]) -> bool:
+        """Whether the user has cleared or replaced ``Optimizer.state``."""
+        return state.get(self.flat.params[0]) is not self._entry
+
+    def grant(self, evaluations: int) -> None:
+        """How many evaluations a step may make; where it begins is the first."""
+        self._left = evaluations - 1
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether the step under way may evaluate once more."""
+        return self._left > 0
+
+    def evaluate(self, closure: Closure, options: LbfgsOptions, along_direction: bool) -> Point:
+        """Calls the closure where the parameters stand."""
+        self._left -= 1
+        return self._call(closure, options, along_direction)
+
+    def _call(self, closure: Closure, options: LbfgsOptions, along_direction: bool) -> Point:
+        loss = with_grad(closure)
+        self._entry["func_evals"] += 1
+        self.precision.spend()
+        check_loss(loss, options.needs_loss)
+        return self._point(loss, options, along_direction)
+
+    def _point(self, loss: Any, options: LbfgsOptions, along_direction: bool) -> Point:
+        part, grads = self.flat.gradients(options.freezing)
+        of = self.history.part if along_direction else part
+        if of.absent != part.absent:
+            grads = self._grads_of(of)
+        stats, value = NO_GRADIENT, math.nan
+        if of.params:
+            stats, value = self.history.stats(
+                grads,
+                of.pick(options.weight_decay),
+                options.maximize,
+                along_direction,
+                loss,
+                None if of is self.history.part else of,
+            )
+        elif loss is not None:
+            value = float(loss)
+        if options.maximize:
+            value = -value
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            loss = loss.detach()
+        return Point(loss, value + stats.penalty, grads, stats, part)
+
+    def _grads_of(self, part: Part) -> list[Tensor]:
+        """The gradients of these parameters, zeros where a trial has none: it stays in a branch."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in part.params]
+        return part.reals([grad.resolve_neg() for grad in grads])
+
+    def start(self, closure: Closure | None, options: LbfgsOptions, evaluated: Any = None) -> Point:
+        """The point where the step begins: evaluated, remembered, or gradients at hand.
+
+        ``evaluated`` is the loss of gradients that the closure has just made there.
+        """
+        self.grant(options.max_eval)
+        self.precision.begin_step()
+        self.function.begin_step()
+        moved = self._moved_since(options)
+        if moved:  # x or g changed by more than the step
+            self.drop_pair()
+            self.function.leave()
+            self.precision.forget_least()
+            self._entry["settled"] = ""
+        memory = self._memory if closure is not None and options.deterministic else None
+        if memory is not None and not moved and not self.settled and memory.holds(self.flat):
+            self.precision.spend()
+            return memory.point
+        del memory  # nobody else holds gradients that the closure may drop now
+        self._memory = None
+        if closure is None:
+            return self._point(None, options, False)
+        if evaluated is None:
+            point = self._call(closure, options, False)
+        else:
+            self.precision.spend()
+            point = self._point(evaluated, options, False)
+        if point.loss is not None and compares(options) and point.finite:
+            self._compare(point, options)
+        return point
+
+    def _compare(self, point: Point, options: LbfgsOptions) -> None:
+        """Holds where a step begins against where the last one ended."""
+        ask = self.function.compare if options.deterministic else self.function.meet
+        same = ask(point.values, point.part.absent, self.precision.noise)
+        if same is False:
+            self.drop_pair()
+            self.precision.forget_least()
+            self._entry["settled"] = ""
+        elif self.settled and self._settled_with not in (None, options):
+            self._entry["settled"] = ""
+        self.precision.begin(point.value)
+
+    def is_one_function(self, options: LbfgsOptions) -> bool:
+        """Whether two calls of the closure may be compared: promised or, with a search, seen."""
+        return options.deterministic or (options.line_search is not None and self.function.known)
+
+    def settle_at(self, point: Point, options: LbfgsOptions, reason: str) -> None:
+        """Nothing can be done from this point, where the parameters stand, on this function.
+
+        From now on a step is one call of the closure, as long as that gives what it gave here.
+        """
+        # A step that begins otherwise tells that it is another function, or a batch: no promise is
+        # needed.
+        if point.loss is not None and compares(options):
+            self._entry["settled"] = reason
+            self._settled_with = options
+
+    def stay_settled(self, options: LbfgsOptions) -> None:
+        """It goes for these options, which a checkpoint does not say."""
+        self._settled_with = options
+
+    @property
+    def settled(self) -> str:
+        """Why nothing can be done from here; empty while something can."""
+        reason: str = self._entry["settled"]
+        return reason
+
+    def _moved_since(self, options: LbfgsOptions) -> bool:
+        """Whether x or the objective changed by more than the last step."""
+        here = (self.flat.places(), options.objective)
+        return self._arrived is not None and self._arrived != here
+
+    def note_return(self, options: LbfgsOptions) -> None:
+        """A step that could not be completed has put the parameters back to where it began."""
+        if self._arrived is not None:
+            self._arrived = (self.flat.places(), options.objective)
+
+    def note_arrival(self, point: Point | None, options: LbfgsOptions) -> None:
+        """At the end of a step: notes where it has led, and what is known of that point."""
+        self._arrived = (self.flat.places(), options.objective)
+        self.precision.end_step(math.nan if point is None else point.value)
+        if point is None or point.loss is None or not compares(options) or not point.finite:
+            self.function.end_step(None)
+            return
+        self.function.end_step(point.values, point.part.absent)
+        if options.deterministic and point.grads:
+            grads = [(p.grad, _version(p.grad), p.requires_grad) for p in self.flat.params]
+            self._memory = Memory(point, grads)
+
+    @property
+    def has_pair(self) -> bool:
+        """Whether a step was taken whose second gradient is not known."""
+        return self._entry["pair_step"] is not None
+
+    def begin_batch(self, batch_id: int | str | None) -> None:
+        """Gives up what is of another batch: a pair in waiting, an evaluation remembered."""
+        if self._entry.get("batch_id") != batch_id:
+            self._entry["batch_id"] = batch_id
+            self.drop_pair()
+            self._memory = None
+            self.function.leave()
+            self.precision.forget_least()
+            self._entry["settled"] = ""
+
+    def drop_pair(self) -> None:
+        """Gives up the pair in waiting."""
+        self._entry["pair_step"] = None
+
+
+def compares(options: LbfgsOptions) -> bool:
+    """Whether steps are compared with each other; a fixed step goes on as torch's does."""
+    return options.deterministic or options.line_search is not None
+
+
+# Where no parameter has one.
+NO_GRADIENT = GradStats(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def effective_gradient(
+    flat: FlatParams, ops: Ops, options: LbfgsOptions, part: Part, grads: list[Tensor], out: Tensor
+) -> Tensor:
+    """The gradient of what is minimised, sign and L2 penalty included, as one flat vector.
+
+    Zero where a parameter is not in ``part``.
+    """
+    if part.absent:
+        out.zero_()
+    if part.params:
+        ops.grad_gather(part.reals(part.params), grads, part.offsets, out)
+    if options.maximize:
+        out.neg_()
+    for i, ascends in zip(part.indices, part.pick(options.ascends), strict=False):
+        if ascends:
+            flat.piece(out, i).neg_()
+    for i, coefficient in zip(part.indices, part.pick(options.weight_decay), strict=False):
+        if coefficient:
+            flat.piece(out, i).add_(flat.params[i].detach(), alpha=coefficient)
+    return out
+
+
+def _version(grad: Tensor | None) -> int:
+    return -1 if grad is None else grad._version

@@ -1,0 +1,246 @@
+"""The base of our optimizers: torch.optim's contract over a flat state."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fuse_ext.kernels import hooks, ops
+from fuse_ext.vector.flat import FlatParams, ParamGroup
+
+
+class FlatOptimizer(Optimizer):
+    """What our optimizers share: flat state, its checkpoints, and the choice of kernels.
+
+    Subclasses keep their tensors in ``self.state`` as usual, usually as views of flat buffers,
+    and rebuild the buffers from there in :meth:`_adopt_state`, so that ``state_dict``, ``pickle``
+    and ``copy.deepcopy`` work as for any torch optimizer, and bit for bit.
+    """
+
+    # Options that hold for all groups together; they must agree.
+    _shared_options: ClassVar[tuple[str, ...]] = ()
+    # Options that say how this process runs; one that a state_dict was saved with does not count.
+    _own_options: ClassVar[tuple[str, ...]] = ("capturable", "moment_dtype")
+    # Options without which a state_dict's group is not of this kind of optimizer.
+    _required_options: ClassVar[tuple[str, ...]] = ("lr",)
+
+    # torch calls it on ``step`` when the first object of a class is made.
+    profile_hook_step = staticmethod(hooks.noticed)
+
+    def __init__(self, params: Any, defaults: dict[str, Any], backend: str) -> None:
+        self._backend = backend
+        self._incoming: dict[str, Any] | None = None
+        self._flat: FlatParams | None = None
+        if backend not in ops.BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
+        super().__init__(params, defaults)
+        self._check_groups(self.param_groups)
+        self._renew_layout()
+
+    def _renew_layout(self) -> None:
+        """Lays the parameters out as they are now; state made for another layout is void then."""
+        flat = FlatParams(self.param_groups)
+        self._check_layout(flat)
+        self._flat = flat
+        self._ops = ops.select(self._backend, self._flat.device)
+
+    @staticmethod
+    def _check_group(group: ParamGroup) -> None:
+        """Raises ValueError or TypeError for an option out of range."""
+        raise NotImplementedError
+
+    def _check_layout(self, flat: FlatParams) -> None:
+        """Raises ValueError for options that do not go with these parameters."""
+        return None
+
+    def _check_groups(self, groups: list[ParamGroup]) -> None:
+        """Raises ValueError or TypeError unless these could be this optimizer's groups."""
+        for group in groups:
+            self._check_group(group)
+        first = groups[0]
+        for name in self._shared_options:
+            for i, group in enumerate(groups):
+                if group[name] != first[name]:
+                    raise ValueError(
+                        f"{name} must be the same in all parameter groups, got {first[name]!r} in "
+                        f"group 0 and {group[name]!r} in group {i}"
+                    )
+
+    @property
+    def flat(self) -> FlatParams:
+        """The layout of the flat state."""
+        assert self._flat is not None
+        return self._flat
+
+    def _own_group(self, param_group: ParamGroup) -> ParamGroup:
+        """A copy of the caller's group, who may use it for another optimizer too."""
+        return own_group(param_group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; the new parameters' state starts empty, the others' stays.
+
+        The dictionary is copied: set options in ``param_groups``. A tensor that comes twice in it
+        counts once.
+        """
+        if isinstance(param_group, dict):  # of anything else torch says what it thinks
+            param_group = self._own_group(param_group)
+        super().add_param_group(param_group)
+        _drop_repeats(param_group)
+        if self.__dict__.get("_flat") is None:
+            return
+        try:
+            self._check_groups(self.param_groups)
+            self._renew_layout()
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self._adopt_state()
+
+    def _adopt_state(self) -> None:
+        """Rebuilds flat buffers from ``self.state``."""
+        raise NotImplementedError
+
+    def _settle(self) -> None:
+        """Writes into ``self.state`` what is counted on the device alone."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch."""
+        self._settle()
+        return super().state_dict()
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises ValueError, naming the entry, for a state that is not of this optimizer."""
+        raise NotImplementedError
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but the state keeps its own dtype and nothing changes if it does not fit.
+
+        Raises:
+            ValueError, TypeError: The state is of another optimizer, or of other parameters, or
+                an option in it is out of range.
+        """
+        if not isinstance(state_dict, dict):
+            raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+
+        def receive(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            incoming = dict(incoming)  # it may be the one that a hook of the user's has kept
+            self._check_incoming_groups(incoming)
+            self._check_state_dict(incoming)
+            self._incoming = incoming
+            return incoming
+
+        # A hook sees the dictionary after the user's own hooks. torch would then cast the state
+        # to the parameters' dtype; __setstate__ takes it from here instead.
+        handle = self.register_load_state_dict_pre_hook(receive)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._incoming = None
+
+    def _renewed_group(self, group: ParamGroup) -> ParamGroup:
+        """A group of a checkpoint, perhaps an older one, with options as they are now."""
+        return group
+
+    def _check_incoming_groups(self, state_dict: dict[str, Any]) -> None:
+        for key, kind in (("state", dict), ("param_groups", list)):
+            if key not in state_dict:
+                raise ValueError(f"state_dict has no {key!r}, only {sorted(map(str, state_dict))}")
+            if not isinstance(state_dict[key], kind):
+                raise TypeError(
+                    f"state_dict[{key!r}] must be a {kind.__name__}, got "
+                    f"{type(state_dict[key]).__name__}"
+                )
+        groups = state_dict["param_groups"]
+        for i, group in enumerate(groups):
+            for name in ("params", *self._required_options):
+                if name not in group:
+                    raise ValueError(
+                        f"state_dict is not of {type(self).__name__}: param_groups[{i}] has no "
+                        f"{name!r}, only {sorted(map(str, group))}"
+                    )
+        ours = [len(group["params"]) for group in self.param_groups]
+        theirs = [len(group["params"]) for group in groups]
+        if ours != theirs:
+            raise ValueError(
+                f"state_dict has parameter groups of {theirs} tensors, the optimizer of {ours}"
+            )
+        kept = [name for name in self._own_options if name in self.defaults]
+        groups = [
+            {**self._renewed_group(group), **{name: own[name] for name in kept}}
+            for group, own in zip(groups, self.param_groups, strict=True)
+        ]
+        state_dict["param_groups"] = groups
+        self._check_groups([{**self.defaults, **group} for group in groups])
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        # pickle stores the whole storage of every tensor: views of a flat buffer would each take
+        # all of it along.
+        state = {key: _map_tensors(entry, _compact) for key, entry in self.state.items()}
+        return {
+            **super().__getstate__(),
+            "state": defaultdict(dict, state),
+            "_backend": self._backend,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        has_option = "differentiable" in state.get("defaults", self.__dict__.get("defaults", {}))
+        super().__setstate__(state)
+        if not has_option:  # torch adds it to every optimizer's defaults here
+            del self.defaults["differentiable"]
+        self.__dict__.setdefault("_incoming", None)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+        if self._incoming is not None:
+            ids = [i for group in self._incoming["param_groups"] for i in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            for i, param in zip(ids, params, strict=True):
+                if i in self._incoming["state"]:
+                    self.state[param] = _map_tensors(self._incoming["state"][i], _copy)
+        self._renew_layout()
+        self._adopt_state()
+
+
+def own_group(param_group: ParamGroup) -> ParamGroup:
+    """A copy of a parameter group."""
+    if isinstance(param_group.get("params"), Iterator):
+        # As torch does: it would be empty when the caller uses it again.
+        param_group["params"] = list(param_group["params"])
+    return dict(param_group)
+
+
+def _drop_repeats(group: ParamGroup) -> None:
+    """Keeps the first of each tensor; torch has warned of the others, and steps each time."""
+    first: dict[Tensor, int] = {}
+    for i, param in enumerate(group["params"]):
+        first.setdefault(param, i)
+    if len(first) < len(group["params"]):
+        for name in group.keys() & {"params", "param_names"}:
+            group[name] = [group[name][i] for i in first.values()]
+
+
+def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a state entry with every tensor in it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map_tensors(entry, change) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_tensors(entry, change) for entry in value)
+    return value
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where it is a small part of its storage."""
+    return tensor if 2 * tensor.nbytes > tensor.untyped_storage().nbytes() else _copy(tensor)

@@ -1,0 +1,350 @@
+"""Fuse (Algorithm 3): every step blends Adam's and L-BFGS's iterate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuse_ext.checks import check_integer, check_number
+from fuse_ext.curvature.moments import MOMENTS, AdamEngine, check_adam_state
+from fuse_ext.curvature.ring import STATE_NAMES
+from fuse_ext.kernels.hooks import without_grad
+from fuse_ext.kernels.scalars import Header
+from fuse_ext.objective.evaluations import EVALUATION_NAMES, Point
+from fuse_ext.objective.step_options import LbfgsOptions
+from fuse_ext.objective.trials import MAX_LINE_SEARCH_EVALUATIONS
+from fuse_ext.optim.adam import check_adam_group
+from fuse_ext.optim.flat_optimizer import FlatOptimizer
+from fuse_ext.optim.fuse_pv import CURVATURE_TOL
+from fuse_ext.optim.lbfgs import (
+    check_lbfgs_group,
+    check_lbfgs_state,
+    check_line_search,
+    step_options,
+)
+from fuse_ext.phase.iteration import LbfgsEngine
+from fuse_ext.tell.report import Report, lbfgs_fields
+from fuse_ext.vector.flat import Closure, ParamGroup, Part
+
+PHASE = "fuse"
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """Theta over the number of steps taken (the first step is 0).
+
+    Attributes:
+        steps: How many steps the change takes, at least 1.
+        start, end: Theta before and after, each in [0, 1].
+    """
+
+    steps: int
+    start: float = 1.0
+    end: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_integer("steps", self.steps, 1)
+        check_number("start", self.start, 0.0, 1.0)
+        check_number("end", self.end, 0.0, 1.0)
+
+
+class LinearTheta(_Schedule):
+    """From ``start`` to ``end`` in a straight line over ``steps`` steps, then ``end``."""
+
+    def __call__(self, step: int) -> float:
+        """Theta at a step (the first is 0)."""
+        return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
+
+
+class CosineTheta(_Schedule):
+    """From ``start`` to ``end`` along half a cosine over ``steps`` steps, then ``end``."""
+
+    def __call__(self, step: int) -> float:
+        """Theta at a step (the first is 0)."""
+        share = 0.5 * (1.0 + math.cos(math.pi * min(step / self.steps, 1.0)))
+        return self.end + (self.start - self.end) * share
+
+
+class Fuse(FlatOptimizer):
+    r"""Adam and L-BFGS at once: :math:`x_{k+1} = \theta x^A + (1 - \theta) x^L` (Algorithm 3).
+
+    :math:`x^A` is Adam's iterate (Eq. 2) and :math:`x^L` that of L-BFGS (Algorithm 1), both from
+    :math:`x_k` and its gradient; both states advance at every step, and the curvature pair uses
+    the step really taken. theta near 1 early and near 0 late is the paper's advice. A step costs
+    both methods' work; :class:`~fuse_ext.FusePV` is the practical version.
+
+    Args:
+        params: Tensors or parameter groups, all on one device.
+        lr: Adam's step size. Learning-rate schedulers drive it alone; L-BFGS has ``lbfgs_lr``.
+        theta: Adam's share, in [0, 1]: a number, or a function of the number of steps taken, such
+            as :class:`LinearTheta` or :class:`CosineTheta`. None for ``LinearTheta(1000)``.
+        line_search: How x^L finds its step: None (``lbfgs_lr``), "armijo", "strong_wolfe" or
+            "approximate_wolfe".
+        deterministic: Promise that the closure is the same function at every call: the pair is
+            then completed by the next step's evaluation, unless parameters were moved in between.
+        same_batch_pairs: Otherwise, with a closure, evaluate it once more after the step, so that
+            no pair mixes two batches.
+        betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root, maximize,
+            lbfgs_lr, history_size, history_dtype, curvature_tol, backend: As in FusePV.
+
+    Memory: Adam's 8 bytes a parameter and L-BFGS's 4 (2 m + 2), and one vector of scratch (three
+    with a line search).
+
+    Raises:
+        ValueError, TypeError: An option out of range, or parameters that cannot share one vector.
+
+    References:
+        FUSE, arXiv 2503.04204, Algorithm 3.
+    """
+
+    _shared_options = (
+        "maximize",
+        "history_size",
+        "line_search",
+        "history_dtype",
+        "curvature_tol",
+        "deterministic",
+        "same_batch_pairs",
+    )
+    _required_options = ("lr", "betas", "history_size")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        theta: float | Callable[[int], float] | None = None,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        decoupled_weight_decay: bool = False,
+        eps_inside_root: bool = False,
+        maximize: bool = False,
+        lbfgs_lr: float = 1.0,
+        history_size: int = 10,
+        history_dtype: torch.dtype | None = None,
+        line_search: str | None = None,
+        curvature_tol: float | None = None,
+        deterministic: bool = False,
+        same_batch_pairs: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        if theta is None:
+            theta = LinearTheta(1000)
+        if not callable(theta):
+            check_number("theta", theta, 0.0, 1.0)
+        if curvature_tol is None:
+            curvature_tol = CURVATURE_TOL[bool(deterministic)]
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "eps_inside_root": eps_inside_root,
+            "lbfgs_lr": lbfgs_lr,
+            "history_size": history_size,
+            "history_dtype": history_dtype,
+            "line_search": line_search,
+            "max_iter": 1,
+            "max_eval": MAX_LINE_SEARCH_EVALUATIONS + 2,  # where it begins, and after the step
+            "tolerance_grad": 0.0,
+            "tolerance_change": 0.0,
+            "rtol": 0.0,
+            "curvature_tol": curvature_tol,
+            "deterministic": deterministic,
+            "same_batch_pairs": same_batch_pairs,
+        }
+        self._theta = theta
+        self._check_group(defaults)
+        self._adam: AdamEngine | None = None
+        self._lbfgs: LbfgsEngine | None = None
+        self._grads: Tensor | None = None
+        super().__init__(params, defaults, backend)
+
+    @staticmethod
+    def _check_group(group: ParamGroup) -> None:
+        check_adam_group(group)
+        check_number("lbfgs_lr", group["lbfgs_lr"], 0.0)
+        check_lbfgs_group(group)
+        check_line_search("line_search", group["line_search"])
+
+    @property
+    def _entry(self) -> dict[str, Any]:
+        entry: dict[str, Any] = self.state[self.flat.params[0]]
+        return entry
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_theta": self._theta}
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        keys = [i for group in groups for i in group["params"]]
+        first = state.get(keys[0], {})
+        # Before the first step taken, and where it has no gradient, no moments of Adam.
+        moments = {name: first[name] for name in ("step", *MOMENTS) if name in first}
+        check_adam_state({**state, keys[0]: moments}, self.flat.params, keys)
+        if any(state.get(key) for key in keys):
+            check_lbfgs_state(first, groups[0]["history_size"] + 1, self.flat)
+
+    def _adopt_state(self) -> None:
+        self._adam = self._lbfgs = self._grads = None
+        if "history" not in self.state.get(self.flat.params[0], {}):
+            return
+        if self._entry["history"].shape[2] != self.flat.numel:  # a group was added
+            for name in (*STATE_NAMES, *EVALUATION_NAMES):
+                self._entry.pop(name, None)
+        self._make_engines()
+
+    def _make_engines(self) -> None:
+        group = self.param_groups[0]
+        self._adam = AdamEngine(self.flat, self._ops, self.state, self.param_groups)
+        self._lbfgs = LbfgsEngine(
+            self.flat, self._ops, self._entry, group["history_size"], group["history_dtype"]
+        )
+
+    @property
+    def theta(self) -> float:
+        """Adam's share in the next step."""
+        theta = self._theta
+        if callable(theta):
+            theta = theta(self.state.get(self.flat.params[0], {}).get("n_iter", 0))
+        check_number("theta", theta, 0.0, 1.0)
+        return float(theta)
+
+    @without_grad
+    def step(self, closure: Closure | None = None) -> Any:
+        """One blended step.
+
+        A step with a NaN or infinite loss or gradient is not taken; it is counted in
+        :meth:`report`.
+
+        Args:
+            closure: Zeroes the gradients, computes the loss and its gradients, returns the loss.
+                May return None, or be left out, without a line search.
+
+        Returns:
+            The loss where the step began, or None.
+
+        Raises:
+            ValueError: A line search without a closure; theta outside [0, 1].
+            TypeError, ValueError: The closure returns no scalar. Whatever the closure raises
+                leaves the parameters as they were; only an error in the evaluation after the step
+                (``same_batch_pairs``) leaves the step taken and its pair dropped.
+        """
+        options, theta = self._options(), self.theta
+        if closure is None and options.line_search is not None:
+            raise ValueError(
+                f"closure=None needs line_search=None, got line_search={options.line_search!r}"
+            )
+        self._make_ready()
+        assert self._adam is not None and self._lbfgs is not None
+        lbfgs = self._lbfgs
+        self.flat.check_unchanged()
+        point = lbfgs.start(closure, options)
+        if not point.finite:
+            lbfgs.refuse(point)
+            return point.loss
+        if not point.part.params:
+            lbfgs.progress.reason = "gradient"
+            return point.loss
+        header = lbfgs.find_direction(point, options)
+        step = self._lbfgs_step_length(closure, options, point, header)
+        origin = lbfgs.origin()
+        lbfgs.history.move(origin, 0.0, save=True)
+        self._adam.step(self.param_groups)
+        lbfgs.history.blend(origin, theta, step)
+        lbfgs.take_step(1.0)
+        lbfgs.progress.step_length = step
+        self._entry["n_iter"] += 1
+        if closure is not None and options.same_batch_pairs and not options.deterministic:
+            self._complete_pair(closure, options)
+        lbfgs.note_arrival(None, options)
+        return point.loss
+
+    def _make_ready(self) -> None:
+        """Makes the engines; anew where the user has cleared or replaced the state."""
+        if self._lbfgs is None or self._lbfgs.outdated(self.state):
+            self._renew_layout()
+            self._adopt_state()
+        if self._lbfgs is None:
+            self._make_engines()
+
+    def _lbfgs_step_length(
+        self, closure: Closure | None, options: LbfgsOptions, point: Point, header: Header | None
+    ) -> float:
+        """t of x^L = x + t p; 0 where L-BFGS has no step to offer."""
+        assert self._lbfgs is not None
+        progress = self._lbfgs.progress
+        if header is None or options.lr == 0.0:
+            progress.reason = "no_descent" if header is None else "lr"
+            return 0.0
+        progress.reason = "max_iter"
+        first = self._lbfgs.first_trial(header, point, options)
+        if options.line_search is None or closure is None:
+            return first
+        flat, part = self.flat, self._lbfgs.history.part
+        if self._grads is None:
+            self._grads = torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device)
+        params, offsets = part.reals(part.params), part.offsets
+        self._ops.grad_gather(params, point.grads, offsets, self._grads)
+        result, *_ = self._lbfgs.search(closure, options, point, header, first)
+        # Adam steps from the same point with the same gradient.
+        self._lbfgs.history.move(self._lbfgs.origin(), 0.0, save=False)
+        self._restore_gradients(part)
+        if not result.success:
+            # As in LBFGS: without history the next direction is -g.
+            self._entry["line_search_failures"] += 1
+            progress.reason = "line_search"
+            if header.usable > 0:
+                self._entry["resets"] += 1
+                self._lbfgs.history.reset()
+        return result.step
+
+    def _restore_gradients(self, part: Part) -> None:
+        """Gives the parameters the gradients back that the step began with, and no other."""
+        for i in part.absent:
+            self.flat.params[i].grad = None
+        for param in part.params:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+        assert self._grads is not None
+        _, grads = self.flat.gradients()
+        self._ops.grad_scatter(part.reals(part.params), grads, part.offsets, self._grads)
+
+    def _complete_pair(self, closure: Closure, options: LbfgsOptions) -> None:
+        assert self._lbfgs is not None
+        try:
+            point = self._lbfgs.evaluate(closure, options, False)
+        except BaseException:
+            self._lbfgs.drop_pair()
+            raise
+        if point.finite:
+            self._lbfgs.absorb_pair(point, options)
+        else:
+            self._lbfgs.refuse(point)
+
+    def _options(self) -> LbfgsOptions:
+        groups = self.param_groups
+        lrs = [float(group["lbfgs_lr"]) for group in groups]
+        same_batch = groups[0]["same_batch_pairs"]
+        # Adam moves a group whose lbfgs_lr is 0, unless its own lr is 0 as well.
+        still = all(float(g["lr"]) == 0.0 for g in groups if float(g["lbfgs_lr"]) == 0.0)
+        return step_options(self.flat, groups, lrs, "line_search", same_batch, zero_freezes=still)
+
+    def report(self) -> Report:
+        """What was done, and why."""
+        if self._lbfgs is None or self._adam is None or self._lbfgs.outdated(self.state):
+            return Report(phase=PHASE)
+        fields = lbfgs_fields(self._lbfgs, self._entry)
+        fields["state_bytes"] += self._adam.nbytes
+        fields["workspace_bytes"] += 0 if self._grads is None else self._grads.nbytes
+        return Report(phase=PHASE, adam_steps=self._entry["n_iter"], **fields)

@@ -1,0 +1,219 @@
+"""The parameters of an optimizer as one logical vector, some of them as a part of it.
+
+State is flat and ours; parameters and gradients stay the user's tensors (design: no ``p.data`` is
+re-pointed, nothing is gathered). Complex parameters take part as pairs of real numbers.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fuse_ext import _C
+from fuse_ext.vector.checks import check_grads, check_params
+
+ParamGroup: TypeAlias = dict[str, Any]
+Closure: TypeAlias = Callable[[], Any]
+# Sets of parameters with gradients that are known at the same time; an index of each costs little.
+MOST_PARTS = 64
+
+
+class Part:
+    """Some parameters of a flat vector, at their places in it.
+
+    Args:
+        flat: The layout of all.
+        absent: Which of its parameters are not among them, in order.
+
+    Attributes:
+        indices: Which are.
+        params, offsets: Those parameters, and where each begins in the flat vector.
+        layout: What C++ knows of them.
+    """
+
+    def __init__(self, flat: FlatParams, absent: tuple[int, ...]) -> None:
+        self.flat, self.absent = flat, absent
+        left_out = set(absent)
+        self.indices = [i for i in range(len(flat.params)) if i not in left_out]
+        self.params = [flat.params[i] for i in self.indices] if absent else flat.params
+        self.offsets = [flat.offsets[i] for i in self.indices] if absent else flat.offsets
+        self.layout = _C.Layout([self.params], self.offsets) if absent else flat.layout
+
+    def pick(self, values: list[Any]) -> list[Any]:
+        """Of one value for each parameter of the flat vector those of this part; [] stays []."""
+        return [values[i] for i in self.indices] if values and self.absent else values
+
+    def reals(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors, complex ones as real views of shape [..., 2]."""
+        return self.flat.reals(tensors)
+
+
+class FlatParams:
+    """Where every parameter lies in the flat vector.
+
+    Args:
+        groups: ``Optimizer.param_groups`` itself; the vector follows their order.
+
+    Attributes:
+        params: All parameters, in flat order.
+        offsets: First flat index of each; even for complex ones, which view pairs of reals.
+        sizes: Elements of each (two per complex number).
+        numel: Length of the flat vector.
+        group_slices: For each group, its slice of ``params``.
+        device: Where all of them live.
+        dtype: Of the flat state: float64 if any parameter has it, else float32.
+        layout: What C++ knows of all this: quick answers for the common case.
+        memo: For the optimizer, to keep what it has prepared for this layout.
+        whole: All parameters as a :class:`Part`.
+    """
+
+    def __init__(self, groups: list[ParamGroup]) -> None:
+        self._groups = groups
+        self.params: list[Tensor] = []
+        self.group_slices: list[slice] = []
+        for group in groups:
+            first = len(self.params)
+            self.params.extend(group["params"])
+            self.group_slices.append(slice(first, len(self.params)))
+        check_params(self.params)
+        self.device = self.params[0].device
+        double = (torch.float64, torch.complex128)
+        self.dtype = torch.float64 if any(p.dtype in double for p in self.params) else torch.float32
+        self._complex = any(p.is_complex() for p in self.params)
+        self.sizes = [p.numel() * (2 if p.is_complex() else 1) for p in self.params]
+        self.offsets: list[int] = []
+        self.numel = 0
+        for param, size in zip(self.params, self.sizes, strict=True):
+            offset = self.numel + (self.numel % 2 if param.is_complex() else 0)
+            self.offsets.append(offset)
+            self.numel = offset + size
+        self.memo: Any = None
+        self.layout = _C.Layout([group["params"] for group in groups], self.offsets)
+        self.whole = Part(self, ())
+        self._parts: dict[tuple[int, ...], Part] = {(): self.whole}
+        self._formats = self._formats_now()
+        self._described = [_describe(param) for param in self.params]
+
+    def _formats_now(self) -> tuple[Any, ...]:
+        params = self.params
+        numels, strides = list(map(Tensor.numel, params)), list(map(Tensor.stride, params))
+        return numels, strides, [p.dtype for p in params], params[0].device
+
+    def replaced(self) -> bool:
+        """Whether the groups hold other tensors than when this layout was made."""
+        if self.layout.unchanged(self._groups):
+            return False
+        if len(self._groups) != len(self.group_slices):
+            return True
+        for group, place in zip(self._groups, self.group_slices, strict=True):
+            now, then = group["params"], self.params[place]
+            if len(now) != len(then) or not all(map(operator.is_, now, then)):
+                return True
+        return False
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError where a parameter is not what the flat state was laid out for.
+
+        Another shape, dtype, device or memory format (``model.to(...)`` after the first step), or
+        another tensor in a parameter group.
+        """
+        if self.layout.unchanged(self._groups):
+            return
+        if self.replaced():
+            raise ValueError(
+                f"param_groups no longer hold the {len(self.params)} tensors that the state was "
+                "made for; use add_param_group, or make a new optimizer"
+            )
+        if self._formats_now() == self._formats:
+            return
+        for i, (param, before) in enumerate(zip(self.params, self._described, strict=True)):
+            if _describe(param) != before:
+                raise ValueError(
+                    f"params[{i}] is now {_describe(param)}, but was {before} when the state was "
+                    "made; convert parameters before the first step, or make a new optimizer"
+                )
+
+    def places(self) -> Any:
+        """The versions and addresses of all parameters: differs once anyone has moved them."""
+        return self.layout.places() or [(p._version, p.data_ptr()) for p in self.params]
+
+    def reals(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors, complex ones as real views of shape [..., 2]."""
+        if not self._complex:
+            return tensors
+        return [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
+
+    def gradients(self, lr_scale: list[float] | None = None) -> tuple[Part, list[Tensor]]:
+        """The parameters that a step may move, and their gradients as real tensors.
+
+        Left out are those without a gradient, and those with a share of 0 in ``lr_scale``.
+
+        Raises:
+            TypeError, ValueError: A gradient does not fit its parameter.
+        """
+        plain = self.layout.grads()
+        if plain is not None and not (lr_scale and 0.0 in lr_scale):
+            return self.whole, plain
+        grads = [param.grad for param in self.params]
+        check_grads(self.params, grads)
+        absent = tuple(
+            i for i, grad in enumerate(grads) if grad is None or (lr_scale and lr_scale[i] == 0.0)
+        )
+        part = self.part(absent)
+        return part, self.reals([self._own_memory(i) for i in part.indices])
+
+    def _own_memory(self, i: int) -> Tensor:
+        """A gradient whose memory holds its values, which is not so of autograd's lazy views."""
+        param = self.params[i]
+        grad = param.grad
+        assert grad is not None
+        if grad.is_conj() or grad.is_neg():
+            # Line searches write to gradients.
+            grad = param.grad = grad.resolve_conj().resolve_neg()
+        return grad
+
+    def part(self, absent: tuple[int, ...]) -> Part:
+        """All parameters but these."""
+        found = self._parts.get(absent)
+        if found is None:
+            if len(self._parts) > MOST_PARTS:  # layers left out at random: keep the whole alone
+                self._parts = {(): self.whole}
+            found = self._parts[absent] = Part(self, absent)
+        return found
+
+    def piece(self, flat: Tensor, i: int) -> Tensor:
+        """The part of a flat tensor that belongs to ``params[i]``, as a view of its shape."""
+        param, offset = self.params[i], self.offsets[i]
+        like = torch.view_as_real(param) if param.is_complex() else param
+        part = flat[offset : offset + self.sizes[i]]
+        if torch.ops.aten.is_non_overlapping_and_dense(like):
+            part = part.as_strided(like.size(), like.stride(), part.storage_offset())
+        else:
+            part = part.view(like.size())
+        return torch.view_as_complex(part) if param.is_complex() else part
+
+    def per_segment(self, values: list[Any], neutral: Any) -> list[Any]:
+        """One value per group spread over its parameters; empty when all are ``neutral``."""
+        if all(value == neutral for value in values):
+            return []
+        return [
+            value
+            for value, place in zip(values, self.group_slices, strict=True)
+            for _ in range(place.stop - place.start)
+        ]
+
+
+def _describe(param: Tensor) -> str:
+    shape, strides = tuple(param.shape), param.stride()
+    return f"{param.dtype} of shape {shape} and strides {strides} on {param.device}"
+
+
+def memory_order(flat: FlatParams) -> list[list[int]]:
+    """Strides of the parameters, whose memory order rows follow; empty if all are row-major."""
+    if all(p.is_contiguous() for p in flat.params):
+        return []
+    return [list(p.stride()) for p in flat.params]
