@@ -16,19 +16,11 @@ from fuse_ext.optim.fuse import CosineTheta, Fuse, LinearTheta  # noqa: E402
 from fuse_ext.optim.fuse_pv import FusePV  # noqa: E402
 from fuse_ext.optim.lbfgs import LBFGS  # noqa: E402
 from fuse_ext.switch.criterion import Observation, Switchover  # noqa: E402
+from fuse_ext.switch.eq3_eq4 import GradNorm, LossChange  # noqa: E402
+from fuse_ext.switch.known_optimum import LossGap, NearSolution  # noqa: E402
 from fuse_ext.switch.plateau import LossPlateau  # noqa: E402
-from fuse_ext.switch.switchover import (  # noqa: E402
-    AfterEpochs,
-    AfterSteps,
-    AtOnce,
-    GradNorm,
-    LossChange,
-    LossGap,
-    NearSolution,
-    Never,
-    WarmUp,
-    When,
-)
+from fuse_ext.switch.steps import AfterEpochs, AfterSteps, AtOnce, Never, WarmUp  # noqa: E402
+from fuse_ext.switch.when import When  # noqa: E402
 from fuse_ext.tell.memory import estimate_memory  # noqa: E402
 from fuse_ext.tell.report import Report  # noqa: E402
 

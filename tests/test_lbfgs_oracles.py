@@ -13,7 +13,7 @@ from problems import Objective, Problem, logistic, problem_set, quadratic, rosen
 from torch import Tensor
 
 from fuse_ext import LBFGS
-from fuse_ext.search.line_search import make_line_search
+from fuse_ext.search import make_line_search
 
 BACKENDS = ("native", "reference")
 SEARCHES = ("strong_wolfe", "approximate_wolfe", "armijo", None)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuse_ext.search.line_search import LineSearch, LineSearchResult, make_line_search
+from fuse_ext.search import make_line_search
+from fuse_ext.search.line_search import LineSearch, LineSearchResult
 
 Phi = Callable[[float], tuple[float, float]]  # t -> phi(t), phi'(t)
 Trial = tuple[float, float, float]  # t, phi(t), phi'(t)

@@ -9,7 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.optimize._dcsrch import DCSRCH
 
-from fuse_ext.search.line_search import LineSearch, LineSearchResult, make_line_search
+from fuse_ext.search import make_line_search
+from fuse_ext.search.line_search import LineSearch, LineSearchResult
 
 Phi = Callable[[float], tuple[float, float]]  # t -> phi(t), phi'(t)
 

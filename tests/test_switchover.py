@@ -15,20 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuse_ext.switch.criterion import All, Any, Observation, Switchover
+from fuse_ext.switch.eq3_eq4 import GradNorm, LossChange
+from fuse_ext.switch.known_optimum import LossGap, NearSolution
 from fuse_ext.switch.plateau import LossPlateau
-from fuse_ext.switch.switchover import (
-    AfterEpochs,
-    AfterSteps,
-    AtOnce,
-    GradNorm,
-    LossChange,
-    LossGap,
-    NearSolution,
-    Never,
-    WarmUp,
-    When,
-    as_switchover,
-)
+from fuse_ext.switch.steps import AfterEpochs, AfterSteps, AtOnce, Never, WarmUp
+from fuse_ext.switch.when import When, as_switchover
 
 deterministic = settings(derandomize=True, deadline=None, database=None, max_examples=100)
 NON_FINITE = (math.nan, math.inf, -math.inf, 1e300)  # 1e300: sums of such overflow

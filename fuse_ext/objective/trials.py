@@ -13,12 +13,9 @@ from fuse_ext.kernels.ops import Ops
 from fuse_ext.kernels.scalars import Header
 from fuse_ext.objective.evaluations import Evaluations, Point
 from fuse_ext.objective.step_options import LbfgsOptions
-from fuse_ext.search.line_search import (
-    ApproximateWolfe,
-    LineSearch,
-    LineSearchResult,
-    make_line_search,
-)
+from fuse_ext.search import make_line_search
+from fuse_ext.search.approximate_wolfe import ApproximateWolfe
+from fuse_ext.search.line_search import LineSearch, LineSearchResult
 from fuse_ext.tell.report import Progress
 from fuse_ext.vector.flat import Closure, FlatParams
 

@@ -43,7 +43,7 @@ from fuse_ext.phase.iteration import LbfgsEngine
 from fuse_ext.phase.overlap import overlap_step
 from fuse_ext.phase.phases import ADAM, LBFGS_PHASE, check_not_scaled
 from fuse_ext.switch.criterion import Observation, Switchover
-from fuse_ext.switch.switchover import as_switchover
+from fuse_ext.switch.when import as_switchover
 from fuse_ext.vector.flat import Closure, ParamGroup
 from fuse_ext.vector.measures import grads_are_finite
 

@@ -19,7 +19,7 @@ from fuse_ext.optim.flat_optimizer import FlatOptimizer
 from fuse_ext.phase.capture import check_capturable, shared_lr
 from fuse_ext.phase.device import CapturedLbfgs, make_lbfgs
 from fuse_ext.phase.iteration import LbfgsEngine
-from fuse_ext.search.line_search import make_line_search
+from fuse_ext.search import make_line_search
 from fuse_ext.search.one_function import Values
 from fuse_ext.tell.report import Report, lbfgs_fields
 from fuse_ext.vector.flat import Closure, FlatParams, ParamGroup, memory_order

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fuse_ext.optim.lbfgs import check_line_search
 from fuse_ext.switch.criterion import Switchover
 from fuse_ext.switch.plateau import LossPlateau
-from fuse_ext.switch.switchover import AfterSteps, Never, WarmUp
+from fuse_ext.switch.steps import AfterSteps, Never, WarmUp
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
 AUTO = "auto"

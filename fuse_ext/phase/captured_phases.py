@@ -22,7 +22,7 @@ from fuse_ext.phase.capture import (
 from fuse_ext.phase.device import CapturedLbfgs, settle
 from fuse_ext.phase.phases import ADAM, TwoPhases, check_not_scaled
 from fuse_ext.switch.criterion import Observation, Switchover
-from fuse_ext.switch.switchover import NearSolution
+from fuse_ext.switch.known_optimum import NearSolution
 from fuse_ext.vector.flat import Closure
 from fuse_ext.vector.measures import GradStats, grad_stats_into
 

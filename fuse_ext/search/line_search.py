@@ -1,4 +1,4 @@
-r"""Line searches on Python floats: fixed step, Armijo, strong Wolfe, approximate Wolfe.
+r"""What a line search is: the ask-and-tell protocol, its options and its result.
 
 A line search looks for a step t > 0 along a descent direction p from the point x. It sees only
 
@@ -18,15 +18,9 @@ and never evaluates anything itself: the caller asks for a trial step, evaluates
 
 A trial with a loss or slope that is NaN or infinite (-inf too) counts as a loss of +inf. It
 bounds the search from then on, and the next trial retreats from it by a factor of ten, so that
-eight retreats lead from t = 1 to t = 1e-8. There is no point in closing in on such a bound: a
-search is content ("interval_too_small") with a step of at least 0.9 times it.
+eight retreats lead from t = 1 to t = 1e-8.
 
-References:
-    - J. J. Moré and D. J. Thuente, Line search algorithms with guaranteed sufficient decrease,
-      ACM Transactions on Mathematical Software 20(3), 1994, pp. 286-307.
-    - J. Nocedal and S. J. Wright, Numerical Optimization, 2nd edition, 2006, Chapter 3.
-    - W. W. Hager and H. Zhang, A new conjugate gradient method with guaranteed descent and an
-      efficient line search, SIAM Journal on Optimization 16(1), 2005, pp. 170-192.
+The searches: armijo.py, wolfe.py (whose trial steps are more_thuente.py's), approximate_wolfe.py.
 """
 
 import math
@@ -34,7 +28,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
-from fuse_ext.search.more_thuente import RETREAT, LineSearchPoint, MoreThuente
+from fuse_ext.search.more_thuente import LineSearchPoint
 
 Reason: TypeAlias = Literal[
     "wolfe",  # both strong Wolfe conditions hold
@@ -291,194 +285,3 @@ class LineSearch(ABC):
     @abstractmethod
     def _advance(self, trial: LineSearchPoint) -> float | Reason:
         """The next trial step, or the reason why there is none."""
-
-
-class Armijo(LineSearch):
-    r"""Backtracking with interpolation to sufficient decrease (Nocedal and Wright, Section 3.5).
-
-    While :math:`\phi(t) > \phi(0) + c_1 t \phi'(0)`, the next step is the minimiser of the cubic
-    through phi(0), phi'(0) and the last two finite trials (of the quadratic, after one), kept
-    within [0.1 t, 0.5 t]. After a trial that is not finite it is 0.1 t. The step never grows, and
-    slopes at trials are not used.
-    """
-
-    name = "armijo"
-    needs_gradient = False
-
-    def _begin(self, origin: LineSearchPoint) -> None:
-        self._previous: LineSearchPoint | None = None
-
-    def _accepts(self, trial: LineSearchPoint) -> Reason | None:
-        return "armijo" if self._decreases(trial) else None
-
-    def _advance(self, trial: LineSearchPoint) -> float | Reason:
-        if trial.loss == math.inf:
-            step = RETREAT * trial.step
-        else:
-            step = min(max(self._interpolate(trial), 0.1 * trial.step), 0.5 * trial.step)
-            self._previous = trial
-        return step if step >= self.options.step_min else "min_step"
-
-    def _interpolate(self, trial: LineSearchPoint) -> float:
-        """Minimiser of ``f0 + slope0 t + b t^2 + a t^3`` through the last trials (one: a = 0)."""
-        slope0 = self._origin.slope
-        b = self._curvature(trial)
-        a = 0.0
-        if self._previous is not None:
-            a = (self._curvature(self._previous) - b) / (self._previous.step - trial.step)
-            b -= a * trial.step
-        # The root of slope0 + 2 b t + 3 a t^2 in the form that allows a = 0.
-        denominator = b + math.sqrt(max(0.0, b * b - 3.0 * a * slope0))
-        return -slope0 / denominator if denominator > 0.0 else trial.step
-
-    def _curvature(self, point: LineSearchPoint) -> float:
-        """``(phi(t) - phi(0) - t phi'(0)) / t^2``, which is b + a t for the cubic."""
-        return ((point.loss - self._origin.loss) / point.step - self._origin.slope) / point.step
-
-
-class StrongWolfe(LineSearch):
-    r"""The search of Moré and Thuente (1994) for a step with both strong Wolfe conditions.
-
-    .. math::
-        \phi(t) \le \phi(0) + c_1 t \phi'(0), \qquad |\phi'(t)| \le c_2 |\phi'(0)|.
-
-    For finite values the trials are those of :class:`MoreThuente`.
-    """
-
-    name = "strong_wolfe"
-    needs_gradient = True
-
-    def __init__(self, options: LineSearchOptions | None = None) -> None:
-        super().__init__(options)
-        self._trials = MoreThuente(
-            self.options.c1, self.options.xtol, self.options.step_min, self.options.step_max
-        )
-
-    def _begin(self, origin: LineSearchPoint) -> None:
-        self._trials.begin(origin)
-
-    def _accepts(self, trial: LineSearchPoint) -> Reason | None:
-        flat = abs(trial.slope) <= self.options.c2 * -self._origin.slope
-        return "wolfe" if flat and self._decreases(trial) else None
-
-    def _advance(self, trial: LineSearchPoint) -> float | Reason:
-        return self._trials.advance(trial)
-
-
-class ApproximateWolfe(StrongWolfe):
-    r"""Strong Wolfe, or Hager and Zhang's approximate Wolfe test, which survives noise in f.
-
-    Close to a minimum the loss changes by less than its own rounding error and sufficient
-    decrease fails at random, while slopes still have correct digits. So a trial also passes if
-
-    .. math::
-        (2 c_1 - 1) \phi'(0) \ge \phi'(t) \ge c_2 \phi'(0), \qquad
-        |\phi(t) - \phi(0)| \le \epsilon |\phi(0)|.
-
-    This is condition T2 of Hager and Zhang (2005, Section 4, delta = c1, sigma = c2), except that
-    they let phi(t) lie below phi(0) by any amount. Where it lies below by more than the noise,
-    the loss itself can judge, and far from a minimum a flat slope alone is a poor reason to stop.
-
-    The first inequality is sufficient decrease of the quadratic with slopes phi'(0) and phi'(t),
-    whose value at t is :math:`\hat\phi(t) = \phi(0) + t (\phi'(0) + \phi'(t)) / 2`. Trials are
-    chosen by the same reading (not from the paper): where neither phi nor :math:`\hat\phi`
-    differs from phi(0) by more than the noise, :math:`\hat\phi` stands in for phi, so that noise
-    cannot mislead the bracketing.
-
-    Here :math:`\epsilon` is ``loss_eps``; its default, 1e-6, is the paper's and suits float32
-    losses. It may be changed between searches. Raises ValueError unless ``c1 < 0.5``.
-
-    Attributes:
-        noise_needed: The least :math:`\epsilon` with which the trial of flattest slope would
-            have been accepted in the last search; inf if the slopes tell against all trials.
-    """
-
-    name = "approximate_wolfe"
-    default_loss_eps = 1e-6
-    # The search closes in on the origin, and a smooth loss soon falls with its slopes.
-    _MOST_AGAINST = 3
-
-    def __init__(self, options: LineSearchOptions | None = None) -> None:
-        super().__init__(options)
-        if self.options.c1 >= 0.5:
-            raise ValueError(f"c1 must be below 0.5 for {self.name}, got {self.options.c1!r}")
-        self.noise_needed = math.inf
-
-    def _begin(self, origin: LineSearchPoint) -> None:
-        super()._begin(origin)
-        self.noise_needed = self._flattest = math.inf
-        self._against = 0  # trials at which the loss is higher though it falls there
-
-    def _accepts(self, trial: LineSearchPoint) -> Reason | None:
-        slope0 = self._origin.slope
-        if super()._accepts(trial) is not None:
-            return "wolfe"
-        if (2.0 * self.options.c1 - 1.0) * slope0 >= trial.slope >= self.options.c2 * slope0:
-            change = abs(trial.loss - self._origin.loss)
-            if change <= self._noise():
-                return "approximate_wolfe"
-            if abs(trial.slope) < self._flattest and self._origin.loss != 0.0:
-                self._flattest = abs(trial.slope)
-                self.noise_needed = change / abs(self._origin.loss)
-        return None
-
-    def _advance(self, trial: LineSearchPoint) -> float | Reason:
-        self._against += trial.slope < 0.0 and self._origin.loss < trial.loss < math.inf
-        if self._against >= self._MOST_AGAINST and self._best is None:
-            return "slopes_disagree"
-        return super()._advance(trial)
-
-    def _hopeless(self, step: float) -> bool:
-        return False  # slopes decide below the noise
-
-    def _noise(self) -> float:
-        return self.loss_eps * abs(self._origin.loss)
-
-    def _read(self, trial: LineSearchPoint) -> LineSearchPoint:
-        change = 0.5 * trial.step * (self._origin.slope + trial.slope)
-        if max(abs(trial.loss - self._origin.loss), abs(change)) <= self._noise():
-            return trial._replace(loss=self._origin.loss + change)
-        return trial
-
-
-_SEARCHES: dict[str, type[LineSearch]] = {
-    search.name: search for search in (Armijo, StrongWolfe, ApproximateWolfe)
-}
-
-
-def make_line_search(
-    name: str | None,
-    *,
-    c1: float = 1e-4,
-    c2: float = 0.9,
-    max_evaluations: int = 25,
-    step_min: float = STEP_MIN,
-    step_max: float = STEP_MAX,
-    xtol: float = 1e-8,
-    loss_eps: float | None = None,
-) -> LineSearch | None:
-    """Make the line search called ``name``.
-
-    Args:
-        name: "armijo", "strong_wolfe" or "approximate_wolfe"; None or "fixed" for no search.
-        c1: This and the others: see :class:`LineSearchOptions`. They are checked for every name.
-        c2: Curvature.
-        max_evaluations: Trials per search.
-        step_min: Smallest trial step.
-        step_max: Largest trial step.
-        xtol: Least relative width of the bracket.
-        loss_eps: Noise in the loss.
-
-    Returns:
-        The search, or None for a fixed step.
-
-    Raises:
-        ValueError: The name is unknown, or an option is out of its range.
-    """
-    options = LineSearchOptions(c1, c2, max_evaluations, step_min, step_max, xtol, loss_eps)
-    if name is None or name == "fixed":
-        return None
-    if name not in _SEARCHES:
-        known = ", ".join(repr(known) for known in ("fixed", *_SEARCHES))
-        raise ValueError(f"line_search must be None or one of {known}, got {name!r}")
-    return _SEARCHES[name](options)

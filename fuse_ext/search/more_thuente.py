@@ -1,9 +1,22 @@
-"""Trial steps of the Moré-Thuente line search, on Python floats."""
+"""The trial steps of Moré and Thuente's line search: their updating and their four cases.
+
+Deviations from the paper:
+    - It knows only finite values. Here a trial with loss +inf closes the bracket, and there is no
+      point in closing in on such a bound: a search is content ("interval_too_small") with a step
+      of at least 0.9 times it.
+    - An interpolation that is not a number (an infinite end, or one that overflowed) is replaced
+      by bisection.
+
+References:
+    J. J. Moré and D. J. Thuente, Line search algorithms with guaranteed sufficient decrease, ACM
+    Transactions on Mathematical Software 20(3), 1994, pp. 286-307.
+"""
 
 import math
 from typing import Literal, NamedTuple, TypeAlias
 
-# A trial that is not finite is followed by one this far along from the best step towards it.
+# A trial that is not finite is followed by one this far along from the best step towards it: eight
+# retreats lead from t = 1 to t = 1e-8.
 RETREAT = 0.1
 
 # Why there is no next trial: see fuse_ext.search.line_search.Reason.
