@@ -10,7 +10,7 @@ PAPER_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-CPP_FILES = $(shell find csrc tests/cpp tests/cuda_sim benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
+CPP_FILES = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
 # The extension lies in the source tree (an editable install), so it belongs to one environment at
 # a time: installing into another removes this one's stamp.

@@ -3,9 +3,9 @@
     python -m benchmarks.cuda_model
 
 No GPU is used. Our figures follow from the kernels (the bytes are those in the headers of
-csrc/cuda/*.cu; tests/test_cuda_sim.py counts the launches); torch.optim.LBFGS's are counted while
-it runs on the CPU, op by op. The times are predictions for an H100 from its copy bandwidth alone,
-about 3.0 TB/s: nothing here was measured on a GPU.
+csrc/cuda/*.cu; tests/cuda/test_cuda_sim.py counts the launches); torch.optim.LBFGS's are counted
+while it runs on the CPU, op by op. The times are predictions for an H100 from its copy bandwidth
+alone, about 3.0 TB/s: nothing here was measured on a GPU.
 """
 
 from __future__ import annotations

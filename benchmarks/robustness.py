@@ -25,7 +25,7 @@ from torch import Tensor
 import fuse_ext
 from benchmarks import harness, machine
 from benchmarks.harness import COLORS, number, table
-from tests.problems import Problem, large_problem_set
+from tests.cases.problems import Problem, large_problem_set
 
 THREADS = 1
 BUDGET = {True: 300, False: 1000}  # evaluations

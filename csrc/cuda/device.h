@@ -1,5 +1,5 @@
 // What an op needs of the device that its tensors are on. The tests implement this on the CPU
-// (tests/cuda_sim), so that ops.cpp runs there as it is.
+// (tests/cuda/cuda_sim), so that ops.cpp runs there as it is.
 #pragma once
 
 #include <ATen/ATen.h>

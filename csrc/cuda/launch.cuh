@@ -1,7 +1,7 @@
 // What the kernels need of CUDA, and the shape of their grids.
 //
 // The same sources are compiled by nvcc and, for the tests, by a C++ compiler against the host
-// execution model in tests/cuda_sim: only the macros below differ.
+// execution model in tests/cuda/cuda_sim: only the macros below differ.
 #pragma once
 
 #if defined(__CUDACC__)

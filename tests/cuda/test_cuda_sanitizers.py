@@ -1,6 +1,6 @@
 """The host execution model under sanitizers: it catches faults, and our kernels have none.
 
-tests/cuda_sim/faults.cu plants one fault at a time in a small kernel of its own.
+cuda_sim/faults.cu plants one fault at a time in a small kernel of its own.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def test_our_kernels_are_clean(variant: str) -> None:
     library.build(variant)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_cuda_sim.py"],
-        cwd=library.ROOT / "tests",
+        cwd=library.HERE.parent,
         env=library.sanitized_environment(variant),
         capture_output=True,
         text=True,

@@ -1,7 +1,7 @@
 """Adam's moments in bfloat16: what is stored is a fair rounding, and the optimizers live with it.
 
 Run as a program, this file prints a digest of the results at the instruction-set level of the
-environment. Eq. 2 itself is compared with float64 in tests/test_ops_adam.py.
+environment. Eq. 2 itself is compared with float64 in test_ops_adam.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ops_cases import (
     same_bits,
     split,
 )
-from test_checkpoints import run, through_deepcopy, through_pickle, through_torch_save
+from resume_cases import run, through_deepcopy, through_pickle, through_torch_save
 from torch import Tensor, nn
 
 import fuse_ext
@@ -260,7 +260,12 @@ def test_threads_and_cuts() -> None:
 def test_levels(level: str) -> None:
     done = subprocess.run(
         [sys.executable, __file__],
-        env=os.environ | {"FUSE_EXT_CPU_LEVEL": level, "OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {
+            "FUSE_EXT_CPU_LEVEL": level,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
         capture_output=True,
         text=True,
         check=False,

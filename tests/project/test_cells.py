@@ -9,7 +9,7 @@ pytest.importorskip("tqdm")
 from benchmarks import cells
 from benchmarks.cells import Cell, CellError, fingerprint, run
 
-FUNCTION = "tests.test_cells:noted"
+FUNCTION = "tests.project.test_cells:noted"
 
 
 def noted(path, value, fail=False):

@@ -22,7 +22,7 @@ from benchmarks.paper import __main__ as paper
 from benchmarks.paper import landscape_runs, page, statistics
 from benchmarks.paper.laws import fits
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def halve(x):
@@ -36,7 +36,7 @@ def section(start):
     """A module of one or two sections whose second cell depends on the first one's result."""
 
     def cells(name, quick, data, done):
-        first = Cell(f"{name}/first", "tests.test_paper:halve", {"x": start})
+        first = Cell(f"{name}/first", "tests.project.test_paper:halve", {"x": start})
         if first.key not in done:
             return [first]
         return [first, Cell(f"{name}/second", first.function, {"x": done[first.key]})]

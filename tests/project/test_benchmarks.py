@@ -30,7 +30,7 @@ from benchmarks.iteration_limits import (
 from benchmarks.per_iteration import Condition, Target
 from benchmarks.workloads import Iterations, Quadratic, differences, split
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = {
     "per_iteration": ["--rounds", "2", "--largest", "1e4"],
     "cost_kmd": ["--rounds", "2", "--largest", "4e3"],

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("matplotlib", reason="the examples need the extra 'demo'")
 pytest.importorskip("tqdm", reason="the examples need the extra 'demo'")
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 PNG = b"\x89PNG\r\n"
 
 

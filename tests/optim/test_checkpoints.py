@@ -1,7 +1,6 @@
 """Checkpoints: torch's and ours load into each other; every way of resuming is bit for bit."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -18,6 +17,7 @@ from adam_cases import (
     torch_adam,
     twin,
 )
+from resume_cases import run, through_deepcopy, through_pickle, through_torch_save
 
 from fuse_ext import LBFGS, Adam, Fuse, FusePV
 from fuse_ext.kernels import scalars as ring
@@ -81,42 +81,6 @@ def make_waiting_fuse(params, backend):
         line_search="strong_wolfe",
         backend=backend,
     )
-
-
-def run(optimizer: torch.optim.Optimizer, count: int) -> None:
-    """Steps on a smooth function that couples all parameters, of any dtype."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def closure():
-        optimizer.zero_grad()
-        parts = [
-            (i + 1) * (torch.view_as_real(p) if p.is_complex() else p).float().square().sum()
-            for i, p in enumerate(params)
-        ]
-        loss = torch.stack(parts).sum().add(1.0).log()
-        loss.backward()
-        return loss
-
-    for _ in range(count):
-        optimizer.step(closure)
-
-
-def through_torch_save(make, params, optimizer, backend):
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    copies = twin(params)
-    resumed = make(copies, backend)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    return copies, resumed
-
-
-def through_pickle(make, params, optimizer, backend):
-    return pickle.loads(pickle.dumps((params, optimizer)))
-
-
-def through_deepcopy(make, params, optimizer, backend):
-    return copy.deepcopy((params, optimizer))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,6 +1,6 @@
 """What the compiled CUDA kernels are made of: registers, memory and instructions, per architecture.
 
-    python tests/cuda_static.py
+    python tests/cuda/cuda_static.py
 
 prints a table. Reads the machine code in the built extension with NVIDIA's cuobjdump; no GPU is
 needed.

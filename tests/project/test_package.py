@@ -15,7 +15,7 @@ import torch
 
 import fuse_ext
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = Path(fuse_ext.__file__).parent
 
 

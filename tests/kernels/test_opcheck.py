@@ -111,7 +111,7 @@ def test_a_skipped_adam_step_changes_nothing(backend: str) -> None:
 
 @pytest.mark.parametrize(("name", "kind"), [case for case in CASES if case[1] != "int8"])
 def test_backends_agree(name: str, kind: str) -> None:
-    """A smoke test; tests/test_ops_*.py compare within bounds on the rounding errors."""
+    """A smoke test; test_ops_*.py compare within bounds on the rounding errors."""
     inputs, results = arguments_of(name, kind), []
     for backend in BACKENDS.values():
         arguments = clone_arguments(inputs)

@@ -125,7 +125,7 @@ class Ring:
         history: [2, slots, numel], rows apart as the engine has them.
         scalars: As in csrc/two_loop.h.
         grad_prev: The previous gradient, or None where it is the open slot's Y row.
-        history_scale: [2, slots, blocks] beside an int8 history (tests/test_int8_history.py).
+        history_scale: [2, slots, blocks] beside an int8 history (curvature/test_int8_history.py).
         control: What a fixed step decides by (fuse_ext/fixed_step.py), if it does.
     """
 

@@ -26,7 +26,7 @@ import torch
 
 from fuse_ext.kernels import ops
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "cuda_sim"
 TORCH = Path(torch.__file__).parent

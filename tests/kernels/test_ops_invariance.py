@@ -151,7 +151,12 @@ def run_at_level(level: str, *arguments: str) -> str:
     """What this file prints as a program under that level."""
     done = subprocess.run(
         [sys.executable, __file__, *arguments],
-        env=os.environ | {"FUSE_EXT_CPU_LEVEL": level, "OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {
+            "FUSE_EXT_CPU_LEVEL": level,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        },
         capture_output=True,
         text=True,
         check=False,

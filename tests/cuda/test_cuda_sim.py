@@ -1,6 +1,6 @@
 """The CUDA kernels, their launchers and their torch glue, executed on the CPU.
 
-The very sources of csrc/cuda run in the host execution model of tests/cuda_sim, in three schedules,
+The very sources of csrc/cuda run in the host execution model of cuda_sim, in three schedules,
 under the checks that the CPU kernels pass too. test_cuda_sanitizers.py runs this file again under
 AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
 """
