@@ -20,20 +20,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from benchmarks import harness, machine, pinn
-from benchmarks.harness import (
-    COLORS,
-    Spread,
-    clocked,
-    count,
-    interleaved,
-    number,
-    repeated,
-    show_time,
-    table,
-)
-from benchmarks.iteration_lbfgs import FIXED_LR, enough_memory, optimizers, set_up
-from benchmarks.workloads import Iterations, split
+from benchmarks.harness import command, machine, pinn, saving
+from benchmarks.harness.iteration_lbfgs import FIXED_LR, enough_memory, optimizers, set_up
+from benchmarks.harness.pictures import COLORS, style
+from benchmarks.harness.rounds import Spread, clocked, interleaved, repeated, show_time
+from benchmarks.harness.tables import count, number, table, time_unit
+from benchmarks.harness.workloads import Iterations, split
 
 ROUNDS = (15, 5)
 TENSORS = 8
@@ -340,7 +332,7 @@ def crossings_table(crossings: list[Crossing]) -> str:
         batch, spread = list(crossing.passes.items())[-1]
         cells = [crossing.network, f"{crossing.numel:,}", f"{show_time(spread)} at {batch}"]
         for name in names:
-            factor, unit = harness.time_unit(crossing.iterations[name].median)
+            factor, unit = time_unit(crossing.iterations[name].median)
             own = f"{number(factor * crossing.iterations[name].median)} {unit}"
             cells.append(f"{own}, {crossing.show_batch(name)}")
         lines.append(cells)
@@ -349,7 +341,7 @@ def crossings_table(crossings: list[Crossing]) -> str:
 
 def draw(axes: list[Axis], crossing: Crossing) -> Figure:
     """A panel for each axis, and one for the crossover of one network."""
-    with harness.style():
+    with style():
         figure, panels = plt.subplots(1, 4, figsize=(14, 3.9), layout="constrained")
         for panel, axis in zip(panels, axes, strict=False):
             _draw_axis(panel, axis)
@@ -399,7 +391,7 @@ def _draw_crossing(panel: Axes, crossing: Crossing) -> None:
 def main() -> None:
     """Runs the module."""
     assert __doc__ is not None
-    args = harness.arguments("cost_kmd", __doc__, ROUNDS)
+    args = command.arguments("cost_kmd", __doc__, ROUNDS)
     facts = machine.facts(args)
     axes = [measure_axis(args, name) for name in VALUES[args.quick]]
     chosen = [n for n in networks(args.quick) if sum(n.sizes) <= args.largest]
@@ -419,7 +411,7 @@ def main() -> None:
         "axes": [_axis_json(axis) for axis in axes],
         "crossings": [_crossing_json(crossing) for crossing in crossings],
     }
-    harness.save(args, "cost_kmd", facts, results, text, draw(axes, crossings[-1]))
+    saving.save(args, "cost_kmd", facts, results, text, draw(axes, crossings[-1]))
 
 
 def _axis_json(axis: Axis) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 import fuse_ext
-from benchmarks import harness, machine
-from benchmarks.harness import COLORS, count, table
-from benchmarks.machine import available_memory
-from benchmarks.memory_case import DTYPE_OPTIONS, rehearse_and_measure
-from benchmarks.workloads import HISTORY_DTYPES, history_dtypes, split
+from benchmarks.harness import command, machine, rounds, saving
+from benchmarks.harness.machine import available_memory
+from benchmarks.harness.memory_case import DTYPE_OPTIONS, rehearse_and_measure
+from benchmarks.harness.pictures import COLORS, style
+from benchmarks.harness.tables import count, table
+from benchmarks.harness.workloads import HISTORY_DTYPES, history_dtypes, split
 
 NUMEL = 10**7
 TENSORS = 8
@@ -65,7 +66,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes of one case; see :func:`benchmarks.memory_case.measure`.
+    """Bytes of one case; see :func:`benchmarks.harness.memory_case.measure`.
 
     Attributes:
         case: Which.
@@ -182,11 +183,11 @@ def measure(cases: Sequence[Case], numel: int, title: str) -> list[Measured]:
     ]
     # Processes are forked from one that has imported torch and done nothing else.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.memory_case", "benchmarks.harness"])
+    context.set_forkserver_preload(["benchmarks.harness.memory_case", "benchmarks.harness.saving"])
     os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", OMP_NUM_THREADS="1")
     rows = []
     with (
-        harness.progress(len(cases), title) as bar,
+        rounds.progress(len(cases), title) as bar,
         context.Pool(at_once, maxtasksperchild=1) as pool,
     ):
         found_each = pool.imap(rehearse_and_measure, specs)
@@ -217,7 +218,7 @@ def as_table(rows: list[Measured]) -> str:
 
 def draw(rows: list[Measured]) -> Figure:
     """A bar for each case: state, and on top of it what a step needs beyond."""
-    with harness.style():
+    with style():
         figure, axes = plt.subplots(figsize=(8, 0.33 * len(rows) + 1.2), layout="constrained")
         for at, row in enumerate(rows):
             color = COLORS["ours"] if row.case.ours else COLORS["torch"]
@@ -247,7 +248,7 @@ def draw(rows: list[Measured]) -> Figure:
 
 def main() -> None:
     """Runs the module."""
-    args = harness.arguments("memory", __doc__.splitlines()[0], rounds=None)
+    args = command.arguments("memory", __doc__.splitlines()[0], rounds=None)
     facts = machine.facts(args)
     numel = int(min(NUMEL, args.largest))
     rows = measure(all_cases(args.quick), numel, "memory")
@@ -259,7 +260,7 @@ def main() -> None:
     )
     text = f"{count(numel)} parameters in {TENSORS} tensors. {verdict}\n\n{as_table(rows)}"
     results = {"parameters": numel, "cases": [_as_json(row) for row in rows]}
-    harness.save(args, "memory", facts, results, text, draw(rows))
+    saving.save(args, "memory", facts, results, text, draw(rows))
 
 
 def _as_json(row: Measured) -> dict[str, Any]:

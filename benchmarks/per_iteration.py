@@ -14,19 +14,22 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import (
-    harness,
+from benchmarks import memory
+from benchmarks.harness import (
+    command,
     iteration_adam,
     iteration_lbfgs,
     iteration_limits,
     machine,
-    memory,
+    saving,
 )
-from benchmarks.harness import COLORS, Spread, count, number, table
-from benchmarks.iteration_adam import AdamRow
-from benchmarks.iteration_lbfgs import IN_CACHE, SEARCHED_ITERATIONS, LbfgsRow
-from benchmarks.iteration_limits import ROW_BYTES, Limit
-from benchmarks.workloads import history_dtypes
+from benchmarks.harness.iteration_adam import AdamRow
+from benchmarks.harness.iteration_lbfgs import IN_CACHE, SEARCHED_ITERATIONS, LbfgsRow
+from benchmarks.harness.iteration_limits import ROW_BYTES, Limit
+from benchmarks.harness.pictures import COLORS, style
+from benchmarks.harness.rounds import Spread
+from benchmarks.harness.tables import count, number, table
+from benchmarks.harness.workloads import history_dtypes
 
 ROUNDS = (25, 11)
 HISTORY = {"fp32": "fp32 history", "bf16": "bf16 history", "int8": "8-bit history"}
@@ -279,7 +282,7 @@ def _calls(row: LbfgsRow) -> dict[str, float]:
 
 def draw(targets: list[Target], fixed: list[LbfgsRow], adam: list[AdamRow]) -> Figure:
     """Left the targets that are ratios, right the times that they come from."""
-    with harness.style():
+    with style():
         figure, (left, middle, right) = plt.subplots(
             1, 3, figsize=(13, 4.6), layout="constrained", width_ratios=(1.35, 1, 1)
         )
@@ -425,7 +428,7 @@ def _limit_text(rows: list[AdamRow]) -> str:
 def main() -> None:
     """Runs the module."""
     assert __doc__ is not None
-    args = harness.arguments("per_iteration", __doc__, ROUNDS)
+    args = command.arguments("per_iteration", __doc__, ROUNDS)
     facts = machine.facts(args)
     parts: dict[str, Callable[[argparse.Namespace], Any]] = {
         "adam": iteration_adam.measure,
@@ -462,7 +465,7 @@ def main() -> None:
         "strong_wolfe": iteration_lbfgs.as_json(searched),
     }
     text = "\n\n".join(part for part in tables if part)
-    harness.save(args, "per_iteration", facts, results, text, draw(targets, fixed, adam))
+    saving.save(args, "per_iteration", facts, results, text, draw(targets, fixed, adam))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import fuse_ext
-from benchmarks import harness, machine
-from benchmarks.harness import COLORS, number, table
+from benchmarks.harness import command, machine, rounds, saving
+from benchmarks.harness.pictures import COLORS, style
+from benchmarks.harness.tables import number, table
 from tests.cases.problems import Problem, large_problem_set
 
 THREADS = 1
@@ -170,7 +171,7 @@ def solve_all(problems: list[Problem], dtype: torch.dtype, budget: int) -> Runs:
     """Every solver on every problem."""
     runs: Runs = {solver.name: [] for solver in SOLVERS}
     name = str(dtype).removeprefix("torch.")
-    with harness.progress(len(problems) * len(SOLVERS), name) as bar:
+    with rounds.progress(len(problems) * len(SOLVERS), name) as bar:
         for problem in problems:
             for solver in SOLVERS:
                 run = Run(problem, dtype, budget)
@@ -279,7 +280,7 @@ def details(problems: list[Problem], by_dtype: dict[torch.dtype, Runs]) -> str:
 
 def draw(by_dtype: dict[torch.dtype, Runs]) -> Figure:
     """Performance profiles (Dolan and Moré 2002) of the evaluations to the last tolerance."""
-    with harness.style():
+    with style():
         figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
         for panel, (dtype, runs) in zip(panels, by_dtype.items(), strict=True):
             tau = TOLERANCES[dtype][-1]
@@ -311,7 +312,7 @@ def draw(by_dtype: dict[torch.dtype, Runs]) -> Figure:
 def main() -> None:
     """Runs the module."""
     assert __doc__ is not None
-    args = harness.arguments("robustness", __doc__, None, THREADS)
+    args = command.arguments("robustness", __doc__, None, THREADS)
     facts = machine.facts(args)
     budget = args.budget or BUDGET[args.quick]
     problems = [p for p in large_problem_set() if len(p.x0) <= args.largest]
@@ -344,7 +345,7 @@ def main() -> None:
         }
         for dtype, by_solver in runs.items()
     }
-    harness.save(args, "robustness", facts, {"targets": found, "problems": json}, text, draw(runs))
+    saving.save(args, "robustness", facts, {"targets": found, "problems": json}, text, draw(runs))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cells, harness, machine
-from benchmarks.cells import Cell
-from benchmarks.comparison import (
+from benchmarks.harness import cells, command, machine, saving
+from benchmarks.harness.cells import Cell
+from benchmarks.harness.comparison import (
     BASES,
     METHODS,
     PRINTED,
@@ -32,9 +32,9 @@ from benchmarks.comparison import (
     methods,
     staged,
 )
-from benchmarks.comparison_pictures import draw
-from benchmarks.harness import number, table
-from benchmarks.minibatch import find_problem
+from benchmarks.harness.comparison_pictures import draw
+from benchmarks.harness.minibatch import find_problem
+from benchmarks.harness.tables import number, table
 
 PROBLEMS = ("mnist", "kmnist", "usps", "cifar10")
 
@@ -273,7 +273,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     """Runs the module."""
     assert __doc__ is not None
-    args = harness.arguments("stochastic", __doc__, add=add_options)
+    args = command.arguments("stochastic", __doc__, add=add_options)
     problems = args.only.split(",")
     for name in problems:
         if name not in PROBLEMS:
@@ -335,7 +335,7 @@ def main() -> None:
         ]
     facts = {**machine.facts(args), "threads": 1}
     figure = draw(outcomes, "evaluations", "test_accuracy")
-    harness.save(args, "stochastic", facts, found, "\n\n".join(parts), figure)
+    saving.save(args, "stochastic", facts, found, "\n\n".join(parts), figure)
 
 
 if __name__ == "__main__":

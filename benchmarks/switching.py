@@ -20,8 +20,10 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import fuse_ext
-from benchmarks import harness, machine, pinn
-from benchmarks.harness import COLORS, Spread, table
+from benchmarks.harness import command, machine, pinn, saving, tables
+from benchmarks.harness.pictures import COLORS, style
+from benchmarks.harness.rounds import Spread, progress
+from benchmarks.harness.tables import table
 from benchmarks.time_to_loss import ADAM_LR, BudgetSpentError, Run
 
 THREADS = 1
@@ -129,7 +131,7 @@ def solve(problem: pinn.Problem, widths: tuple[int, ...], seeds: int, budget: in
     """All methods from all starts."""
     cases = [(name, m) for m in HISTORY_SIZES for name in METHODS]
     runs: Runs = {case: [] for case in cases}
-    with harness.progress(seeds * len(cases), problem.name) as bar:
+    with progress(seeds * len(cases), problem.name) as bar:
         for seed in range(seeds):
             for name, m in cases:
                 run = Run(problem, widths, seed, budget)
@@ -170,7 +172,7 @@ def comparisons(results: list[tuple[pinn.Problem, Runs]]) -> list[dict[str, str]
                         "problem": f"{problem.name}, m = {m}"
                         + (f" to the rival's {their_m}" if m != their_m else ""),
                         "rival": rival,
-                        "its loss / FusePV's": harness.number(ratio),
+                        "its loss / FusePV's": tables.number(ratio),
                         "starts won": f"{won} of {len(ours.values)}",
                         "verdict": "better" if ratio > 1 else "**worse**",
                     }
@@ -181,7 +183,7 @@ def comparisons(results: list[tuple[pinn.Problem, Runs]]) -> list[dict[str, str]
 def draw(results: list[tuple[pinn.Problem, Runs]]) -> Figure:
     """Least loss against evaluations: medians over the starts, at FusePV's history size."""
     m = HISTORY_SIZES[0]
-    with harness.style():
+    with style():
         figure, panels = plt.subplots(
             1, len(results), figsize=(4.6 * len(results), 4.6), layout="constrained", squeeze=False
         )
@@ -204,7 +206,7 @@ def draw(results: list[tuple[pinn.Problem, Runs]]) -> Figure:
 def main() -> None:
     """Runs the module."""
     assert __doc__ is not None
-    args = harness.arguments("switching", __doc__, SEEDS, THREADS)
+    args = command.arguments("switching", __doc__, SEEDS, THREADS)
     facts = machine.facts(args)
     budget = args.budget or BUDGET[args.quick]
     results = [
@@ -228,7 +230,7 @@ def main() -> None:
         for problem, runs in results
     }
     found = {"comparisons": compared, "least_losses": json}
-    harness.save(args, "switching", facts, found, text, draw(results))
+    saving.save(args, "switching", facts, found, text, draw(results))
 
 
 if __name__ == "__main__":

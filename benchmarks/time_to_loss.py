@@ -23,8 +23,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 import fuse_ext
-from benchmarks import harness, machine, pinn
-from benchmarks.harness import COLORS, Spread, no_garbage, number, table
+from benchmarks.harness import command, machine, pinn, saving
+from benchmarks.harness.pictures import COLORS, style
+from benchmarks.harness.rounds import Spread, no_garbage, progress, show_time
+from benchmarks.harness.tables import number, table
 
 THREADS = 1  # more do not help networks this small
 SEEDS = (3, 3)  # as many as there are rounds
@@ -193,7 +195,7 @@ def solve(
     # torch loads parts of itself on first use.
     for method, _, _ in METHODS.values():
         _spend(Run(problem, widths, 0, 10), method, 5, 10)
-    with no_garbage(), harness.progress(seeds * len(METHODS), problem.name) as bar:
+    with no_garbage(), progress(seeds * len(METHODS), problem.name) as bar:
         for seed in range(seeds):
             order = list(METHODS)
             shuffle(order)
@@ -234,7 +236,7 @@ def as_table(problem: pinn.Problem, runs: Runs) -> str:
             cells.append(f"{evaluations:.0f}, {number(seconds)} s{some}")
         cells.append(Spread.of(run.best[-1] for run in of_method).show(2))
         cells.append(Spread.of(run.error() for run in of_method).show(2))
-        cells.append(harness.show_time(Spread.of(run.outside for run in of_method)))
+        cells.append(show_time(Spread.of(run.outside for run in of_method)))
         lines.append(cells)
     lines.append(
         [f"{THEIRS} / {OURS}", *(_ratio(runs, level) for level in problem.levels), *[""] * 3]
@@ -262,7 +264,7 @@ def _ratio(runs: Runs, level: float) -> str:
 
 def draw(results: list[tuple[pinn.Problem, Runs]]) -> Figure:
     """Loss against evaluations and against time; median and range of the seeds."""
-    with harness.style():
+    with style():
         figure, panels = plt.subplots(
             len(results), 2, figsize=(10, 3.5 * len(results)), layout="constrained", squeeze=False
         )
@@ -301,7 +303,7 @@ def _draw_curves(panel: Axes, x: Any, curves: Any, label: str, color: str, line:
 def main() -> None:
     """Runs the module."""
     assert __doc__ is not None
-    args = harness.arguments("time_to_loss", __doc__, SEEDS, THREADS)
+    args = command.arguments("time_to_loss", __doc__, SEEDS, THREADS)
     facts = machine.facts(args)
     budget = args.budget or BUDGET[args.quick]
     points = POINTS[args.quick]
@@ -321,7 +323,7 @@ def main() -> None:
         ]
     )
     json = {problem.name: _as_json(problem, runs) for problem, runs in results}
-    harness.save(args, "time_to_loss", facts, {"problems": json}, text, draw(results))
+    saving.save(args, "time_to_loss", facts, {"problems": json}, text, draw(results))
 
 
 def _as_json(problem: pinn.Problem, runs: Runs) -> dict[str, Any]:

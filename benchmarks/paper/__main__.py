@@ -16,7 +16,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-from benchmarks import cells, harness, machine
+from benchmarks.harness import cells, command, machine
 from benchmarks.paper import complexity, criteria, images, landscapes, page
 
 MODULES: tuple[Any, ...] = (landscapes, complexity, images, criteria)
@@ -52,7 +52,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.workers < 0:
         parser.error(f"--workers must be at least 0, got {args.workers}")
     suffix = "-quick" if args.quick else ""
-    args.out = args.out or (build / "paper-quick" if args.quick else harness.RESULTS / "paper")
+    args.out = args.out or (build / "paper-quick" if args.quick else command.RESULTS / "paper")
     args.cells = args.cells or build / f"paper-cells{suffix}"
     args.out.mkdir(parents=True, exist_ok=True)
     args.rounds = None  # nothing is timed in rounds

@@ -6,8 +6,8 @@ import math
 import statistics
 from typing import Any
 
-from benchmarks.cells import Cell
-from benchmarks.harness import number, table
+from benchmarks.harness.cells import Cell
+from benchmarks.harness.tables import number, table
 from benchmarks.paper import complexity_runs as runs
 from benchmarks.paper.complexity_pictures import draw
 from benchmarks.paper.laws import POWER, fits

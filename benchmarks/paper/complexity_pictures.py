@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import harness
+from benchmarks.harness import pictures
 from benchmarks.paper import complexity_runs as runs
 from benchmarks.paper.landscape_pictures import COLORS
 
@@ -22,7 +22,7 @@ def draw(
     found: dict[str, dict[str, Any]], hoods: dict[str, list[list[float]]], titles: dict[str, str]
 ) -> Figure:
     """Evaluations against epsilon in each setting, and where constant steps end."""
-    with harness.style():
+    with pictures.style():
         figure, axes = plt.subplots(2, 2, figsize=(9.6, 8.2), layout="constrained")
         figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)
         for ax, setting, letter in zip(axes[0], runs.WIDTHS, "ab", strict=True):

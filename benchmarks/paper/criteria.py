@@ -10,9 +10,9 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from benchmarks import harness
-from benchmarks.cells import Cell
-from benchmarks.comparison import (
+from benchmarks.harness import pictures
+from benchmarks.harness.cells import Cell
+from benchmarks.harness.comparison import (
     PRINTED,
     TUNING_SEED,
     Plan,
@@ -22,8 +22,8 @@ from benchmarks.comparison import (
     last_losses,
     verdict,
 )
-from benchmarks.harness import number, table
-from benchmarks.minibatch import find_problem
+from benchmarks.harness.minibatch import find_problem
+from benchmarks.harness.tables import number, table
 from benchmarks.paper.page import NO, PARTLY, YES, Report
 from benchmarks.paper.statistics import listed, short
 
@@ -37,10 +37,10 @@ CRITERIA: dict[str, tuple[float, ...]] = {
 }
 AUTOMATIC = "automatic"
 COLORS = {
-    "epochs": harness.COLORS["torch"],
-    "gradient norm": harness.COLORS["other"],
-    "loss": harness.COLORS["ours int8"],
-    AUTOMATIC: harness.COLORS["ours"],
+    "epochs": pictures.COLORS["torch"],
+    "gradient norm": pictures.COLORS["other"],
+    "loss": pictures.COLORS["ours int8"],
+    AUTOMATIC: pictures.COLORS["ours"],
 }
 
 
@@ -48,7 +48,7 @@ COLORS = {
 
 
 def criterion(name: str, value: float, steps_per_epoch: int, epochs: int) -> Any:
-    """A criterion as :func:`benchmarks.minibatch.make_switch` reads it."""
+    """A criterion as :func:`benchmarks.harness.minibatch.make_switch` reads it."""
     if name == "epochs":
         return value * epochs
     if name == "gradient norm":
@@ -196,7 +196,7 @@ def _tried_table(tried: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def _draw_criteria(runs: dict[str, list[Results]]) -> Figure:
-    with harness.style():
+    with pictures.style():
         figure, panel = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
         for name, of in runs.items():
             x, y = curves(of, "epoch", "train_loss")

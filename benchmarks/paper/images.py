@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.cells import Cell
-from benchmarks.comparison import (
+from benchmarks.harness.cells import Cell
+from benchmarks.harness.comparison import (
     BASES,
     FIRST_ORDER,
     METHODS,
@@ -20,8 +20,8 @@ from benchmarks.comparison import (
     methods,
     verdict,
 )
-from benchmarks.comparison_pictures import draw
-from benchmarks.harness import table
+from benchmarks.harness.comparison_pictures import draw
+from benchmarks.harness.tables import table
 from benchmarks.paper.page import NO, PARTLY, YES, Report
 from benchmarks.paper.statistics import short
 

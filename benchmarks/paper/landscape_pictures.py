@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
-from benchmarks import harness
+from benchmarks.harness import pictures
 from benchmarks.paper.landscape_runs import PROBLEMS
 
 COLORS = {
@@ -33,7 +33,7 @@ def draw(
 ) -> Figure:
     """Paths, the loss from one start, the share in a global minimum, and the rate."""
     everyone = {**found, ("L-BFGS", ""): alone}
-    with harness.style():
+    with pictures.style():
         figure, axes = plt.subplots(2, 2, figsize=(9.6, 8.6), layout="constrained")
         paths(axes[0, 0], function, everyone)
         curves(axes[0, 1], everyone)

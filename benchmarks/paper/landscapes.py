@@ -6,8 +6,8 @@ import statistics
 from itertools import product
 from typing import Any
 
-from benchmarks.cells import Cell
-from benchmarks.harness import number, table
+from benchmarks.harness.cells import Cell
+from benchmarks.harness.tables import number, table
 from benchmarks.paper import landscape_runs as runs
 from benchmarks.paper.landscape_pictures import draw
 from benchmarks.paper.page import NO, PARTLY, YES, Report

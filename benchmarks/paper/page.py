@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks import harness, machine
+from benchmarks.harness import machine, saving, tables
 
 YES, PARTLY, NO = "reproduces", "reproduces in part", "does not reproduce"
 VERDICTS = (YES, PARTLY, NO)
@@ -56,7 +56,7 @@ def write_section(
         name: Of the section.
         title: Above it.
         report: Its contents.
-        facts: From :func:`benchmarks.machine.facts`.
+        facts: From :func:`benchmarks.harness.machine.facts`.
         work: The number of cells, and seconds.
     """
     document = {
@@ -69,7 +69,7 @@ def write_section(
         "work": work,
         **report.data,
     }
-    text = json.dumps(harness.plain(document), indent=1)
+    text = json.dumps(saving.plain(document), indent=1)
     (out / f"{name}.json").write_text(_on_one_line(text) + "\n")
     pictures = []
     for suffix, figure in report.figures.items():
@@ -153,7 +153,7 @@ def _conditions(documents: dict[str, dict[str, Any]]) -> str:
     found: dict[str, list[str]] = {}
     for document in documents.values():
         work = document["work"]
-        minutes = harness.number(work["seconds"] / 60, 2)
+        minutes = tables.number(work["seconds"] / 60, 2)
         noted = f"{document['title'].partition(':')[0]} ({work['cells']} runs, {minutes} minutes)"
         facts = {**document["machine"], "share_of_others": None}
         found.setdefault(machine.sentence(facts), []).append(noted)

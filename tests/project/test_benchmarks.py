@@ -15,11 +15,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("sklearn")
 
-from benchmarks import limits
 from benchmarks.cost_kmd import Fit
-from benchmarks.harness import Spread, count, interleaved, number, rewrite, table
-from benchmarks.iteration_lbfgs import optimizers, set_up
-from benchmarks.iteration_limits import (
+from benchmarks.harness import limits
+from benchmarks.harness.iteration_lbfgs import optimizers, set_up
+from benchmarks.harness.iteration_limits import (
     Limit,
     bytes_of_iteration,
     instructions_limit,
@@ -27,8 +26,11 @@ from benchmarks.iteration_limits import (
     ops_limit,
     streams_limit,
 )
+from benchmarks.harness.rounds import Spread, interleaved
+from benchmarks.harness.saving import rewrite
+from benchmarks.harness.tables import count, number, table
+from benchmarks.harness.workloads import Iterations, Quadratic, differences, split
 from benchmarks.per_iteration import Condition, Target
-from benchmarks.workloads import Iterations, Quadratic, differences, split
 
 ROOT = Path(__file__).parents[2]
 SMALL = {

@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("tqdm")
 
-from benchmarks import cells
-from benchmarks.cells import Cell, CellError, fingerprint, run
+from benchmarks.harness import cells
+from benchmarks.harness.cells import Cell, CellError, fingerprint, run
 
 FUNCTION = "tests.project.test_cells:noted"
 

@@ -11,8 +11,9 @@ pytest.importorskip("sklearn")
 
 from matplotlib import pyplot as plt
 
-from benchmarks import comparison, stochastic
-from benchmarks.comparison import METHODS, PRINTED, Outcome, Plan, Sample, verdict
+from benchmarks import stochastic
+from benchmarks.harness import comparison
+from benchmarks.harness.comparison import METHODS, PRINTED, Outcome, Plan, Sample, verdict
 from benchmarks.paper import __main__ as paper
 from benchmarks.paper import criteria, images
 

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from benchmarks import datasets
+from benchmarks.harness import datasets
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from benchmarks import networks
-from benchmarks.minibatch import PROBLEMS, batches, describe, make_switch, make_theta, train
+from benchmarks.harness import networks
+from benchmarks.harness.minibatch import PROBLEMS, batches, describe, make_switch, make_theta, train
 from fuse_ext import AfterSteps, GradNorm, Never
 
 ADAM = {"name": "adam", "lr": 0.01}

@@ -17,7 +17,7 @@ pytest.importorskip("tqdm")
 
 from matplotlib import pyplot as plt
 
-from benchmarks.cells import Cell
+from benchmarks.harness.cells import Cell
 from benchmarks.paper import __main__ as paper
 from benchmarks.paper import landscape_runs, page, statistics
 from benchmarks.paper.laws import fits

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.workloads import Quadratic
+from benchmarks.harness.workloads import Quadratic
 
 FILL = 13  # iterations that fill a history of 10, before the clock runs
 COUNTED = 5

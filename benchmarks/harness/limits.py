@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Spread
+from benchmarks.harness.rounds import Spread
 
 Ways = dict[str, Callable[[], float]]
 STREAMS = (1, 2, 4, 8)

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Spread, number, show_time, table
-from benchmarks.limits import MOST_STREAMS
-from benchmarks.workloads import Quadratic
+from benchmarks.harness.limits import MOST_STREAMS
+from benchmarks.harness.rounds import Spread, show_time
+from benchmarks.harness.tables import number, table
+from benchmarks.harness.workloads import Quadratic
 from fuse_ext.curvature.ring import History
 from fuse_ext.kernels import ops
 from fuse_ext.kernels.bound_ops import AdamNumbers, bind

@@ -11,18 +11,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-from benchmarks import harness
-from benchmarks.comparison import METHODS, Outcome, curves, methods
+from benchmarks.harness import pictures
+from benchmarks.harness.comparison import METHODS, Outcome, curves, methods
 
 STYLES: dict[str, dict[str, Any]] = {
-    "sgd": {"color": harness.COLORS["grey"], "linestyle": ":"},
-    "adam": {"color": harness.COLORS["torch"]},
-    "adam_cosine": {"color": harness.COLORS["ours bf16"], "linestyle": "--"},
-    "adam_sgd": {"color": harness.COLORS["other"], "linestyle": "-."},
-    "torch_1": {"color": harness.COLORS["torch alone"], "linestyle": "--"},
-    "torch_20": {"color": harness.COLORS["ours int8"], "linestyle": "--"},
+    "sgd": {"color": pictures.COLORS["grey"], "linestyle": ":"},
+    "adam": {"color": pictures.COLORS["torch"]},
+    "adam_cosine": {"color": pictures.COLORS["ours bf16"], "linestyle": "--"},
+    "adam_sgd": {"color": pictures.COLORS["other"], "linestyle": "-."},
+    "torch_1": {"color": pictures.COLORS["torch alone"], "linestyle": "--"},
+    "torch_20": {"color": pictures.COLORS["ours int8"], "linestyle": "--"},
     # Wider and below the others, with which it shares the first phase.
-    "fuse_pv": {"color": harness.COLORS["ours"], "linewidth": 3, "zorder": 1.9},
+    "fuse_pv": {"color": pictures.COLORS["ours"], "linewidth": 3, "zorder": 1.9},
 }
 LABELS = {
     "epoch": "epochs",
@@ -43,7 +43,7 @@ def draw(outcomes: list[Outcome], x: str, y: str) -> Figure:
     problems = list(dict.fromkeys(outcome.problem for outcome in outcomes))
     kinds = list(dict.fromkeys(outcome.kind for outcome in outcomes))
     size = (max(4.5, 3.3 * len(problems)), 2.9 * len(kinds) + 0.6)
-    with harness.style():
+    with pictures.style():
         figure, panels = plt.subplots(
             len(kinds), len(problems), figsize=size, layout="constrained", squeeze=False
         )
@@ -98,5 +98,5 @@ def _panel(panel: Axes, outcome: Outcome, x: str, y: str) -> None:
     switches = [run["switch_epoch"] for run in outcome.runs["fuse_pv"]]
     if None not in switches:
         panel.axvline(
-            statistics.fmean(switches), color=harness.COLORS["ours"], linewidth=0.8, linestyle=":"
+            statistics.fmean(switches), color=pictures.COLORS["ours"], linewidth=0.8, linestyle=":"
         )

@@ -13,19 +13,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import fuse_ext
-from benchmarks import limits, peers
-from benchmarks.harness import (
-    Spread,
-    count,
-    interleaved,
-    number,
-    repeated,
-    show_time,
-    table,
-)
-from benchmarks.iteration_limits import BareIteration
-from benchmarks.machine import available_memory
-from benchmarks.workloads import (
+from benchmarks.harness import limits, peers
+from benchmarks.harness.iteration_limits import BareIteration
+from benchmarks.harness.machine import available_memory
+from benchmarks.harness.rounds import Spread, interleaved, repeated, show_time
+from benchmarks.harness.tables import count, number, table
+from benchmarks.harness.workloads import (
     Iterations,
     MakeOptimizer,
     Quadratic,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import fuse_ext
-from benchmarks.workloads import Quadratic, split
+from benchmarks.harness.workloads import Quadratic, split
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 SMALL = 10**4  # of the rehearsal

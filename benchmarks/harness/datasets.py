@@ -40,7 +40,7 @@ TITLES = {
 }
 FOLDER = "FUSE_EXT_DATA"
 # Decompressing takes seconds; every process after the first one reads what is here.
-CACHE = Path(__file__).parent.parent / "build" / "data"
+CACHE = Path(__file__).parents[2] / "build" / "data"
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 

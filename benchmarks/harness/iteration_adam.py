@@ -12,19 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import fuse_ext
-from benchmarks import limits
-from benchmarks.harness import (
-    Spread,
-    clocked,
-    count,
-    interleaved,
-    number,
-    repeated,
-    show_time,
-    table,
-)
-from benchmarks.iteration_limits import bare_adam
-from benchmarks.workloads import split
+from benchmarks.harness import limits
+from benchmarks.harness.iteration_limits import bare_adam
+from benchmarks.harness.rounds import Spread, clocked, interleaved, repeated, show_time
+from benchmarks.harness.tables import count, number, table
+from benchmarks.harness.workloads import split
 
 # Reads p, g, m, v and writes p, m, v, in float32; with m and v in bfloat16.
 BYTES_A_PARAMETER = 28

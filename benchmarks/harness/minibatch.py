@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fuse_ext
-from benchmarks import datasets, networks
+from benchmarks.harness import datasets, networks
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Problem:
     """A data set, a network for it and a budget.
 
     Attributes:
-        dataset: Of :mod:`benchmarks.datasets`.
-        network: Of :mod:`benchmarks.networks`.
+        dataset: Of :mod:`benchmarks.harness.datasets`.
+        network: Of :mod:`benchmarks.harness.networks`.
         batch: Images in a batch.
         epochs: Budget.
         images: Only the first so many; None for all.
@@ -240,7 +240,7 @@ def train(
         until: Goes on after ``epochs`` until these are reached too: "evaluations" and
             "cpu_seconds"; what the run was worth when each was is recorded in ``reached``.
         held_out: A tenth of the training images takes the place of the test images: for tuning.
-        data_root: As in :func:`benchmarks.datasets.load`.
+        data_root: As in :func:`benchmarks.harness.datasets.load`.
 
     Returns:
         Lists with an entry before the first step and one after every epoch: "epoch",

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.cells import Cell
-from benchmarks.harness import number
+from benchmarks.harness.cells import Cell
+from benchmarks.harness.tables import number
 
 Results = dict[str, Any]
 
@@ -62,7 +62,7 @@ class Plan:
 
     Attributes:
         quick: Two seeds and two learning rates, on a few hundred digits.
-        data_root: As in :func:`benchmarks.datasets.load`.
+        data_root: As in :func:`benchmarks.harness.datasets.load`.
     """
 
     quick: bool = False
@@ -98,12 +98,12 @@ class Plan:
     def describe(self, problem: str) -> Cell:
         """The cell that finds the data, before all others of a problem."""
         options = {"problem": problem, "quick": self.quick, "data_root": self.data_root}
-        return Cell(f"minibatch/{problem}/data", "benchmarks.minibatch:describe", options)
+        return Cell(f"minibatch/{problem}/data", "benchmarks.harness.minibatch:describe", options)
 
     def cell(
         self, problem: str, name: str, optimizer: dict[str, Any], seed: int, **options: Any
     ) -> Cell:
-        """A run of :func:`benchmarks.minibatch.train`."""
+        """A run of :func:`benchmarks.harness.minibatch.train`."""
         options = {
             "problem": problem,
             "optimizer": optimizer,
@@ -113,7 +113,7 @@ class Plan:
             **options,
         }
         key = f"minibatch/{problem}/{name}/{seed}"
-        return Cell(key, "benchmarks.minibatch:train", options)
+        return Cell(key, "benchmarks.harness.minibatch:train", options)
 
 
 def methods(kind: str) -> list[str]:
@@ -122,7 +122,7 @@ def methods(kind: str) -> list[str]:
 
 
 def baseline(method: str, rates: dict[str, float], switch_step: int) -> dict[str, Any]:
-    """A description for :func:`benchmarks.minibatch.train`.
+    """A description for :func:`benchmarks.harness.minibatch.train`.
 
     Args:
         method: A key of ``METHODS``, not FusePV's.
@@ -309,7 +309,7 @@ class Outcome:
     Attributes:
         problem: A key of ``PROBLEMS``.
         kind: "printed" or "tuned".
-        about: From :func:`benchmarks.minibatch.describe`.
+        about: From :func:`benchmarks.harness.minibatch.describe`.
         rates: Learning rates by method.
         runs: By method, one a seed.
     """
