@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fuse_ext import FusePV
+from fuse_ext import Adam, FusePV
 
 BACKENDS = ("native", "reference")
 # Counts of attempts, which a step that was not taken may raise.
@@ -77,6 +77,23 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for entry in value.values():
             yield from tensors(entry)
+
+
+class Trace:
+    """What Adam alone sees, step by step: the criteria judged from outside."""
+
+    def __init__(self, steps: int = 300, maximize: bool = False, **options: Any) -> None:
+        fit = Fit(Adam, maximize=maximize, **options)
+        self.losses, self.norms, self.points = [], [], []
+        for _ in range(steps):
+            self.losses.append(fit.sign * fit.step()[0])
+            grads = [p.grad for p in fit.params]
+            self.norms.append(sum(g.double().square().sum().item() for g in grads))
+            self.points.append(fit.flat)
+
+    def first(self, holds: Callable[[int], bool]) -> int:
+        """The first step (from 1) at which a condition holds."""
+        return next(k for k in range(1, len(self.losses) + 1) if holds(k))
 
 
 def bytes_in(optimizer: torch.optim.Optimizer) -> int:

@@ -45,7 +45,7 @@ def check_adam_step(backend: str, tensors: Tensors, arguments: dict[str, Any]) -
     In T, the state's dtype (float32 for moments in bfloat16), each of a dozen operations and
     coefficients is off by one roundoff u of its result; m = b1 m + (1 - b1) g may cancel, so its
     error is relative to |m| + |g|, and so is the step's. 16 u leave a little room. Averages in
-    bfloat16 are rounded up or down: by less than 2^-7. (test_bf16_moments.py looks closer.)
+    bfloat16 are rounded up or down: by less than 2^-7. (test_stochastic.py looks closer.)
     """
     kept = arguments["exp_avg"].dtype
     state_dtype, unit = (F32, 2.0**-7) if kept == BF16 else (kept, 0.0)
