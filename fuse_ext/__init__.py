@@ -12,6 +12,7 @@ _require()
 from fuse_ext import _C  # noqa: E402
 from fuse_ext._version import __version__  # noqa: E402
 from fuse_ext.optim.adam import Adam  # noqa: E402
+from fuse_ext.optim.estimate_memory import estimate_memory  # noqa: E402
 from fuse_ext.optim.fuse import CosineTheta, Fuse, LinearTheta  # noqa: E402
 from fuse_ext.optim.fuse_pv import FusePV  # noqa: E402
 from fuse_ext.optim.lbfgs import LBFGS  # noqa: E402
@@ -21,7 +22,6 @@ from fuse_ext.switch.known_optimum import LossGap, NearSolution  # noqa: E402
 from fuse_ext.switch.plateau import LossPlateau  # noqa: E402
 from fuse_ext.switch.steps import AfterEpochs, AfterSteps, AtOnce, Never, WarmUp  # noqa: E402
 from fuse_ext.switch.when import When  # noqa: E402
-from fuse_ext.tell.memory import estimate_memory  # noqa: E402
 from fuse_ext.tell.report import Report  # noqa: E402
 
 __all__ = [

@@ -16,11 +16,12 @@ from torch import Tensor
 from fuse_ext.kernels import ops as kernels
 from fuse_ext.kernels import scalars as ring
 from fuse_ext.kernels.bound_ops import BoundOps, bind
+from fuse_ext.kernels.fixed_step import PLACES
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.kernels.reference.memory import SCALE_BLOCK
 from fuse_ext.kernels.scalars import Header
 from fuse_ext.vector.flat import MOST_PARTS, FlatParams, Part, memory_order
-from fuse_ext.vector.measures import GradStats
+from fuse_ext.vector.gradients import GradStats
 
 # Rows are padded to an odd number of these, so that rows start on cache lines and no two rows
 # that stream together fall on the same cache sets.
@@ -317,4 +318,52 @@ class History:
             theta,
             step,
             history_scale=self.scales,
+        )
+
+
+def check_ring_state(entry: dict[str, Any], slots: int, flat: FlatParams) -> None:
+    """Raises ValueError unless a state entry holds a history of these parameters."""
+    numel = flat.numel
+    shapes: dict[str, Any] = {
+        "history": (2, slots, numel),
+        "scalars": (ring.layout(slots)["size"],),
+    }
+    history, scalars = entry.get("history"), entry.get("scalars")
+    older = (ring.layout(slots)["size_without_sets"],)
+    if isinstance(scalars, Tensor) and tuple(scalars.shape) == older:
+        shapes["scalars"] = older  # History completes them
+    if isinstance(history, Tensor) and history.element_size() < 4:
+        shapes["grad_prev"] = (numel,)
+    if "control" in entry:  # with capturable=True
+        shapes |= {"grad_prev": (numel,), "control": (len(PLACES),)}
+    if isinstance(history, Tensor) and history.dtype == torch.int8:
+        shapes["history_scale"] = (2, slots, -(-numel // SCALE_BLOCK))
+    for name, expected in shapes.items():
+        if not isinstance(entry.get(name), Tensor):
+            raise ValueError(
+                f"state_dict is not of fuse_ext's L-BFGS: it has no tensor {name!r}, "
+                f"only {sorted(map(str, entry))}"
+            )
+        shape = tuple(entry[name].shape)
+        if shape != expected:
+            raise ValueError(
+                f"state_dict does not fit: {name} has shape {shape}, expected {expected} "
+                f"(history_size={slots - 1}, {numel} parameters)"
+            )
+    ours, theirs = memory_order(flat), entry.get("strides", [])
+    if ours != theirs:
+        raise ValueError(
+            f"state_dict does not fit: its parameters had strides {theirs or 'in row-major order'},"
+            f" these have {ours or 'in row-major order'}; load it before a change of memory format"
+        )
+    sets, which = entry.get("sets", [[]]), entry.get("set", 0)
+    known = range(len(flat.params))
+    if not (
+        isinstance(sets, list)
+        and all(isinstance(absent, list) and set(absent) <= set(known) for absent in sets)
+        and which in range(max(len(sets), 1))
+    ):
+        raise ValueError(
+            f"state_dict does not fit: sets={sets!r} and set={which!r} name no parameters among "
+            f"{len(flat.params)}"
         )

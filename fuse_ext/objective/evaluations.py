@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from fuse_ext.checks import check_loss
-from fuse_ext.curvature.ring import History
+from fuse_ext.curvature.protocol import InverseHessian
 from fuse_ext.kernels.hooks import with_grad
 from fuse_ext.kernels.ops import Ops
-from fuse_ext.objective.step_options import LbfgsOptions
+from fuse_ext.objective.step_options import StepOptions
 from fuse_ext.search.noise import Precision
 from fuse_ext.search.one_function import OneFunction, Values
 from fuse_ext.vector.flat import Closure, FlatParams, Part
-from fuse_ext.vector.measures import GradStats
+from fuse_ext.vector.gradients import GradStats
 
 # What the state entry holds of all this, besides the counters.
 EVALUATION_NAMES = ("pair_step", "settled", *OneFunction.NAMES)
@@ -80,17 +80,17 @@ class Evaluations:
         history: Where the gradient's norms are taken.
     """
 
-    def __init__(self, flat: FlatParams, entry: dict[str, Any], history: History) -> None:
+    def __init__(self, flat: FlatParams, entry: dict[str, Any], history: InverseHessian) -> None:
         self.flat, self._entry, self.history = flat, entry, history
         self.precision = Precision(entry, torch.finfo(flat.dtype).eps)
         self.function = OneFunction(entry)
         entry.setdefault("pair_step", None)
         entry.setdefault("settled", "")
-        self._left = 0  # evaluations that the step under way may still make
+        self.left = 0  # evaluations that the step under way may still make
         self._memory: Memory | None = None
         # Where the last step has led, on which objective.
         self._arrived: Any = None
-        self._settled_with: LbfgsOptions | None = None
+        self._settled_with: StepOptions | None = None
 
     def outdated(self, state: dict[Any, Any]) -> bool:
         """Whether the user has cleared or replaced ``Optimizer.state``."""
@@ -98,26 +98,26 @@ class Evaluations:
 
     def grant(self, evaluations: int) -> None:
         """How many evaluations a step may make; where it begins is the first."""
-        self._left = evaluations - 1
+        self.left = evaluations - 1
 
     @property
     def has_budget(self) -> bool:
         """Whether the step under way may evaluate once more."""
-        return self._left > 0
+        return self.left > 0
 
-    def evaluate(self, closure: Closure, options: LbfgsOptions, along_direction: bool) -> Point:
+    def evaluate(self, closure: Closure, options: StepOptions, along_direction: bool) -> Point:
         """Calls the closure where the parameters stand."""
-        self._left -= 1
+        self.left -= 1
         return self._call(closure, options, along_direction)
 
-    def _call(self, closure: Closure, options: LbfgsOptions, along_direction: bool) -> Point:
+    def _call(self, closure: Closure, options: StepOptions, along_direction: bool) -> Point:
         loss = with_grad(closure)
         self._entry["func_evals"] += 1
         self.precision.spend()
         check_loss(loss, options.needs_loss)
         return self._point(loss, options, along_direction)
 
-    def _point(self, loss: Any, options: LbfgsOptions, along_direction: bool) -> Point:
+    def _point(self, loss: Any, options: StepOptions, along_direction: bool) -> Point:
         part, grads = self.flat.gradients(options.freezing)
         of = self.history.part if along_direction else part
         if of.absent != part.absent:
@@ -145,7 +145,7 @@ class Evaluations:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in part.params]
         return part.reals([grad.resolve_neg() for grad in grads])
 
-    def start(self, closure: Closure | None, options: LbfgsOptions, evaluated: Any = None) -> Point:
+    def start(self, closure: Closure | None, options: StepOptions, evaluated: Any = None) -> Point:
         """The point where the step begins: evaluated, remembered, or gradients at hand.
 
         ``evaluated`` is the loss of gradients that the closure has just made there.
@@ -176,7 +176,7 @@ class Evaluations:
             self._compare(point, options)
         return point
 
-    def _compare(self, point: Point, options: LbfgsOptions) -> None:
+    def _compare(self, point: Point, options: StepOptions) -> None:
         """Holds where a step begins against where the last one ended."""
         ask = self.function.compare if options.deterministic else self.function.meet
         same = ask(point.values, point.part.absent, self.precision.noise)
@@ -188,11 +188,11 @@ class Evaluations:
             self._entry["settled"] = ""
         self.precision.begin(point.value)
 
-    def is_one_function(self, options: LbfgsOptions) -> bool:
+    def is_one_function(self, options: StepOptions) -> bool:
         """Whether two calls of the closure may be compared: promised or, with a search, seen."""
         return options.deterministic or (options.line_search is not None and self.function.known)
 
-    def settle_at(self, point: Point, options: LbfgsOptions, reason: str) -> None:
+    def settle_at(self, point: Point, options: StepOptions, reason: str) -> None:
         """Nothing can be done from this point, where the parameters stand, on this function.
 
         From now on a step is one call of the closure, as long as that gives what it gave here.
@@ -203,7 +203,7 @@ class Evaluations:
             self._entry["settled"] = reason
             self._settled_with = options
 
-    def stay_settled(self, options: LbfgsOptions) -> None:
+    def stay_settled(self, options: StepOptions) -> None:
         """It goes for these options, which a checkpoint does not say."""
         self._settled_with = options
 
@@ -213,17 +213,17 @@ class Evaluations:
         reason: str = self._entry["settled"]
         return reason
 
-    def _moved_since(self, options: LbfgsOptions) -> bool:
+    def _moved_since(self, options: StepOptions) -> bool:
         """Whether x or the objective changed by more than the last step."""
         here = (self.flat.places(), options.objective)
         return self._arrived is not None and self._arrived != here
 
-    def note_return(self, options: LbfgsOptions) -> None:
+    def note_return(self, options: StepOptions) -> None:
         """A step that could not be completed has put the parameters back to where it began."""
         if self._arrived is not None:
             self._arrived = (self.flat.places(), options.objective)
 
-    def note_arrival(self, point: Point | None, options: LbfgsOptions) -> None:
+    def note_arrival(self, point: Point | None, options: StepOptions) -> None:
         """At the end of a step: notes where it has led, and what is known of that point."""
         self._arrived = (self.flat.places(), options.objective)
         self.precision.end_step(math.nan if point is None else point.value)
@@ -240,6 +240,14 @@ class Evaluations:
         """Whether a step was taken whose second gradient is not known."""
         return self._entry["pair_step"] is not None
 
+    def forget_point(self) -> None:
+        """What is remembered of where the parameters stand is given up."""
+        self._memory = None
+
+    def stands_where_it_arrived(self) -> bool:
+        """Whether nobody has moved the parameters since the last step."""
+        return self._arrived is not None and self._arrived[0] == self.flat.places()
+
     def begin_batch(self, batch_id: int | str | None) -> None:
         """Gives up what is of another batch: a pair in waiting, an evaluation remembered."""
         if self._entry.get("batch_id") != batch_id:
@@ -255,7 +263,7 @@ class Evaluations:
         self._entry["pair_step"] = None
 
 
-def compares(options: LbfgsOptions) -> bool:
+def compares(options: StepOptions) -> bool:
     """Whether steps are compared with each other; a fixed step goes on as torch's does."""
     return options.deterministic or options.line_search is not None
 
@@ -265,7 +273,7 @@ NO_GRADIENT = GradStats(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def effective_gradient(
-    flat: FlatParams, ops: Ops, options: LbfgsOptions, part: Part, grads: list[Tensor], out: Tensor
+    flat: FlatParams, ops: Ops, options: StepOptions, part: Part, grads: list[Tensor], out: Tensor
 ) -> Tensor:
     """The gradient of what is minimised, sign and L2 penalty included, as one flat vector.
 
@@ -288,3 +296,17 @@ def effective_gradient(
 
 def _version(grad: Tensor | None) -> int:
     return -1 if grad is None else grad._version
+
+
+def check_evaluation_state(entry: dict[str, Any]) -> None:
+    """Raises ValueError for a state entry whose last evaluation or pair in waiting is none."""
+    arrival = entry.get("arrival", [])
+    if not (
+        isinstance(arrival, list)
+        and len(arrival) in (0, len(Values._fields))
+        and all(isinstance(value, float) for value in arrival)
+    ):
+        raise ValueError(f"state_dict does not fit: arrival is {arrival!r}")
+    pair_step = entry.get("pair_step")
+    if not (pair_step is None or isinstance(pair_step, float)):
+        raise ValueError(f"state_dict does not fit: pair_step is {pair_step!r}, not a float")

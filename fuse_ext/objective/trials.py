@@ -1,4 +1,4 @@
-"""Trials along a direction: what a line search asks of the objective, and the way back."""
+"""Trials along a direction: the first one, what a line search asks, and the way back."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse_ext.curvature.ring import History
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.kernels.scalars import Header
 from fuse_ext.objective.evaluations import Evaluations, Point
-from fuse_ext.objective.step_options import LbfgsOptions
+from fuse_ext.objective.step_options import MAX_LINE_SEARCH_EVALUATIONS, StepOptions
 from fuse_ext.search import make_line_search
 from fuse_ext.search.approximate_wolfe import ApproximateWolfe
 from fuse_ext.search.line_search import LineSearch, LineSearchResult
-from fuse_ext.tell.report import Progress
-from fuse_ext.vector.flat import Closure, FlatParams
+from fuse_ext.vector.flat import Closure
 
-# Trials of one line search at most, as in torch.optim.LBFGS.
-MAX_LINE_SEARCH_EVALUATIONS = 25
 # Line searches that ended so have done what was asked, though the loss may show no decrease. One
 # that fell back on a step without decrease would do so for ever.
 PASSED = ("wolfe", "approximate_wolfe")
+# Searches that ended so have not failed for rounding.
+NOT_ROUNDING = ("slopes_disagree", "non_finite")
+# Each time that not even -g leads anywhere the first trial is cut by this factor.
+CUT = 0.1
 
 
-class Searching(Evaluations):
-    """Moves the parameters along the direction in the history and evaluates there.
+class Trials:
+    """Moves the parameters along the direction and evaluates there.
 
     Args:
-        flat: The parameters.
+        objective: Where they are evaluated.
         ops: Kernels to use.
-        entry: The optimizer's state entry.
-        history: Holds the direction.
+        entry: The optimizer's state entry: ``non_finite`` counts, and ``cuts`` says how often the
+            first trial along -g has been cut.
     """
 
-    def __init__(self, flat: FlatParams, ops: Ops, entry: dict[str, Any], history: History) -> None:
-        super().__init__(flat, entry, history)
-        self.ops = ops
-        self.progress = Progress(reason=entry["settled"] or Progress.reason)
+    def __init__(self, objective: Evaluations, ops: Ops, entry: dict[str, Any]) -> None:
+        self.objective = objective
+        self._flat, self._history = objective.flat, objective.history
+        self._ops, self._entry = ops, entry
         self._origin: Tensor | None = None
         self._best_grads: Tensor | None = None
         self._searches: dict[tuple[str, int], LineSearch] = {}
@@ -53,17 +53,31 @@ class Searching(Evaluations):
     def origin(self) -> Tensor:
         """Scratch for the point that a step starts from."""
         if self._origin is None:
-            self._origin = self.new_vector()
+            self._origin = self._flat.new_vector()
         return self._origin
 
-    def new_vector(self) -> Tensor:
-        """A vector of zeros as long as the flat state."""
-        return torch.zeros(self.flat.numel, dtype=self.flat.dtype, device=self.flat.device)
+    def first_trial(self, header: Header, point: Point, options: StepOptions) -> float:
+        """lr, cut to a visible step of 1-norm about lr while nothing is known of the curvature."""
+        if header.usable > 0 or point.stats.abs_sum == 0.0:
+            self._entry["cuts"] = 0
+            return options.lr
+        visible = self.objective.precision.visible_step(
+            self._largest_parameter(),
+            point.stats.abs_max,
+            point.stats.square,
+            None if options.line_search is None else point.value,
+        )
+        step = max(min(1.0, 1.0 / point.stats.abs_sum), visible)
+        return step * CUT ** self._entry["cuts"] * options.lr
+
+    def _largest_parameter(self) -> float:
+        """max |x| of the parameters that take part."""
+        return self._flat.measures.largest(self._history.part.params)
 
     def search(
         self,
         closure: Closure,
-        options: LbfgsOptions,
+        options: StepOptions,
         point: Point,
         header: Header,
         step: float,
@@ -81,16 +95,16 @@ class Searching(Evaluations):
         save = not moved
         self._shortest = math.inf
         while True:
-            search = self._search(str(options.line_search), self._left)
+            search = self._search(str(options.line_search), self.objective.left)
             trial: float | None = search.start(point.value, header.direction_dot_grad, step)
             at, best = point, point
             try:
                 while trial is not None:
                     if not (moved and trial == step):
-                        self.history.move(origin, trial, save)
+                        self._history.move(origin, trial, save)
                     save = moved = False
                     self._shortest = min(self._shortest, trial)
-                    at = self.evaluate(closure, options, True)
+                    at = self.objective.evaluate(closure, options, True)
                     self._entry["non_finite"] += not at.finite
                     trial = search.tell(at.value if at.finite else math.inf, at.stats.slope)
                     if search.best_changed:
@@ -99,20 +113,19 @@ class Searching(Evaluations):
                     if trial is not None:
                         at.grads.clear()
             except BaseException:
-                self._go_back(origin)
+                self.undo()
                 raise
             result = search.result
             if (
                 self.lowers(result, point, options)
                 or not self._learns_noise(search)
-                or self._left <= 0
+                or self.objective.left <= 0
             ):
                 break
             at.grads.clear()
-        self.progress.line_search = result.reason
         return result, at, best
 
-    def lowers(self, result: LineSearchResult, point: Point, options: LbfgsOptions) -> bool:
+    def lowers(self, result: LineSearchResult, point: Point, options: StepOptions) -> bool:
         """Whether a search from the point has found a step that is worth taking.
 
         Losses that noise has made higher must not add up: on one function none is accepted that is
@@ -122,47 +135,68 @@ class Searching(Evaluations):
             return True
         if result.reason not in PASSED:
             return False
-        return not self.is_one_function(options) or self.precision.is_low(result.loss)
+        return not self.objective.is_one_function(options) or self.objective.precision.is_low(
+            result.loss
+        )
 
     def _learns_noise(self, search: LineSearch) -> bool:
         """Whether noise may explain the failure of a search that can live with it."""
-        return isinstance(search, ApproximateWolfe) and self.precision.learn(search.noise_needed)
+        return isinstance(search, ApproximateWolfe) and self.objective.precision.learn(
+            search.noise_needed
+        )
 
     def _save_grads(self, grads: list[Tensor]) -> None:
         if self._best_grads is None:
-            self._best_grads = self.new_vector()
-        part = self.history.part
-        self.ops.grad_gather(part.reals(part.params), grads, part.offsets, self._best_grads)
+            self._best_grads = self._flat.new_vector()
+        part = self._history.part
+        self._ops.grad_gather(part.reals(part.params), grads, part.offsets, self._best_grads)
 
-    def _return_to(self, best: Point, options: LbfgsOptions) -> Point:
+    def return_to(self, best: Point, options: StepOptions) -> Point:
         """Gradients and losses of an earlier trial, where the parameters are again."""
         assert self._best_grads is not None
-        part = self.history.part
-        found, grads = self.flat.gradients(options.freezing)
+        part = self._history.part
+        found, grads = self._flat.gradients(options.freezing)
         if found.absent != part.absent:  # the caller evaluates again
             return best._replace(part=found)
-        self.ops.grad_scatter(part.reals(part.params), grads, part.offsets, self._best_grads)
+        self._ops.grad_scatter(part.reals(part.params), grads, part.offsets, self._best_grads)
         return best._replace(grads=grads)
 
     def undo(self) -> None:
-        """Takes the last step back."""
-        self._go_back(self.origin())
-
-    def _go_back(self, origin: Tensor) -> None:
-        """Undoes the step under way."""
-        self.history.move(origin, 0.0, save=False)
-        self.drop_pair()
-        self._memory = None
+        """Takes the step under way, or the last one, back."""
+        self._history.move(self.origin(), 0.0, save=False)
+        self.objective.drop_pair()
+        self.objective.forget_point()
 
     def _search(self, name: str, budget: int) -> LineSearch:
         key = (name, min(MAX_LINE_SEARCH_EVALUATIONS, budget))
         if key not in self._searches:
             # What rounding hides of a loss, in units of the loss: below it there is no descent to
             # find, only evaluations to waste.
-            noise = torch.finfo(self.flat.dtype).eps
+            noise = torch.finfo(self._flat.dtype).eps
             search = make_line_search(key[0], max_evaluations=key[1], loss_eps=noise)
             assert search is not None
             self._searches[key] = search
         if name == "approximate_wolfe":
-            self._searches[key].loss_eps = self.precision.noise
+            self._searches[key].loss_eps = self.objective.precision.noise
         return self._searches[key]
+
+    def is_final(self, point: Point, header: Header, ended: str) -> bool:
+        """Whether rounding is why not even the shortest visible step along -g lowers the loss.
+
+        It is where one rounding of the parameters should change the loss by less than its noise,
+        or where a sum of squares has no digits left. (Slopes that contradict a loss with digits,
+        and trials that are not finite, say nothing of rounding.)
+
+        ``ended``: why the last search did.
+        """
+        if self.objective.precision.without_digits(point.value):
+            return True
+        if ended in NOT_ROUNDING:
+            return False
+        visible = (
+            torch.finfo(self._flat.dtype).eps * self._largest_parameter() / header.direction_max
+        )
+        decrease = -visible * header.direction_dot_grad
+        return self._shortest <= visible and decrease <= self.objective.precision.noise * abs(
+            point.value
+        )

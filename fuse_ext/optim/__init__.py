@@ -1,1 +1,6 @@
-"""What a user constructs."""
+"""Floor 5: what a user constructs.
+
+FusePV (``fuse_pv``, Algorithm 4), Fuse (``fuse``, Algorithm 3), LBFGS and Adam (``lbfgs``,
+``adam``) on one base (``flat_optimizer``, torch.optim's contract over a flat state); the table of
+their options (``options``), and what they will hold (``estimate_memory``). May touch every room.
+"""

@@ -7,28 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse_ext.checks import check_betas, check_number
-from fuse_ext.curvature.captured_adam import make_adam
-from fuse_ext.curvature.moments import (
-    AdamEngine,
-    check_adam_state,
-    check_moment_dtype,
-    check_moments_fit,
-)
+from fuse_ext.curvature.moments import Moments, check_adam_state
 from fuse_ext.kernels.hooks import with_grad, without_grad
 from fuse_ext.optim.flat_optimizer import FlatOptimizer
-from fuse_ext.vector.flat import Closure, FlatParams, ParamGroup
-
-
-def check_adam_group(group: ParamGroup) -> None:
-    """Raises for an Adam option out of range."""
-    check_number("lr", group["lr"], 0.0)
-    group["betas"] = check_betas(group["betas"])
-    check_number("eps", group["eps"], 0.0)
-    check_number("weight_decay", group["weight_decay"], 0.0)
-    check_moment_dtype(group.get("moment_dtype"))
-    if group.get("differentiable"):
-        raise ValueError("differentiable=True is not supported: the step is one fused kernel")
+from fuse_ext.optim.options import ADAM_TABLE
+from fuse_ext.phase.adam import make_moments
+from fuse_ext.vector.flat import Closure
 
 
 class Adam(FlatOptimizer):
@@ -91,8 +75,7 @@ class Adam(FlatOptimizer):
         Kingma and Ba, Adam: A method for stochastic optimization, ICLR 2015. FUSE, Eq. 2.
     """
 
-    _shared_options = ("capturable", "moment_dtype")
-    _required_options = ("lr", "betas")
+    _table = ADAM_TABLE
     # GradScaler then leaves unscaling to the kernel.
     _step_supports_amp_scaling = True
 
@@ -115,33 +98,12 @@ class Adam(FlatOptimizer):
         moment_dtype: torch.dtype | None = None,
         backend: str = "auto",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "eps_inside_root": eps_inside_root,
-            "moment_dtype": moment_dtype,
-        }
-        check_adam_group(defaults)
+        defaults = self._table.defaults(locals())
+        self._table.check(defaults)
         if fused and foreach:
             raise RuntimeError("fused=True and foreach=True exclude each other")
-        self._engine: AdamEngine | None = None
+        self._phase: Moments | None = None
         super().__init__(params, defaults, backend)
-
-    @staticmethod
-    def _check_group(group: ParamGroup) -> None:
-        check_adam_group(group)
-
-    def _check_layout(self, flat: FlatParams) -> None:
-        check_moments_fit(self.param_groups[0]["moment_dtype"], flat.params)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         keys = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -159,10 +121,10 @@ class Adam(FlatOptimizer):
                 )
 
     def _adopt_state(self) -> None:
-        self._engine = self._make_engine() if self.state else None
+        self._phase = self._make_phase() if self.state else None
 
-    def _make_engine(self) -> AdamEngine:
-        return make_adam(self.flat, self._ops, self.state, self.param_groups)
+    def _make_phase(self) -> Moments:
+        return make_moments(self.flat, self._ops, self.state, self.param_groups)
 
     @without_grad
     def step(self, closure: Closure | None = None) -> Any:
@@ -177,14 +139,14 @@ class Adam(FlatOptimizer):
         loss = None
         if closure is not None:
             loss = with_grad(closure)
-        engine = self._engine
-        if engine is None or engine.outdated(self.state):
+        phase = self._phase
+        if phase is None or phase.outdated(self.state):
             self._renew_layout()
             self._check_fused()
             check_adam_state(self.state, self.flat.params, self.flat.params, "state")
-            engine = self._engine = self._make_engine()
+            phase = self._phase = self._make_phase()
         # GradScaler sets these two around the call.
-        engine.step(
+        phase.step(
             self.param_groups,
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
@@ -197,4 +159,4 @@ class Adam(FlatOptimizer):
 
         It is read from the device.
         """
-        return self._engine.grad_norm_sq if self._engine else 0.0
+        return self._phase.grad_norm_sq if self._phase else 0.0

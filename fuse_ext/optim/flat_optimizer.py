@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -9,11 +10,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fuse_ext.curvature.moments import check_moments_fit
 from fuse_ext.kernels import hooks, ops
+from fuse_ext.objective.step_options import default_evaluations
+from fuse_ext.optim.options import Table
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
 
-class FlatOptimizer(Optimizer):
+class FlatOptimizer(Optimizer, ABC):
     """What our optimizers share: flat state, its checkpoints, and the choice of kernels.
 
     Subclasses keep their tensors in ``self.state`` as usual, usually as views of flat buffers,
@@ -21,12 +25,7 @@ class FlatOptimizer(Optimizer):
     and ``copy.deepcopy`` work as for any torch optimizer, and bit for bit.
     """
 
-    # Options that hold for all groups together; they must agree.
-    _shared_options: ClassVar[tuple[str, ...]] = ()
-    # Options that say how this process runs; one that a state_dict was saved with does not count.
-    _own_options: ClassVar[tuple[str, ...]] = ("capturable", "moment_dtype")
-    # Options without which a state_dict's group is not of this kind of optimizer.
-    _required_options: ClassVar[tuple[str, ...]] = ("lr",)
+    _table: ClassVar[Table]
 
     # torch calls it on ``step`` when the first object of a class is made.
     profile_hook_step = staticmethod(hooks.noticed)
@@ -44,31 +43,13 @@ class FlatOptimizer(Optimizer):
     def _renew_layout(self) -> None:
         """Lays the parameters out as they are now; state made for another layout is void then."""
         flat = FlatParams(self.param_groups)
-        self._check_layout(flat)
+        check_moments_fit(self.param_groups[0].get("moment_dtype"), flat.params)
         self._flat = flat
         self._ops = ops.select(self._backend, self._flat.device)
 
-    @staticmethod
-    def _check_group(group: ParamGroup) -> None:
-        """Raises ValueError or TypeError for an option out of range."""
-        raise NotImplementedError
-
-    def _check_layout(self, flat: FlatParams) -> None:
-        """Raises ValueError for options that do not go with these parameters."""
-        return None
-
     def _check_groups(self, groups: list[ParamGroup]) -> None:
         """Raises ValueError or TypeError unless these could be this optimizer's groups."""
-        for group in groups:
-            self._check_group(group)
-        first = groups[0]
-        for name in self._shared_options:
-            for i, group in enumerate(groups):
-                if group[name] != first[name]:
-                    raise ValueError(
-                        f"{name} must be the same in all parameter groups, got {first[name]!r} in "
-                        f"group 0 and {group[name]!r} in group {i}"
-                    )
+        self._table.check_groups(groups)
 
     @property
     def flat(self) -> FlatParams:
@@ -76,9 +57,24 @@ class FlatOptimizer(Optimizer):
         assert self._flat is not None
         return self._flat
 
+    @property
+    def _entry(self) -> dict[str, Any]:
+        """The state that belongs to all parameters lies with the first, as torch's LBFGS does."""
+        entry: dict[str, Any] = self.state[self.flat.params[0]]
+        return entry
+
     def _own_group(self, param_group: ParamGroup) -> ParamGroup:
-        """A copy of the caller's group, who may use it for another optimizer too."""
-        return own_group(param_group)
+        """A copy of the caller's group, who may use it for another optimizer too.
+
+        State of the optimizer that it comes from, if it comes from one, stays behind.
+        """
+        group = own_group(param_group)
+        for option in self._table.options:
+            if option.state:
+                group.pop(option.name, None)
+                if option.shared and self.__dict__.get("_flat") is not None:
+                    group[option.name] = self.param_groups[0][option.name]
+        return group
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the new parameters' state starts empty, the others' stays.
@@ -88,6 +84,7 @@ class FlatOptimizer(Optimizer):
         """
         if isinstance(param_group, dict):  # of anything else torch says what it thinks
             param_group = self._own_group(param_group)
+        self._settle()
         super().add_param_group(param_group)
         _drop_repeats(param_group)
         if self.__dict__.get("_flat") is None:
@@ -100,9 +97,9 @@ class FlatOptimizer(Optimizer):
             raise
         self._adopt_state()
 
+    @abstractmethod
     def _adopt_state(self) -> None:
         """Rebuilds flat buffers from ``self.state``."""
-        raise NotImplementedError
 
     def _settle(self) -> None:
         """Writes into ``self.state`` what is counted on the device alone."""
@@ -113,9 +110,9 @@ class FlatOptimizer(Optimizer):
         self._settle()
         return super().state_dict()
 
+    @abstractmethod
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises ValueError, naming the entry, for a state that is not of this optimizer."""
-        raise NotImplementedError
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, but the state keeps its own dtype and nothing changes if it does not fit.
@@ -143,10 +140,6 @@ class FlatOptimizer(Optimizer):
             handle.remove()
             self._incoming = None
 
-    def _renewed_group(self, group: ParamGroup) -> ParamGroup:
-        """A group of a checkpoint, perhaps an older one, with options as they are now."""
-        return group
-
     def _check_incoming_groups(self, state_dict: dict[str, Any]) -> None:
         for key, kind in (("state", dict), ("param_groups", list)):
             if key not in state_dict:
@@ -158,7 +151,7 @@ class FlatOptimizer(Optimizer):
                 )
         groups = state_dict["param_groups"]
         for i, group in enumerate(groups):
-            for name in ("params", *self._required_options):
+            for name in ("params", *self._table.required):
                 if name not in group:
                     raise ValueError(
                         f"state_dict is not of {type(self).__name__}: param_groups[{i}] has no "
@@ -170,9 +163,11 @@ class FlatOptimizer(Optimizer):
             raise ValueError(
                 f"state_dict has parameter groups of {theirs} tensors, the optimizer of {ours}"
             )
-        kept = [name for name in self._own_options if name in self.defaults]
         groups = [
-            {**self._renewed_group(group), **{name: own[name] for name in kept}}
+            {
+                **with_possible_max_eval(group),
+                **{name: own[name] for name in self._table.of_process},
+            }
             for group, own in zip(groups, self.param_groups, strict=True)
         ]
         state_dict["param_groups"] = groups
@@ -206,6 +201,18 @@ class FlatOptimizer(Optimizer):
                     self.state[param] = _map_tensors(self._incoming["state"][i], _copy)
         self._renew_layout()
         self._adopt_state()
+
+
+def with_possible_max_eval(group: ParamGroup) -> ParamGroup:
+    """The group of a checkpoint, perhaps an older one, with a budget that can be kept.
+
+    Where max_iter=1 torch's default of ``max_iter * 5 // 4`` was saved beside a line search that
+    did not keep it.
+    """
+    searches = (group.get(name) for name in ("line_search", "line_search_fn"))
+    if group.get("max_eval") != 1 or all(search in (None, "fixed") for search in searches):
+        return group
+    return {**group, "max_eval": default_evaluations(1, True, False)}
 
 
 def own_group(param_group: ParamGroup) -> ParamGroup:

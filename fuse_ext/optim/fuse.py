@@ -11,27 +11,30 @@ import torch
 from torch import Tensor
 
 from fuse_ext.checks import check_integer, check_number
-from fuse_ext.curvature.moments import MOMENTS, AdamEngine, check_adam_state
+from fuse_ext.curvature.moments import MOMENTS, Moments, check_adam_state
 from fuse_ext.curvature.ring import STATE_NAMES
 from fuse_ext.kernels.hooks import without_grad
 from fuse_ext.kernels.scalars import Header
 from fuse_ext.objective.evaluations import EVALUATION_NAMES, Point
-from fuse_ext.objective.step_options import LbfgsOptions
-from fuse_ext.objective.trials import MAX_LINE_SEARCH_EVALUATIONS
-from fuse_ext.optim.adam import check_adam_group
+from fuse_ext.objective.step_options import MAX_LINE_SEARCH_EVALUATIONS, StepOptions, step_options
 from fuse_ext.optim.flat_optimizer import FlatOptimizer
-from fuse_ext.optim.fuse_pv import CURVATURE_TOL
-from fuse_ext.optim.lbfgs import (
-    check_lbfgs_group,
-    check_lbfgs_state,
-    check_line_search,
-    step_options,
-)
-from fuse_ext.phase.iteration import LbfgsEngine
+from fuse_ext.optim.options import FUSE_TABLE
+from fuse_ext.phase.lbfgs.iteration import Iteration, check_lbfgs_state
+from fuse_ext.phase.lbfgs.phase import LbfgsPhase
+from fuse_ext.phase.modes import CURVATURE_TOL
 from fuse_ext.tell.report import Report, lbfgs_fields
-from fuse_ext.vector.flat import Closure, ParamGroup, Part
+from fuse_ext.vector.flat import Closure, Part
 
 PHASE = "fuse"
+# What a step of L-BFGS is in a blend: one iteration that nothing ends early. Its evaluations are
+# those of a search, the one where it begins and the one after the step.
+_ONE_ITERATION = {
+    "max_iter": 1,
+    "max_eval": MAX_LINE_SEARCH_EVALUATIONS + 2,
+    "tolerance_grad": 0.0,
+    "tolerance_change": 0.0,
+    "rtol": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -102,16 +105,7 @@ class Fuse(FlatOptimizer):
         FUSE, arXiv 2503.04204, Algorithm 3.
     """
 
-    _shared_options = (
-        "maximize",
-        "history_size",
-        "line_search",
-        "history_dtype",
-        "curvature_tol",
-        "deterministic",
-        "same_batch_pairs",
-    )
-    _required_options = ("lr", "betas", "history_size")
+    _table = FUSE_TABLE
 
     def __init__(
         self,
@@ -135,52 +129,20 @@ class Fuse(FlatOptimizer):
         same_batch_pairs: bool = True,
         backend: str = "auto",
     ) -> None:
+        given = dict(locals())
         if theta is None:
             theta = LinearTheta(1000)
         if not callable(theta):
             check_number("theta", theta, 0.0, 1.0)
         if curvature_tol is None:
-            curvature_tol = CURVATURE_TOL[bool(deterministic)]
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "eps_inside_root": eps_inside_root,
-            "lbfgs_lr": lbfgs_lr,
-            "history_size": history_size,
-            "history_dtype": history_dtype,
-            "line_search": line_search,
-            "max_iter": 1,
-            "max_eval": MAX_LINE_SEARCH_EVALUATIONS + 2,  # where it begins, and after the step
-            "tolerance_grad": 0.0,
-            "tolerance_change": 0.0,
-            "rtol": 0.0,
-            "curvature_tol": curvature_tol,
-            "deterministic": deterministic,
-            "same_batch_pairs": same_batch_pairs,
-        }
+            given["curvature_tol"] = CURVATURE_TOL[bool(deterministic)]
+        defaults = self._table.defaults({**given, **_ONE_ITERATION})
+        self._table.check(defaults)
         self._theta = theta
-        self._check_group(defaults)
-        self._adam: AdamEngine | None = None
-        self._lbfgs: LbfgsEngine | None = None
+        self._adam: Moments | None = None
+        self._lbfgs: Iteration | None = None
         self._grads: Tensor | None = None
         super().__init__(params, defaults, backend)
-
-    @staticmethod
-    def _check_group(group: ParamGroup) -> None:
-        check_adam_group(group)
-        check_number("lbfgs_lr", group["lbfgs_lr"], 0.0)
-        check_lbfgs_group(group)
-        check_line_search("line_search", group["line_search"])
-
-    @property
-    def _entry(self) -> dict[str, Any]:
-        entry: dict[str, Any] = self.state[self.flat.params[0]]
-        return entry
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_theta": self._theta}
@@ -206,8 +168,8 @@ class Fuse(FlatOptimizer):
 
     def _make_engines(self) -> None:
         group = self.param_groups[0]
-        self._adam = AdamEngine(self.flat, self._ops, self.state, self.param_groups)
-        self._lbfgs = LbfgsEngine(
+        self._adam = Moments(self.flat, self._ops, self.state, self.param_groups)
+        self._lbfgs = Iteration(
             self.flat, self._ops, self._entry, group["history_size"], group["history_dtype"]
         )
 
@@ -249,7 +211,7 @@ class Fuse(FlatOptimizer):
         assert self._adam is not None and self._lbfgs is not None
         lbfgs = self._lbfgs
         self.flat.check_unchanged()
-        point = lbfgs.start(closure, options)
+        point = lbfgs.objective.start(closure, options)
         if not point.finite:
             lbfgs.refuse(point)
             return point.loss
@@ -258,7 +220,7 @@ class Fuse(FlatOptimizer):
             return point.loss
         header = lbfgs.find_direction(point, options)
         step = self._lbfgs_step_length(closure, options, point, header)
-        origin = lbfgs.origin()
+        origin = lbfgs.trials.origin()
         lbfgs.history.move(origin, 0.0, save=True)
         self._adam.step(self.param_groups)
         lbfgs.history.blend(origin, theta, step)
@@ -267,19 +229,19 @@ class Fuse(FlatOptimizer):
         self._entry["n_iter"] += 1
         if closure is not None and options.same_batch_pairs and not options.deterministic:
             self._complete_pair(closure, options)
-        lbfgs.note_arrival(None, options)
+        lbfgs.objective.note_arrival(None, options)
         return point.loss
 
     def _make_ready(self) -> None:
         """Makes the engines; anew where the user has cleared or replaced the state."""
-        if self._lbfgs is None or self._lbfgs.outdated(self.state):
+        if self._lbfgs is None or self._lbfgs.objective.outdated(self.state):
             self._renew_layout()
             self._adopt_state()
         if self._lbfgs is None:
             self._make_engines()
 
     def _lbfgs_step_length(
-        self, closure: Closure | None, options: LbfgsOptions, point: Point, header: Header | None
+        self, closure: Closure | None, options: StepOptions, point: Point, header: Header | None
     ) -> float:
         """t of x^L = x + t p; 0 where L-BFGS has no step to offer."""
         assert self._lbfgs is not None
@@ -288,17 +250,17 @@ class Fuse(FlatOptimizer):
             progress.reason = "no_descent" if header is None else "lr"
             return 0.0
         progress.reason = "max_iter"
-        first = self._lbfgs.first_trial(header, point, options)
+        first = self._lbfgs.trials.first_trial(header, point, options)
         if options.line_search is None or closure is None:
             return first
         flat, part = self.flat, self._lbfgs.history.part
         if self._grads is None:
-            self._grads = torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device)
+            self._grads = flat.new_vector()
         params, offsets = part.reals(part.params), part.offsets
         self._ops.grad_gather(params, point.grads, offsets, self._grads)
         result, *_ = self._lbfgs.search(closure, options, point, header, first)
         # Adam steps from the same point with the same gradient.
-        self._lbfgs.history.move(self._lbfgs.origin(), 0.0, save=False)
+        self._lbfgs.history.move(self._lbfgs.trials.origin(), 0.0, save=False)
         self._restore_gradients(part)
         if not result.success:
             # As in LBFGS: without history the next direction is -g.
@@ -320,19 +282,19 @@ class Fuse(FlatOptimizer):
         _, grads = self.flat.gradients()
         self._ops.grad_scatter(part.reals(part.params), grads, part.offsets, self._grads)
 
-    def _complete_pair(self, closure: Closure, options: LbfgsOptions) -> None:
+    def _complete_pair(self, closure: Closure, options: StepOptions) -> None:
         assert self._lbfgs is not None
         try:
-            point = self._lbfgs.evaluate(closure, options, False)
+            point = self._lbfgs.objective.evaluate(closure, options, False)
         except BaseException:
-            self._lbfgs.drop_pair()
+            self._lbfgs.objective.drop_pair()
             raise
         if point.finite:
             self._lbfgs.absorb_pair(point, options)
         else:
             self._lbfgs.refuse(point)
 
-    def _options(self) -> LbfgsOptions:
+    def _options(self) -> StepOptions:
         groups = self.param_groups
         lrs = [float(group["lbfgs_lr"]) for group in groups]
         same_batch = groups[0]["same_batch_pairs"]
@@ -342,9 +304,9 @@ class Fuse(FlatOptimizer):
 
     def report(self) -> Report:
         """What was done, and why."""
-        if self._lbfgs is None or self._adam is None or self._lbfgs.outdated(self.state):
+        if self._lbfgs is None or self._adam is None or self._lbfgs.objective.outdated(self.state):
             return Report(phase=PHASE)
-        fields = lbfgs_fields(self._lbfgs, self._entry)
+        fields = lbfgs_fields(LbfgsPhase(self._lbfgs), self._entry)
         fields["state_bytes"] += self._adam.nbytes
         fields["workspace_bytes"] += 0 if self._grads is None else self._grads.nbytes
         return Report(phase=PHASE, adam_steps=self._entry["n_iter"], **fields)

@@ -2,56 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fuse_ext.checks import check_loss, check_number, loss_value
-from fuse_ext.curvature.moments import MOMENTS, AdamEngine
-from fuse_ext.kernels.hooks import with_grad, without_grad
-from fuse_ext.objective.step_options import LbfgsOptions
-from fuse_ext.objective.trials import MAX_LINE_SEARCH_EVALUATIONS
-from fuse_ext.optim.adam import check_adam_group
-from fuse_ext.optim.lbfgs import (
-    check_lbfgs_group,
-    check_max_eval,
-    step_options,
-    with_possible_max_eval,
-)
-from fuse_ext.optim.modes import (
-    AUTO,
-    CONSECUTIVE,
-    LEAST_PAIRS,
-    SAME_BATCH,
-    SEARCH,
-    check_modes,
-    check_signs,
-    default_history_size,
-    default_switch,
-    finds_out,
-    lbfgs_lr,
-)
-from fuse_ext.phase.averaged_phase import AveragedPhase
-from fuse_ext.phase.averages import AveragedEngine
-from fuse_ext.phase.capture import check_capturable
-from fuse_ext.phase.captured_phases import check_switch
-from fuse_ext.phase.excursion import FAILING, adam_excursion, goes_astray
-from fuse_ext.phase.iteration import LbfgsEngine
-from fuse_ext.phase.overlap import overlap_step
-from fuse_ext.phase.phases import ADAM, LBFGS_PHASE, check_not_scaled
+from fuse_ext.kernels.hooks import without_grad
+from fuse_ext.optim.flat_optimizer import FlatOptimizer
+from fuse_ext.optim.options import FUSE_PV_TABLE, check_switch
+from fuse_ext.phase import modes, succession
+from fuse_ext.phase.averages import AveragesPhase
+from fuse_ext.phase.modes import ADAM, AUTO, LBFGS
+from fuse_ext.phase.protocol import Call, Outcome, Scaling
+from fuse_ext.phase.told import ask
 from fuse_ext.switch.criterion import Observation, Switchover
 from fuse_ext.switch.when import as_switchover
+from fuse_ext.tell.log import LOG, NEW_LOG, criterion_in, warn_non_finite
+from fuse_ext.tell.report import Report, report_of_phases
 from fuse_ext.vector.flat import Closure, ParamGroup
-from fuse_ext.vector.measures import grads_are_finite
-
-# Curvature test without and with noise in the gradients.
-CURVATURE_TOL = {True: 1e-8, False: 1e-4}
 
 
-class FusePV(AveragedPhase):
+class FusePV(FlatOptimizer):
     r"""Adam first, then L-BFGS, in one optimizer (FUSE-PV, Algorithm 4).
 
     Each call of ``step`` is an Adam step (Eq. 2) until ``switch`` says that Adam has done its
@@ -120,7 +92,7 @@ class FusePV(AveragedPhase):
         pairs: How curvature pairs are made, so that none mixes two batches.
 
             - "averaged": of two successive means over 10 batches each, with a step on the
-              averaged gradient in Adam's metric (fuse_ext.phase.averages): one gradient a step,
+              averaged gradient in Adam's metric (:mod:`fuse_ext.averaged`): one gradient a step,
               no closure needed, 6 vectors more. Not with a line search.
             - "same_batch": of two gradients on the step's own batch. A line search has the second
               one anyway; a fixed step evaluates the closure once more. ``step(pair_closure=...)``
@@ -156,28 +128,13 @@ class FusePV(AveragedPhase):
         Jiang et al., FUSE, arXiv 2503.04204, 2025, Algorithm 4.
     """
 
-    _shared_options = (
-        "moment_dtype",
-        "max_iter",
-        "max_eval",
-        "tolerance_grad",
-        "tolerance_change",
-        "rtol",
-        "history_size",
-        "line_search",
-        "history_dtype",
-        "curvature_tol",
-        "self_scaling",
-        "deterministic",
-        "pairs",
-        "step_cap",
-        "check_finite",
-        "capturable",
-        "phase",
-    )
-    _required_options = ("lr", "betas")
+    _table = FUSE_PV_TABLE
     # GradScaler then leaves unscaling and the check for infinities to the Adam kernel.
     _step_supports_amp_scaling = True
+    # The one phase that exists. Before the first step there is none.
+    _phase: succession.AnyPhase | None = None
+    # Whether there has been a log: without one the state has been cleared since.
+    _began = False
 
     def __init__(
         self,
@@ -212,124 +169,35 @@ class FusePV(AveragedPhase):
         on_switch: Callable[[FusePV], None] | None = None,
         backend: str = "auto",
     ) -> None:
+        given = dict(locals())
         if on_switch is not None and not callable(on_switch):
             raise TypeError(f"on_switch must be callable or None, got {on_switch!r}")
-        if curvature_tol is None:
-            curvature_tol = CURVATURE_TOL[bool(deterministic)]
-        if max_eval is None and isinstance(max_iter, int):
-            max_eval = 1 + MAX_LINE_SEARCH_EVALUATIONS * max(max_iter, 1)
+        modes.fill_in(given)
+        defaults = self._table.defaults({**given, "phase": ADAM, "lr_at_switch": None})
+        self._table.check(defaults)
         self._on_switch = on_switch
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "eps_inside_root": eps_inside_root,
-            "moment_dtype": moment_dtype,
-            "lbfgs_lr": lbfgs_lr,
-            "history_size": LEAST_PAIRS if history_size is None else history_size,
-            "history_dtype": history_dtype,
-            "line_search": line_search,
-            "max_iter": max_iter,
-            "max_eval": max_eval,
-            "tolerance_grad": tolerance_grad,
-            "tolerance_change": tolerance_change,
-            "rtol": rtol,
-            "curvature_tol": curvature_tol,
-            "self_scaling": self_scaling,
-            "deterministic": deterministic,
-            "pairs": pairs,
-            "step_cap": step_cap,
-            "check_finite": check_finite,
-            "capturable": capturable,
-            "phase": ADAM,
-            "lr_at_switch": None,
-        }
-        self._check_group(defaults)
-        self._switch = default_switch(defaults) if switch is None else as_switchover(switch)
+        self._switch = modes.default_switch(defaults) if switch is None else as_switchover(switch)
         if capturable:
             check_switch(self._switch)
         if self._switch.at_once:
-            defaults["phase"] = LBFGS_PHASE
-        self._adam: AdamEngine | None = None
-        self._lbfgs: LbfgsEngine | AveragedEngine | None = None
+            defaults["phase"] = LBFGS
         super().__init__(params, defaults, backend)
         if history_size is None:
-            size = default_history_size(defaults, self.flat)
-            for group in (self.defaults, *self.param_groups):
-                if group["history_size"] == LEAST_PAIRS:
-                    group["history_size"] = size
+            modes.fill_in_history_size([self.defaults, *self.param_groups], self.flat)
         self._switch.check(self.flat.params)
 
-    @staticmethod
-    def _check_group(group: ParamGroup) -> None:
-        check_adam_group(group)
-        check_number("lbfgs_lr", group["lbfgs_lr"], 0.0)
-        check_lbfgs_group(group)
-        check_modes(group)
-        searches = group["line_search"] is not None or bool(group["deterministic"])
-        check_max_eval(group, searches, group["pairs"] in (AUTO, SAME_BATCH))
-        check_number("step_cap", group["step_cap"], 0.0)
-        if group["capturable"]:
-            check_capturable(group, "line_search")
-        if group["phase"] not in (ADAM, LBFGS_PHASE):
-            raise ValueError(f"phase must be {ADAM!r} or {LBFGS_PHASE!r}, got {group['phase']!r}")
+    @property
+    def phase(self) -> str:
+        """Either "adam" or "lbfgs"."""
+        phase: str = self.param_groups[0]["phase"]
+        return phase
 
-    def _renewed_group(self, group: ParamGroup) -> ParamGroup:
-        return with_possible_max_eval(group, "line_search")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_on_switch": self._on_switch}
-
-    # --- switching --------------------------------------------------------------------------
-
-    def switch_now(self, reason: str = "switch_now() was called") -> None:
-        """Leaves Adam for L-BFGS, whatever the criterion says; nothing if already there."""
-        if self.phase == ADAM:
-            self._begin_lbfgs(reason)
-
-    def _begin_lbfgs(self, reason: str) -> None:
-        self._settle()
-        log = self._log
-        engine = self._successor()
-        log["switches"] += 1
-        log["switch_step"] = log["adam_steps"]
-        log["switch_reason"] = reason
-        self._adam = self._counts = None
-        for param in self.flat.params:
-            for name in ("step", *MOMENTS):
-                self.state[param].pop(name, None)
-            if not self.state[param]:
-                del self.state[param]
-        self._lbfgs = engine
-        for group in self.param_groups:
-            group["phase"] = LBFGS_PHASE
-            group["lr_at_switch"] = float(group["lr"])
-        if self._on_switch is not None:
-            self._on_switch(self)
-
-    def switch_back(self) -> None:
-        """Returns to Adam with fresh moments; the criterion starts anew."""
-        if self.phase == ADAM:
-            return
-        if self._lbfgs is None:  # the switch at once, taken back before the first step
-            self._log["switches"] += 1
-        self._lbfgs = None
-        self._drop_lbfgs_state()
-        for group in self.param_groups:
-            group["phase"] = ADAM
-            group["lr_at_switch"] = None
-        self._log.update(phase_steps=0, phase_epochs=0)
-        self._switch.reset()
-
-    def next_epoch(self) -> None:
-        """Tells the criteria that an epoch has ended."""
-        self._log["phase_epochs"] += 1
-
-    # --- steps ------------------------------------------------------------------------------
+    @property
+    def _log(self) -> dict[str, Any]:
+        """Counters and the criterion's state, saved with the rest."""
+        self._began = True
+        log: dict[str, Any] = self._entry.setdefault(LOG, dict(NEW_LOG))
+        return log
 
     @without_grad
     def step(
@@ -376,123 +244,157 @@ class FusePV(AveragedPhase):
                 closure, parameters and state are as before the step (with ``max_iter`` > 1: as
                 after its last completed iteration).
         """
-        if self.param_groups[0]["capturable"]:
-            self._notice_lost_state()
-            if batch_id is not None or pair_closure is not None:
-                raise ValueError("capturable=True goes with neither batch_id nor pair_closure")
-            return self._captured_step(closure, loss)
         self._notice_lost_state()
-        if self._adam is None and self._lbfgs is None:
-            self._renew_layout()
-        # torch.distributed.checkpoint makes the state with an empty step at lr = 0.
-        empty = closure is None and loss is None and not any(g["lr"] for g in self.param_groups)
-        if self.phase == ADAM:
-            return self._adam_step(closure, loss, empty)
-        if self._lbfgs is None:
-            self._begin_lbfgs(self._switch.reason)
-        return None if empty else self._lbfgs_step(closure, batch_id, pair_closure)
+        if self.param_groups[0]["capturable"] and (batch_id is not None or pair_closure):
+            raise ValueError("capturable=True goes with neither batch_id nor pair_closure")
+        if (phase := self._phase) is None or not phase.begun:  # parameters may be converted
+            phase = self._begin_phase()
+        scaling, log = Scaling.of(self), self._log
+        call = Call(closure, self.param_groups, loss, log, self._switch, scaling)
+        call.batch_id, call.pair_closure = batch_id, pair_closure
+        outcome = ask(phase, call, self.flat)
+        if outcome.one_function:
+            self._phase = phase = succession.found_one_function(self._ground())
+            outcome = phase.step(call.taken_over(outcome.loss))
+        return self._follow(outcome)
 
-    def _adam_step(self, closure: Closure | None, loss: Any, empty: bool) -> Any:
-        group, log = self.param_groups[0], self._log
-        if self._switch.needs_loss and closure is None and loss is None and not empty:
-            raise ValueError(
-                f"closure=None and loss=None, but switch={self._switch!r} needs the loss: pass a "
-                "closure, or step(loss=...)"
-            )
-        if closure is not None:
-            loss = with_grad(closure)
-        value = None
-        if loss is not None and (self._switch.needs_loss or group["check_finite"]):
-            value = loss_value(loss)
-        elif self._switch.needs_loss and not empty:
-            check_loss(loss, f"switch={self._switch!r}")
-        log["adam_evaluations"] += closure is not None
-        scale, found_inf = self._from_grad_scaler()
-        if found_inf:  # the scaler's business: it lowers its scale
-            log["adam_non_finite"] += 1
-            return loss
-        if group["check_finite"]:
-            self.flat.check_unchanged()
-            finite = value is None or math.isfinite(value)
-            # The scaler has checked the gradients already.
-            if not (finite and (found_inf is not None or grads_are_finite(self.flat, self._ops))):
-                log["adam_non_finite"] += 1
-                self._warn_non_finite()
-                return loss
-        if self._adam is None or self._adam.outdated(self.state):
-            self._adam = self._make_adam()
-        self._adam.step(self.param_groups, scale)
-        if empty:
-            return loss
-        log["adam_steps"] += 1
-        log["phase_steps"] += 1
-        if value is not None and group["maximize"]:
-            value = -value
-        observation = Observation(
-            step=log["phase_steps"],
-            epoch=log["phase_epochs"],
-            loss=value,
-            grad_norm_sq=self._adam.grad_norm_sq if self._switch.needs_grad_norm else None,
-            params=self.flat.params,
-        )
-        if self._switch.observe(observation):
-            self.switch_now(self._switch.reason)
-        return loss
-
-    def _lbfgs_step(
-        self, closure: Closure | None, batch_id: int | str | None, pair_closure: Closure | None
-    ) -> Any:
-        assert self._lbfgs is not None
-        averaged = isinstance(self._lbfgs, AveragedEngine)
-        options = self._options()
-        if closure is None and not averaged and (options.line_search or options.max_iter > 1):
-            raise ValueError(
-                f"closure=None in the L-BFGS phase needs line_search=None and max_iter=1, or "
-                f"pairs='averaged', got line_search={options.line_search!r} and "
-                f"max_iter={options.max_iter}"
-            )
-        scale, found_inf = self._from_grad_scaler()
-        check_not_scaled(scale, closure)
-        if found_inf:
-            self._lbfgs.count_non_finite()
-            return None
-        self._unscale(scale)
-        seen = self._entry["non_finite"]
-        if isinstance(self._lbfgs, AveragedEngine):
-            loss = self._averaged_step(self._lbfgs, closure, options)
-        else:
-            self._lbfgs.begin_batch(batch_id)
-            if pair_closure is not None:
-                loss = overlap_step(self._lbfgs, closure, pair_closure, options)
-            elif closure is not None and goes_astray(self._lbfgs, options):
-                self._log["fallbacks"] += 1
-                loss = adam_excursion(self._lbfgs, closure, options, self.param_groups)
-            else:
-                loss = self._lbfgs.step(closure, options)
-        if self._entry["non_finite"] > seen and self._lbfgs.progress.reason == "non_finite":
-            self._warn_non_finite()
-        self._reconsider(options)
-        return loss
-
-    def _reconsider(self, options: LbfgsOptions) -> None:
-        """Returns to Adam where L-BFGS fails, or where one function turns out to be batches.
+    def _follow(self, outcome: Outcome) -> Any:
+        """Asks the criterion, and leaves L-BFGS where it fails or has taken batches for a function.
 
         On one function it stays: but for noise no step has made the loss any worse.
         """
-        engine = self._lbfgs
-        if not isinstance(engine, LbfgsEngine) or goes_astray(engine, options):
-            return
-        batches = finds_out(self.param_groups[0]) and engine.function.contradicted
-        if engine.failing >= FAILING or batches:
-            self._log["fallbacks"] += 1
-            self.switch_back()  # from where the last good step has led
-        if batches:
-            self._log["batches"] = True
+        if outcome.refused:
+            warn_non_finite(self)
+        if outcome.observed is not None and self._switch.observe(outcome.observed):
+            self.switch_now(self._switch.reason)
+        if outcome.rescued or outcome.failing or outcome.contradicted:
+            batches = outcome.contradicted and modes.finds_out(self.param_groups[0])
+            self._log["fallbacks"] += outcome.rescued + (outcome.failing or batches)
+            if outcome.failing or batches:
+                self.switch_back()  # from where the last good step has led
+            if batches:
+                self._log["batches"] = True
+        return outcome.loss
 
-    def _options(self) -> LbfgsOptions:
-        groups = self.param_groups
-        if not isinstance(self._lbfgs, AveragedEngine):
-            check_signs(groups)
-        lrs = [lbfgs_lr(group) for group in groups]
-        same_batch = groups[0]["pairs"] != CONSECUTIVE
-        return step_options(self.flat, groups, lrs, "line_search", same_batch, SEARCH)
+    def report(self) -> Report:
+        """What was done, and why."""
+        self._notice_lost_state()
+        self._settle()
+        return report_of_phases(self.phase, self._log, self._entry, self._phase)
+
+    def _ground(self) -> succession.Ground:
+        return succession.Ground(self.flat, self._ops, self.state, self.param_groups)
+
+    def _begin_phase(self) -> succession.AnyPhase:
+        """The phase that begins with this step."""
+        self._renew_layout()
+        self._phase = None if self.phase == LBFGS else self._ground().adam()
+        if self._phase is None:  # the switch comes at once
+            self._begin_lbfgs(self._switch.reason)
+        assert self._phase is not None
+        return self._phase
+
+    def switch_now(self, reason: str = "switch_now() was called") -> None:
+        """Leaves Adam for L-BFGS, whatever the criterion says; nothing if already there."""
+        if self.phase == ADAM:
+            self._begin_lbfgs(reason)
+
+    def _begin_lbfgs(self, reason: str) -> None:
+        self._settle()
+        log = self._log
+        phase = succession.successor(self._ground(), self._phase, log)
+        log["switches"] += 1
+        log["switch_step"], log["switch_reason"] = log["adam_steps"], reason
+        succession.drop_adam_state(self._ground())
+        self._phase = phase
+        for group in self.param_groups:
+            group["phase"], group["lr_at_switch"] = LBFGS, float(group["lr"])
+        if self._on_switch is not None:
+            self._on_switch(self)
+
+    def switch_back(self) -> None:
+        """Returns to Adam with fresh moments; the criterion starts anew."""
+        if self.phase == ADAM:
+            return
+        if self._phase is None:  # the switch at once, taken back before the first step
+            self._log["switches"] += 1
+        self._phase = None
+        succession.drop_lbfgs_state(self._ground())
+        self._begin_adam()
+        self._log.update(phase_steps=0, phase_epochs=0)
+
+    def _begin_adam(self, phase: str = ADAM) -> None:
+        for group in self.param_groups:
+            group["phase"], group["lr_at_switch"] = phase, None
+        self._switch.reset()
+
+    def next_epoch(self) -> None:
+        """Tells the criteria that an epoch has ended."""
+        self._log["phase_epochs"] += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {**state, "_switch": self._switch, "_on_switch": self._on_switch}
+
+    def _notice_lost_state(self) -> None:
+        """Begins as a new optimizer would, where the user has cleared the state.
+
+        What was put in its place is taken over.
+        """
+        phase, first = self._phase, self.flat.params[0]
+        lost = phase is not None and phase.outdated(self.state)
+        if not lost and (not self._began or LOG in self.state.get(first, {})):
+            return
+        self._phase = None
+        if not self.state.get(first):  # the first phase, with nothing observed
+            self._began = False
+            self._begin_adam(LBFGS if self._switch.at_once else ADAM)
+        self._renew_layout()
+        self._adopt_state()
+
+    def _adopt_state(self) -> None:
+        self._phase = succession.adopted(self._ground(), self.phase)
+
+    def _settle(self) -> None:
+        if self.__dict__.get("_flat") is not None and self.flat.params[0] in self.state:
+            succession.settle(self._phase, self._entry, self._log)
+
+    def _check_groups(self, groups: list[ParamGroup]) -> None:
+        super()._check_groups(groups)
+        modes.check_signs_to_come(groups, self._switch)
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        succession.check_phase_state(state_dict, self.flat, self.defaults, LOG)
+        if (criterion := criterion_in(state_dict)) is not None:
+            self._switch._parse(criterion)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch: the phase is in the parameter groups, tensors and counters in the state."""
+        self._notice_lost_state()
+        self._log["criterion"] = self._switch.state_dict()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, for a checkpoint of this class or of Adam, in either phase.
+
+        Nothing changes if it does not fit. The criterion keeps its thresholds and takes over what
+        the saved one had observed.
+
+        Raises:
+            ValueError, TypeError: The state is of another optimizer or criterion, or of other
+                parameters, or an option in it is out of range.
+        """
+        super().load_state_dict(state_dict)
+        criterion = self.state.get(self.flat.params[0], {}).get(LOG, {}).get("criterion")
+        self._switch.reset() if criterion is None else self._switch.load_state_dict(criterion)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, in either phase.
+
+        In the L-BFGS phase the curvature starts afresh; on averages Adam takes over again, since
+        it has to find the new parameters' metric.
+        """
+        averaged = isinstance(self._phase, AveragesPhase)
+        super().add_param_group(param_group)
+        if averaged:
+            self.switch_back()

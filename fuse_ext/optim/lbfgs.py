@@ -1,220 +1,24 @@
-"""LBFGS, drop-in for ``torch.optim.LBFGS``."""
+"""LBFGS (Algorithms 1 and 2), drop-in for ``torch.optim.LBFGS``."""
 
 from __future__ import annotations
 
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fuse_ext.checks import FLOATING, check_integer, check_number, check_tolerance
-from fuse_ext.kernels.fixed_step import PLACES
 from fuse_ext.kernels.hooks import without_grad
-from fuse_ext.kernels.reference.memory import SCALE_BLOCK
-from fuse_ext.kernels.scalars import layout
-from fuse_ext.objective.step_options import LbfgsOptions, spread_lr
-from fuse_ext.objective.trials import MAX_LINE_SEARCH_EVALUATIONS
+from fuse_ext.objective.step_options import default_evaluations, step_options
 from fuse_ext.optim.flat_optimizer import FlatOptimizer
-from fuse_ext.phase.capture import check_capturable, shared_lr
-from fuse_ext.phase.device import CapturedLbfgs, make_lbfgs
-from fuse_ext.phase.iteration import LbfgsEngine
-from fuse_ext.search import make_line_search
-from fuse_ext.search.one_function import Values
+from fuse_ext.optim.options import LBFGS_TABLE
+from fuse_ext.phase.lbfgs.device import DevicePhase
+from fuse_ext.phase.lbfgs.iteration import check_lbfgs_state
+from fuse_ext.phase.lbfgs.phase import LbfgsPhase, make_lbfgs
+from fuse_ext.phase.modes import check_capturable
+from fuse_ext.phase.protocol import Call
+from fuse_ext.phase.told import shared_lr
 from fuse_ext.tell.report import Report, lbfgs_fields
-from fuse_ext.vector.flat import Closure, FlatParams, ParamGroup, memory_order
-
-HISTORY_DTYPES = (*FLOATING, torch.int8)
-
-
-def check_lbfgs_group(group: ParamGroup) -> None:
-    """Raises for an option of L-BFGS out of range."""
-    check_number("weight_decay", group["weight_decay"], 0.0)
-    check_integer("max_iter", group["max_iter"], 1)
-    if group["max_eval"] is not None:
-        check_integer("max_eval", group["max_eval"], 1)
-    check_tolerance("tolerance_grad", group["tolerance_grad"])
-    check_tolerance("tolerance_change", group["tolerance_change"])
-    check_number("rtol", group["rtol"], 0.0)
-    check_integer("history_size", group["history_size"], 1)
-    check_number("curvature_tol", group["curvature_tol"], 0.0, 1.0)
-    dtype = group["history_dtype"]
-    if dtype is not None and dtype not in HISTORY_DTYPES:
-        raise ValueError(f"history_dtype must be None or one of {HISTORY_DTYPES}, got {dtype!r}")
-
-
-def least_evaluations(searches: bool, evaluates_end: bool) -> int:
-    """Evaluations that an iteration cannot do without: where it begins, and a trial or its end."""
-    return 2 if searches or evaluates_end else 1
-
-
-def default_evaluations(max_iter: int, searches: bool, evaluates_end: bool) -> int:
-    """``max_eval`` of LBFGS if nothing is said: torch's, or what one line search may need."""
-    least = least_evaluations(searches, evaluates_end)
-    whole_search = 1 + MAX_LINE_SEARCH_EVALUATIONS if searches else least
-    return max(max_iter * 5 // 4, whole_search)
-
-
-def check_max_eval(group: ParamGroup, searches: bool, evaluates_end: bool) -> None:
-    """Raises ValueError for a budget that no iteration could keep."""
-    least = least_evaluations(searches, evaluates_end)
-    if group["max_eval"] is not None and group["max_eval"] < least:
-        what = "a trial of the line search" if searches else "its end"
-        raise ValueError(
-            f"max_eval must be at least {least}, for the point where a step begins and {what}, "
-            f"got {group['max_eval']}"
-        )
-
-
-def with_possible_max_eval(group: ParamGroup, search_name: str) -> ParamGroup:
-    """The group of a checkpoint, with a budget that can be kept.
-
-    Where max_iter=1 torch's default of ``max_iter * 5 // 4`` was saved beside a line search that
-    did not keep it.
-    """
-    if group.get("max_eval") != 1 or group.get(search_name) in (None, "fixed"):
-        return group
-    return {**group, "max_eval": default_evaluations(1, True, False)}
-
-
-def check_line_search(name: str, value: Any) -> str | None:
-    """The line search's name as the engine wants it; ValueError naming the argument."""
-    if value is not None and not isinstance(value, str):
-        raise TypeError(f"{name} must be a string or None, got {value!r}")
-    try:
-        search = make_line_search(value)
-    except ValueError as error:
-        raise ValueError(str(error).replace("line_search", name, 1)) from None
-    return None if search is None else search.name
-
-
-def check_lbfgs_state(entry: dict[str, Any], slots: int, flat: FlatParams) -> None:
-    """Raises ValueError unless a state entry holds a history of these parameters."""
-    numel = flat.numel
-    shapes: dict[str, Any] = {"history": (2, slots, numel), "scalars": (layout(slots)["size"],)}
-    history, scalars = entry.get("history"), entry.get("scalars")
-    older = (layout(slots)["size_without_sets"],)
-    if isinstance(scalars, Tensor) and tuple(scalars.shape) == older:
-        shapes["scalars"] = older  # History completes them
-    if isinstance(history, Tensor) and history.element_size() < 4:
-        shapes["grad_prev"] = (numel,)
-    if "control" in entry:  # with capturable=True
-        shapes |= {"grad_prev": (numel,), "control": (len(PLACES),)}
-    if isinstance(history, Tensor) and history.dtype == torch.int8:
-        shapes["history_scale"] = (2, slots, -(-numel // SCALE_BLOCK))
-    for name, expected in shapes.items():
-        if not isinstance(entry.get(name), Tensor):
-            raise ValueError(
-                f"state_dict is not of fuse_ext's L-BFGS: it has no tensor {name!r}, "
-                f"only {sorted(map(str, entry))}"
-            )
-        shape = tuple(entry[name].shape)
-        if shape != expected:
-            raise ValueError(
-                f"state_dict does not fit: {name} has shape {shape}, expected {expected} "
-                f"(history_size={slots - 1}, {numel} parameters)"
-            )
-    ours, theirs = memory_order(flat), entry.get("strides", [])
-    if ours != theirs:
-        raise ValueError(
-            f"state_dict does not fit: its parameters had strides {theirs or 'in row-major order'},"
-            f" these have {ours or 'in row-major order'}; load it before a change of memory format"
-        )
-    sets, which = entry.get("sets", [[]]), entry.get("set", 0)
-    known = range(len(flat.params))
-    if not (
-        isinstance(sets, list)
-        and all(isinstance(absent, list) and set(absent) <= set(known) for absent in sets)
-        and which in range(max(len(sets), 1))
-    ):
-        raise ValueError(
-            f"state_dict does not fit: sets={sets!r} and set={which!r} name no parameters among "
-            f"{len(flat.params)}"
-        )
-    arrival = entry.get("arrival", [])
-    if not (
-        isinstance(arrival, list)
-        and len(arrival) in (0, len(Values._fields))
-        and all(isinstance(value, float) for value in arrival)
-    ):
-        raise ValueError(f"state_dict does not fit: arrival is {arrival!r}")
-    pair_step = entry.get("pair_step")
-    if not (pair_step is None or isinstance(pair_step, float)):
-        raise ValueError(f"state_dict does not fit: pair_step is {pair_step!r}, not a float")
-
-
-# The options that hold for all groups and that a step reads, in the order of _make_options.
-_SHARED = (
-    "maximize",
-    "max_iter",
-    "max_eval",
-    "tolerance_grad",
-    "tolerance_change",
-    "rtol",
-    "curvature_tol",
-    "deterministic",
-)
-_shared_values = itemgetter(*_SHARED)
-
-
-def step_options(
-    flat: FlatParams,
-    groups: list[ParamGroup],
-    lrs: list[float],
-    search_name: str,
-    same_batch_pairs: bool = False,
-    auto: str | None = None,
-    zero_freezes: bool = True,
-) -> LbfgsOptions:
-    """What the groups tell a step of L-BFGS; made anew only when one of their values changes.
-
-    Args:
-        flat: The groups' layout; keeps what was made.
-        groups: ``Optimizer.param_groups``.
-        lrs: The step size of each group.
-        search_name: What the option with the line search is called.
-        same_batch_pairs: See :class:`LbfgsOptions`.
-        auto: The line search that "auto" stands for, where it stands for one.
-        zero_freezes: See :class:`LbfgsOptions`.
-    """
-    first = groups[0]
-    decays = [float(group["weight_decay"]) for group in groups]
-    search = auto if auto and first[search_name] == "auto" else first[search_name]
-    values = lrs, decays, _shared_values(first), search, bool(same_batch_pairs), zero_freezes
-    if flat.memo is None or flat.memo[0] != values:
-        flat.memo = values, _make_options(flat, search_name, *values)
-    options: LbfgsOptions = flat.memo[1]
-    return options
-
-
-def _make_options(
-    flat: FlatParams,
-    search_name: str,
-    lrs: list[float],
-    decays: list[float],
-    shared: tuple[Any, ...],
-    search: Any,
-    same_batch_pairs: bool,
-    zero_freezes: bool,
-) -> LbfgsOptions:
-    lr, lr_scale = spread_lr(flat, lrs)
-    named = dict(zip(_SHARED, shared, strict=True))
-    named["deterministic"] = bool(named["deterministic"])
-    ends = named["deterministic"] or same_batch_pairs
-    # Too few for these options, where a search was asked for later: the constructor checks.
-    if (named["max_eval"] or 0) < least_evaluations(search is not None, ends):
-        named["max_eval"] = default_evaluations(named["max_iter"], search is not None, ends)
-    for name in ("tolerance_grad", "tolerance_change"):
-        named[name] = max(named[name], 0.0)  # -inf is never, as 0 is
-    return LbfgsOptions(
-        lr=lr,
-        lr_scale=lr_scale,
-        weight_decay=flat.per_segment(decays, 0.0),
-        line_search=check_line_search(search_name, search),
-        same_batch_pairs=same_batch_pairs,
-        zero_freezes=zero_freezes,
-        **named,
-    )
+from fuse_ext.vector.flat import Closure
 
 
 class LBFGS(FlatOptimizer):
@@ -282,22 +86,7 @@ class LBFGS(FlatOptimizer):
         Algorithms 1 and 2.
     """
 
-    _shared_options = (
-        "max_iter",
-        "max_eval",
-        "tolerance_grad",
-        "tolerance_change",
-        "rtol",
-        "history_size",
-        "line_search_fn",
-        "maximize",
-        "history_dtype",
-        "curvature_tol",
-        "self_scaling",
-        "deterministic",
-        "capturable",
-    )
-    _required_options = ("lr", "history_size")
+    _table = LBFGS_TABLE
 
     def __init__(
         self,
@@ -320,44 +109,14 @@ class LBFGS(FlatOptimizer):
         capturable: bool = False,
         backend: str = "auto",
     ) -> None:
+        given = dict(locals())
         if max_eval is None and isinstance(max_iter, int):
             searches = line_search_fn not in (None, "fixed")
-            max_eval = default_evaluations(max_iter, searches, bool(deterministic))
-        defaults = {
-            "lr": lr,
-            "max_iter": max_iter,
-            "max_eval": max_eval,
-            "tolerance_grad": tolerance_grad,
-            "tolerance_change": tolerance_change,
-            "rtol": rtol,
-            "history_size": history_size,
-            "line_search_fn": line_search_fn,
-            "maximize": maximize,
-            "weight_decay": weight_decay,
-            "history_dtype": history_dtype,
-            "curvature_tol": curvature_tol,
-            "self_scaling": self_scaling,
-            "deterministic": deterministic,
-            "capturable": capturable,
-        }
-        self._check_group(defaults)
-        self._engine: LbfgsEngine | None = None
+            given["max_eval"] = default_evaluations(max_iter, searches, bool(deterministic))
+        defaults = self._table.defaults(given)
+        self._table.check(defaults)
+        self._phase: LbfgsPhase | DevicePhase | None = None
         super().__init__(params, defaults, backend)
-
-    @staticmethod
-    def _check_group(group: ParamGroup) -> None:
-        check_number("lr", group["lr"], 0.0)
-        check_lbfgs_group(group)
-        search = check_line_search("line_search_fn", group["line_search_fn"])
-        check_max_eval(group, search is not None, bool(group["deterministic"]))
-        if group["capturable"]:
-            check_capturable(group, "line_search_fn")
-
-    @property
-    def _entry(self) -> dict[str, Any]:
-        """As in torch, the one state of the optimizer lies with its first parameter."""
-        entry: dict[str, Any] = self.state[self.flat.params[0]]
-        return entry
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         groups, state = state_dict["param_groups"], state_dict["state"]
@@ -372,11 +131,8 @@ class LBFGS(FlatOptimizer):
                     f"for parameter {key}"
                 )
 
-    def _renewed_group(self, group: ParamGroup) -> ParamGroup:
-        return with_possible_max_eval(group, "line_search_fn")
-
     def _adopt_state(self) -> None:
-        self._engine = None
+        self._phase = None
         first = self.flat.params[0]
         entry = self.state.get(first)
         if not entry:
@@ -385,15 +141,11 @@ class LBFGS(FlatOptimizer):
         if history is None or history.shape[2] != self.flat.numel:
             del self.state[first]  # a group was added: start afresh
             return
-        self._engine = self._make_engine()
+        self._phase = self._make_phase()
 
-    def _make_engine(self) -> LbfgsEngine:
+    def _make_phase(self) -> LbfgsPhase | DevicePhase:
         group = self.param_groups[0]
         return make_lbfgs(self.flat, self._ops, self._entry, group, bool(group["self_scaling"]))
-
-    def _options(self) -> LbfgsOptions:
-        groups = self.param_groups
-        return step_options(self.flat, groups, [float(g["lr"]) for g in groups], "line_search_fn")
 
     @without_grad
     def step(self, closure: Closure | None = None) -> Any:
@@ -412,40 +164,33 @@ class LBFGS(FlatOptimizer):
             TypeError, ValueError: The closure returns no scalar; the parameters are then where
                 the last completed iteration left them, as for any error in the closure.
         """
-        if self._engine is None or self._engine.outdated(self.state):
+        groups, phase = self.param_groups, self._phase
+        if phase is None or phase.outdated(self.state):
             self._renew_layout()
             self._adopt_state()
-        if self.param_groups[0]["capturable"]:
-            return self._captured_step(closure)
-        options = self._options()
+        lr = None
+        if groups[0]["capturable"]:
+            check_capturable(groups[0], "line_search_fn")
+            lr = shared_lr(groups, self.flat.device)
+        lrs = [float(group["lr"]) if lr is None else 1.0 for group in groups]
+        options = step_options(self.flat, groups, lrs, "line_search_fn")
         if closure is None and (options.line_search is not None or options.max_iter > 1):
             raise ValueError(
                 f"closure=None needs line_search_fn=None and max_iter=1, got "
                 f"line_search_fn={options.line_search!r} and max_iter={options.max_iter}"
             )
-        if self._engine is None:
-            self._engine = self._make_engine()
-        return self._engine.step(closure, options)
-
-    def _captured_step(self, closure: Closure | None) -> Any:
-        groups = self.param_groups
-        check_capturable(groups[0], "line_search_fn")
-        lr = shared_lr(groups, self.flat.device)
-        lrs = [float(group["lr"]) if lr is None else 1.0 for group in groups]
-        options = step_options(self.flat, groups, lrs, "line_search_fn")
-        if not isinstance(self._engine, CapturedLbfgs):
-            self._engine = self._make_engine()
-        assert isinstance(self._engine, CapturedLbfgs)
-        return self._engine.step(closure, options, lr)
+        asked_for = groups[0]["capturable"] and not isinstance(self._phase, DevicePhase)
+        if self._phase is None or asked_for:
+            self._phase = self._make_phase()
+        return self._phase.step(Call(closure, groups, options=options, lr=lr)).loss
 
     def _settle(self) -> None:
-        engine = self._engine
-        if isinstance(engine, CapturedLbfgs) and not engine.outdated(self.state):
-            engine.settle()
+        if self._phase is not None and not self._phase.outdated(self.state):
+            self._phase.settle({})
 
     def report(self) -> Report:
         """What was done, and why it stopped."""
         self._settle()
-        if self._engine is None or self._engine.outdated(self.state):
+        if self._phase is None or self._phase.outdated(self.state):
             return Report(phase="lbfgs")
-        return Report(phase="lbfgs", **lbfgs_fields(self._engine, self._entry))
+        return Report(phase="lbfgs", **lbfgs_fields(self._phase, self._entry))

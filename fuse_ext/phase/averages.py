@@ -1,4 +1,4 @@
-"""L-BFGS for minibatches: a step on the averaged gradient, with curvature from averages.
+"""L-BFGS on averages, for minibatches: steps on the averaged gradient, curvature from averages.
 
 Three things make quasi-Newton steps fail on minibatches: a direction that is mostly noise, pairs
 that mix two functions, and steps as long as a noisy model likes. Here
@@ -6,16 +6,16 @@ that mix two functions, and steps as long as a noisy model likes. Here
 - the direction is -H m, with m the moving average of the gradients that Adam has begun. It
   reaches back over ``REACH`` steps at first, since long steps soon outdate a gradient, and over
   more and more as they get shorter, up to as many as Adam's;
-- a pair is the difference of two successive block means, s of iterates and y of gradients, each
-  over ``BLOCK`` batches (as in SlimQN and mL-BFGS), with Powell's damping of y;
+- a pair is the difference of two successive block means, s of iterates and y of gradients, with
+  Powell's damping of y (:mod:`fuse_ext.curvature.block_pairs`);
 - H grows out of Adam's metric: its initial diagonal is D^-1, D = sqrt(v) + eps at the switch, and
   the length of a step in that metric is at most ``step_cap`` times that of Adam's last one (for lr
   above 1e-3 that of one with 1e-3, but not below Adam's own), less and less as steps go by. Nor
   does any element move by more than so many times lr, as Adam's would not.
 
 Where m has grown ``JUMP`` times as long as it was in the last block, the metric is outdated and
-steps have been too long. Then D becomes (D^2 + m^2)^(1/2), so that no element of D^-1 m exceeds 1,
-the pairs are forgotten, and the cap is ``RETREAT`` of what it was, down to Adam's own length.
+steps have been too long: D is renewed, the pairs are forgotten, and the cap is ``RETREAT`` of what
+it was, down to Adam's own length.
 
 A parameter without a gradient is not touched: neither its average nor its place changes, and no
 pair counts it that was taken, in part, without it. One that Adam has never seen gets the root mean
@@ -26,12 +26,6 @@ Adam's coordinates, x' = D^(1/2) x, where D is the identity: s' = D^(1/2) s, g' 
 the ops of L-BFGS serve as they are.
 
 Memory, beside the history: 6 vectors of the state's dtype, and 2 of scratch.
-
-References:
-    - Niu et al., SlimQN / mL-BFGS: A momentum-based L-BFGS for distributed large-scale neural
-      network optimization, TMLR 2023, arXiv 2307.13744.
-    - M. J. D. Powell, Algorithms for nonlinear constraints that use Lagrangian functions,
-      Mathematical Programming 14, 1978 (damping).
 """
 
 from __future__ import annotations
@@ -43,21 +37,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse_ext.curvature.moments import AdamEngine
+from fuse_ext.checks import loss_value
+from fuse_ext.curvature.block_pairs import BLOCK_VECTORS, BlockPairs
+from fuse_ext.curvature.metric import legacy, renew
+from fuse_ext.curvature.moments import Moments
 from fuse_ext.curvature.ring import History
+from fuse_ext.kernels.hooks import with_grad
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.kernels.scalars import Header
 from fuse_ext.objective.evaluations import effective_gradient
-from fuse_ext.objective.step_options import LbfgsOptions
-from fuse_ext.phase.iteration import COUNTERS, TALLIES
+from fuse_ext.objective.progress import Progress
+from fuse_ext.objective.setbacks import Setbacks
+from fuse_ext.objective.step_options import StepOptions, mixed_signs
+from fuse_ext.objective.watch import Watch
+from fuse_ext.phase.protocol import Call, Outcome
 from fuse_ext.search.noise import Precision
-from fuse_ext.tell.report import Progress
 from fuse_ext.vector.flat import FlatParams, ParamGroup, Part, memory_order
 
-# Batches that one mean of iterates and gradients is taken over.
-BLOCK = 10
-# Powell's bound: y is moved towards B s until s.y >= DAMPING s.B s.
-DAMPING = 0.2
 # From this lr on the cap does not grow with Adam's steps, until it has come down to their length.
 LARGEST_LR = 1e-3
 # Where Adam has seen next to no gradient D is this much of its mean: what wakes up later must not
@@ -72,7 +68,7 @@ REACH = 3.0
 JUMP, RETREAT = 3.0, 0.5
 
 # Vectors in the state entry, in Adam's coordinates but for the first.
-VECTORS = ("root_metric", "grad_avg", "iterate_diff", "iterate_rise", "grad_sum", "grad_mean")
+VECTORS = ("root_metric", "grad_avg", *BLOCK_VECTORS)
 # Numbers in it.
 NUMBERS = (
     "block_step",
@@ -113,7 +109,7 @@ def check_averaged_state(entry: dict[str, Any], flat: FlatParams) -> None:
             )
 
 
-class AveragedEngine:
+class AveragesPhase:
     """L-BFGS on averages, one gradient a step.
 
     Args:
@@ -123,6 +119,8 @@ class AveragedEngine:
         history_size: m.
         history_dtype: Storage of the pairs; None for the state's.
     """
+
+    begun, host_decides = True, True
 
     def __init__(
         self,
@@ -134,63 +132,53 @@ class AveragedEngine:
     ) -> None:
         self._flat, self._ops, self._entry = flat, ops, entry
         # The L-BFGS ops see one vector: the step in Adam's coordinates.
-        self._step = self._new_vector()
-        self._coords = FlatParams([{"params": [self._step]}])
-        self.history = History(self._coords, ops, entry, history_size, history_dtype)
+        self._step = flat.new_vector()
+        coordinates = FlatParams([{"params": [self._step]}])
+        self.history = History(coordinates, ops, entry, history_size, history_dtype)
         strides = memory_order(flat)
         if strides:
             entry["strides"] = strides
-        self._scratch = self._new_vector()
+        self._scratch = flat.new_vector()
         self._pieces = [flat.piece(self._scratch, i) for i in range(len(flat.params))]
-        for name in (*COUNTERS, *TALLIES):
-            entry.setdefault(name, 0)
+        self.progress = Progress()
+        self._setbacks = Setbacks(entry, self.history, self.progress)
         entry.setdefault("pair_step", None)
         self.precision = Precision(entry, torch.finfo(flat.dtype).eps)
         for name in VECTORS:
-            vector = self._new_vector()
+            vector = flat.new_vector()
             if name in entry:
                 vector.copy_(entry[name])
             entry[name] = vector
         for name in LISTS:
             entry.setdefault(name, [])
         entry.setdefault("unsteady", 0)
-        self.progress = Progress()
+        self._blocks = BlockPairs(flat, entry, self._scratch)
+        self._watch = Watch(flat, ops, entry)
 
-    def _new_vector(self) -> Tensor:
-        return torch.zeros(self._flat.numel, dtype=self._flat.dtype, device=self._flat.device)
-
-    def inherit(self, adam: AdamEngine, groups: list[ParamGroup]) -> None:
-        """Begins where Adam ends."""
+    def inherit(self, moments: Moments, groups: list[ParamGroup], watches: bool) -> None:
+        """Begins where Adam ends; with ``watches`` finds out if the closure is one function."""
         entry = self._entry
         average, root = entry["grad_avg"], entry["root_metric"]
-        legacy = adam.legacy(groups, average, root)
-        root.clamp_(min=LEAST_METRIC * legacy.mean_metric).sqrt_()
+        left = legacy(self._flat, moments, groups, average, root)
+        root.clamp_(min=LEAST_METRIC * left.mean_metric).sqrt_()
         average.div_(root)
+        self._blocks.begin()
         entry.update(
-            block_step=0,
-            blocks=0,
             averaged_steps=0,
             cap_share=1.0,
-            norm_sum=0.0,
-            last_norm=0.0,
-            adam_steps=legacy.steps,
-            adam_step_norm=legacy.lr * float(average.norm()),
-            adam_lr=legacy.lr,
-            without_metric=legacy.unseen,
+            adam_steps=left.steps,
+            adam_step_norm=left.lr * self._flat.measures.norm(average),
+            adam_lr=left.lr,
+            without_metric=left.unseen,
             absent=[],
-            missed=[],
-            missed_before=[],
             unsteady=0,
         )
+        if watches:
+            self._watch.begin()
 
     def outdated(self, state: dict[Any, Any]) -> bool:
         """Whether the user has cleared or replaced ``Optimizer.state``."""
         return state.get(self._flat.params[0]) is not self._entry
-
-    def _piece(self, vector: Tensor, i: int) -> Tensor:
-        """The part of a flat vector that belongs to ``params[i]``."""
-        offset = self._flat.offsets[i]
-        return vector[offset : offset + self._flat.sizes[i]]
 
     @property
     def workspace_nbytes(self) -> int:
@@ -202,12 +190,56 @@ class AveragedEngine:
         """Bytes of state held."""
         return self.history.nbytes + sum(self._entry[name].nbytes for name in VECTORS)
 
-    # --- one step ---------------------------------------------------------------------------
+    def settle(self, log: dict[str, Any]) -> None:
+        """The host has counted everything itself."""
 
-    def step(
-        self, options: LbfgsOptions, beta: float, step_cap: float, shrink: list[float | None]
-    ) -> bool:
-        """One step on the gradients at hand.
+    def refuse(self) -> None:
+        """Counts a step that was not taken for a value that is not finite."""
+        self._setbacks.count_non_finite()
+
+    def step(self, call: Call) -> Outcome:
+        """One step, unless the closure turns out to be one function all along."""
+        entry, closure, groups, options = self._entry, call.closure, call.groups, call.options
+        assert options is not None
+        loss, seen = None, entry["non_finite"]
+        mixed = mixed_signs(groups)
+        if closure is not None:
+            loss = with_grad(closure)
+            entry["func_evals"] += 1
+        if mixed or (closure is not None and loss is None):
+            self._watch.give_up()  # no function to minimise, be it one or not
+        if loss is not None:
+            value = loss_value(loss)
+            if self._watch.on:
+                one_function = self._watch.tell(value)
+                if one_function is None:
+                    self.progress.reason = "watch"
+                if one_function is not False:
+                    return Outcome(loss, one_function=bool(one_function))
+            if not math.isfinite(value):
+                self.refuse()
+                return Outcome(loss, refused=True)
+        if mixed:
+            ascends = self._flat.per_segment([bool(group["maximize"]) for group in groups], None)
+            options = replace(options, maximize=False, ascends=ascends)
+        shrinks = [
+            1.0 - float(group["lr"]) * float(group["weight_decay"])
+            if group["decoupled_weight_decay"]
+            else None
+            for group in groups
+        ]
+        self.step_on_gradients(
+            options,
+            float(groups[0]["betas"][0]),
+            float(groups[0]["step_cap"]),
+            self._flat.per_segment(shrinks, None),
+        )
+        return Outcome(loss, refused=entry["non_finite"] > seen)
+
+    def step_on_gradients(
+        self, options: StepOptions, beta: float, step_cap: float, shrink: list[float | None]
+    ) -> None:
+        """One step on the gradients at hand; none where they are not finite.
 
         Args:
             options: lr is relative to 1 at the switch; it scales step and cap.
@@ -215,11 +247,8 @@ class AveragedEngine:
             step_cap: Longest step, in lengths of Adam's last one, in Adam's metric.
             shrink: What decoupled weight decay multiplies each parameter by, None where weight
                 decay is an L2 term; empty for None everywhere.
-
-        Returns:
-            Whether the gradients were finite; else nothing has changed.
         """
-        flat, entry = self._flat, self._entry
+        flat, entry, measures = self._flat, self._entry, self._flat.measures
         flat.check_unchanged()
         if shrink and options.weight_decay:
             decays = zip(options.weight_decay, shrink, strict=True)
@@ -228,60 +257,58 @@ class AveragedEngine:
         part, grads = flat.gradients(options.freezing)
         if not part.params:
             self.progress.reason = "gradient"
-            return True
+            return
         grad = effective_gradient(flat, self._ops, options, part, grads, self._scratch)
-        if not math.isfinite(float(grad.dot(grad))):
-            self.count_non_finite()
-            return False
+        if not math.isfinite(measures.dot(grad, grad)):
+            self.refuse()
+            return
         self._measure_new(part, grad)
         grad.div_(entry["root_metric"])
         entry["n_iter"] += 1
         self._note_absent(part)
         kept = self._set_aside(part)
         entry["grad_avg"].lerp_(grad, max(1.0 - beta, self._fall() / REACH))
-        norm = float(entry["grad_avg"].norm())
-        if entry["blocks"] and not entry["unsteady"] and norm > JUMP * entry["last_norm"]:
+        norm = measures.norm(entry["grad_avg"])
+        if self._blocks.grown(norm, JUMP):
             self._renew_metric(grad)
-            norm = float(entry["grad_avg"].norm())
+            norm = measures.norm(entry["grad_avg"])
         header = self._direction(options)
         if header is None:
             self.progress.reason = "no_descent"
             self._put_back(part, kept)
-            return True
-        entry["grad_sum"].add_(grad)
-        entry["norm_sum"] += norm
+            return
+        self._blocks.add_gradient(grad, norm)
         self._put_back(part, kept)
         lengths = longest(reduced(step_cap, entry["cap_share"]), entry["adam_lr"]) * options.lr
         square = header.direction_sq
         if part.absent:
             self._set_step(part, 1.0)
-            square = float(self._step.dot(self._step))
+            square = measures.dot(self._step, self._step)
         length = self._length(header, square, options, lengths)
         self._set_step(part, length)
         self._bound_elements(lengths * entry["adam_lr"])
-        self._advance_block()
+        full = self._blocks.add_step(self._step)
         if options.lr != 0.0:
             self._move(part, options, shrink)
         entry["averaged_steps"] += 1
-        if entry["block_step"] == BLOCK:
-            self._close_block(options)
+        if full:
+            self._blocks.close(self.history, options.curvature_tol)
         self.progress.step_length = length
         self.progress.reason, self.progress.line_search = "max_iter", "fixed"
-        return True
 
     def _set_step(self, part: Part, length: float) -> None:
         """z = t p, whatever the rows' dtype, of the parameters that move."""
         self._step.zero_()
         self.history.move(self._scratch, length, save=True)
         for i in part.absent:
-            self._piece(self._step, i).zero_()
+            self._flat.stretch(self._step, i).zero_()
 
     def _note_absent(self, part: Part) -> None:
         """Which parameters pairs will not count, and whether averages can be compared."""
         entry, absent = self._entry, list(part.absent)
         if absent != entry["absent"]:
             entry["absent"], entry["unsteady"] = absent, 2  # in this block and the next
-        entry["missed"] = sorted({*entry["missed"], *absent})
+        self._blocks.miss(absent)
 
     def _measure_new(self, part: Part, grad: Tensor) -> None:
         """Gives parameters their metric that have their first gradient now.
@@ -290,46 +317,36 @@ class AveragedEngine:
         block begins anew, since what is new in the average is no jump of the old.
         """
         entry = self._entry
-        new = [i for i in entry["without_metric"] if i not in part.absent]
-        for i in new:
-            piece = self._piece(grad, i)
-            size = float(piece.norm()) / math.sqrt(piece.numel())
+        for i in [i for i in entry["without_metric"] if i not in part.absent]:
+            piece = self._flat.stretch(grad, i)
+            size = self._flat.measures.norm(piece) / math.sqrt(piece.numel())
             if size > 0.0:
-                self._piece(entry["root_metric"], i).fill_(math.sqrt(size))
+                self._flat.stretch(entry["root_metric"], i).fill_(math.sqrt(size))
                 entry["without_metric"] = [j for j in entry["without_metric"] if j != i]
-                self._restart_blocks()
-
-    def _restart_blocks(self) -> None:
-        """Forgets the block under way and the one before it."""
-        for name in ("iterate_diff", "iterate_rise", "grad_sum", "grad_mean"):
-            self._entry[name].zero_()
-        self._entry.update(block_step=0, blocks=0, norm_sum=0.0, missed=[], missed_before=[])
+                self._blocks.restart()
 
     def _set_aside(self, part: Part) -> list[Tensor]:
         """Takes the averages of absent parameters out of the average."""
-        average = self._entry["grad_avg"]
-        kept = [self._piece(average, i).clone() for i in part.absent]
-        for i in part.absent:
-            self._piece(average, i).zero_()
+        pieces = [self._flat.stretch(self._entry["grad_avg"], i) for i in part.absent]
+        kept = [piece.clone() for piece in pieces]
+        for piece in pieces:
+            piece.zero_()
         return kept
 
     def _put_back(self, part: Part, kept: list[Tensor]) -> None:
         for i, piece in zip(part.absent, kept, strict=True):
-            self._piece(self._entry["grad_avg"], i).copy_(piece)
+            self._flat.stretch(self._entry["grad_avg"], i).copy_(piece)
 
-    def _direction(self, options: LbfgsOptions) -> Header | None:
+    def _direction(self, options: StepOptions) -> Header | None:
         """-H m, with the history forgotten where that does not descend; None where m is 0."""
-        average = [self._entry["grad_avg"]]
+        average, tol = [self._entry["grad_avg"]], options.curvature_tol
         while True:
-            header, _ = self.history.update_direction(
-                average, [], [], False, None, options.curvature_tol
-            )
+            header, _ = self.history.update_direction(average, [], [], False, None, tol)
             if header.direction_dot_grad < 0.0 and math.isfinite(header.direction_sq):
                 return header
             if header.usable == 0:
                 return None
-            self._entry["resets"] += 1
-            self.history.reset()
+            self._setbacks.reset()
 
     def _fall(self) -> float:
         """What is left of the cap."""
@@ -337,30 +354,20 @@ class AveragedEngine:
         return float((begun / (begun + self._entry["averaged_steps"])) ** CAP_DECAY)
 
     def _renew_metric(self, grad: Tensor) -> None:
-        """D = (D^2 + m^2)^(1/2), and what was known in the old metric is given up but m and g."""
+        """The metric grows by m, and what was known in the old one is given up but m and g."""
         entry = self._entry
-        root, average, spare = (entry[name] for name in ("root_metric", "grad_avg", "grad_sum"))
-        for vector in (average, grad):
-            vector.mul_(root).nan_to_num_(0.0)  # 0 * inf, where nothing moves
-        torch.hypot(torch.mul(root, root, out=spare), average, out=spare)
-        torch.sqrt(spare, out=root)
-        average.div_(root)
-        grad.div_(root)
-        self._restart_blocks()
+        renew(entry["root_metric"], entry["grad_avg"], grad, spare=entry["grad_sum"])
+        self._blocks.restart()
         entry["cap_share"] *= RETREAT
-        entry["resets"] += 1
-        self.history.reset()
+        self._setbacks.reset()
 
-    def _length(
-        self, header: Header, square: float, options: LbfgsOptions, lengths: float
-    ) -> float:
+    def _length(self, header: Header, square: float, options: StepOptions, lengths: float) -> float:
         """Adam's own step while there is no pair, then 1, times lr; at most the cap.
 
         ``square`` is p.p of the parameters that move.
         """
-        entry = self._entry
-        length = options.lr * (1.0 if header.usable > 0 else entry["adam_lr"])
-        cap = lengths * entry["adam_step_norm"] * self._fall()
+        length = options.lr * (1.0 if header.usable > 0 else self._entry["adam_lr"])
+        cap = lengths * self._entry["adam_step_norm"] * self._fall()
         return float(min(length, cap / math.sqrt(square))) if square > 0.0 else 0.0
 
     def _bound_elements(self, bound: float) -> None:
@@ -370,7 +377,7 @@ class AveragedEngine:
         torch.mul(self._scratch, root, out=self._step)
         self._step.nan_to_num_(0.0)  # 0 * inf, where nothing moves
 
-    def _move(self, part: Part, options: LbfgsOptions, shrink: list[float | None]) -> None:
+    def _move(self, part: Part, options: StepOptions, shrink: list[float | None]) -> None:
         for param, factor in zip(part.params, part.pick(shrink), strict=True) if shrink else ():
             if factor is not None:
                 param.mul_(factor)
@@ -378,53 +385,6 @@ class AveragedEngine:
         if options.lr_scale:
             torch._foreach_mul_(pieces, part.pick(options.lr_scale))
         torch._foreach_add_(part.params, pieces)
-
-    # --- curvature --------------------------------------------------------------------------
-
-    def _advance_block(self) -> None:
-        """Counts the step into the difference of block means that is under way, and the next one.
-
-        The i-th iterates of two blocks of L steps lie L steps apart; on average over i, the k-th
-        step of the first block counts k/L and that of the second (L - k)/L.
-        """
-        entry = self._entry
-        entry["block_step"] += 1
-        risen = entry["block_step"] / BLOCK
-        if risen < 1.0:
-            entry["iterate_diff"].add_(self._step, alpha=1.0 - risen)
-        entry["iterate_rise"].add_(self._step, alpha=risen)
-
-    def _close_block(self, options: LbfgsOptions) -> None:
-        """Offers the pair that the block completes and begins the next one."""
-        entry = self._entry
-        mean = entry["grad_sum"].div_(BLOCK)
-        entry["last_norm"], entry["norm_sum"] = entry["norm_sum"] / BLOCK, 0.0
-        if entry["blocks"] > 0:
-            y = torch.sub(mean, entry["grad_mean"], out=self._scratch)
-            for i in {*entry["missed"], *entry["missed_before"]}:
-                self._piece(y, i).zero_()
-                self._piece(entry["iterate_diff"], i).zero_()
-            self._offer(entry["iterate_diff"], y, options.curvature_tol)
-        entry["missed"], entry["missed_before"] = [], entry["missed"]
-        entry["unsteady"] = max(entry["unsteady"] - 1, 0)
-        for now, later in (("grad_mean", "grad_sum"), ("iterate_diff", "iterate_rise")):
-            entry[now], entry[later] = entry[later], entry[now]
-            entry[later].zero_()
-        entry["block_step"] = 0
-        entry["blocks"] += 1
-
-    def _offer(self, s: Tensor, y: Tensor, curvature_tol: float) -> None:
-        header = self.history.header()
-        if header.usable > 0:
-            damp(s, y, 1.0 / header.gamma)
-        self.history.offer(s, y, curvature_tol)
-
-    # --- counts -----------------------------------------------------------------------------
-
-    def count_non_finite(self) -> None:
-        """Notes that a step was not taken for a NaN or infinite value."""
-        self._entry["non_finite"] += 1
-        self.progress.reason = "non_finite"
 
 
 def reduced(step_cap: float, share: float) -> float:
@@ -437,15 +397,3 @@ def longest(step_cap: float, lr: float) -> float:
     if lr <= LARGEST_LR:
         return step_cap
     return min(step_cap, max(1.0, step_cap * LARGEST_LR / lr))
-
-
-def damp(s: Tensor, y: Tensor, curvature: float, bound: float = DAMPING) -> None:
-    """Powell's damping, in place, with B = curvature * I.
-
-    Where s.y < bound s.B s, y becomes theta y + (1 - theta) B s with the theta that makes
-    s.y = bound s.B s.
-    """
-    sy, sbs = float(s.dot(y)), curvature * float(s.dot(s))
-    if sy < bound * sbs:
-        theta = (1.0 - bound) * sbs / (sbs - sy)
-        y.mul_(theta).add_(s, alpha=(1.0 - theta) * curvature)

@@ -1,1 +1,6 @@
-"""Report and memory."""
+"""Floor 4: what an optimizer tells of itself.
+
+The report of what was done and why (``report``), the counts that it draws on and that are saved
+with the state (``log``), and the table of what an optimizer holds (``memory``).
+May touch objective/, curvature/, search/ and vector/; it reads phases through its own protocol.
+"""

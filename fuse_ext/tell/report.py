@@ -3,56 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from fuse_ext.phase.averages import AveragedEngine
-    from fuse_ext.phase.iteration import LbfgsEngine
-
-# FusePV keeps its own counts in this entry of the first parameter's state;
-# at the start they are these.
-LOG = "fuse_pv"
-NEW_LOG = {
-    "adam_steps": 0,
-    "adam_evaluations": 0,
-    "adam_non_finite": 0,
-    "phase_steps": 0,  # Adam steps and epochs since Adam began or was returned to
-    "phase_epochs": 0,
-    "switches": 0,
-    "switch_step": None,
-    "switch_reason": "",
-    "fallbacks": 0,
-}
+from fuse_ext.curvature.protocol import InverseHessian
+from fuse_ext.objective.progress import CONVERGED, Progress
+from fuse_ext.search.noise import Precision
 
 
-def check_log(log: Any) -> None:
-    """Raises ValueError unless a saved entry holds these counts."""
-    if not isinstance(log, dict) or not NEW_LOG.keys() <= log.keys():
-        raise ValueError(f"state_dict does not fit: {LOG!r} must hold {list(NEW_LOG)}")
-
-
-CONVERGED = ("gradient", "slope", "step", "loss", "progress", "precision", "no_descent")
-
-
-@dataclass
-class Progress:
-    """What the last call of an L-BFGS ``step`` did.
+class Telling(Protocol):
+    """What a phase of L-BFGS tells of itself.
 
     Attributes:
-        reason: Why it ended: "max_iter" or "max_eval" (the budget), "gradient" (at most
-            tolerance_grad), "slope", "step" or "loss" (changes at most tolerance_change),
-            "progress" (a decrease of at most rtol times the loss),
-            "precision" (rounding or noise of the loss hides any further decrease), "line_search"
-            (it found no step that lowers the loss), "no_descent" (the gradient is 0, or so small
-            that its square is), "non_finite", "watch" (the step was given to finding out whether
-            the closure is the same function at every call), or "lr" (which is 0).
-        step_length: Of the last step taken.
-        line_search: Why the last search ended.
+        progress: What its last step did.
+        precision: What it has learnt of the loss's noise.
     """
 
-    reason: str = "not started"
-    step_length: float = 0.0
-    line_search: str = "none"
+    progress: Progress
+    precision: Precision
+
+    @property
+    def history(self) -> InverseHessian:
+        """What it knows of H."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state held."""
+
+    @property
+    def workspace_nbytes(self) -> int:
+        """Bytes of scratch held between steps."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +98,8 @@ class Report:
         return "\n".join(f"{f.name:<{width}}  {getattr(self, f.name)}" for f in fields(self))
 
 
-def lbfgs_fields(
-    engine: LbfgsEngine | AveragedEngine | None, entry: dict[str, Any]
-) -> dict[str, Any]:
-    """What every report says of L-BFGS; of its past alone where there is no engine."""
+def lbfgs_fields(phase: Telling | None, entry: dict[str, Any]) -> dict[str, Any]:
+    """What every report says of L-BFGS; of its past alone where it is not the phase."""
     counted = {
         "lbfgs_iterations": entry.get("n_iter", 0),
         "evaluations": entry.get("func_evals", 0),
@@ -131,18 +108,30 @@ def lbfgs_fields(
         "line_search_failures": entry.get("line_search_failures", 0),
         "non_finite": entry.get("non_finite", 0),
     }
-    if engine is None:
+    if phase is None:
         return counted
-    header = engine.history.header()
+    header = phase.history.header()
     return {
         **counted,
         "pairs_held": int(header.count),
         "pairs_accepted": int(header.accepted),
         "pairs_skipped": int(header.skipped),
-        "step_length": engine.progress.step_length,
-        "line_search": engine.progress.line_search,
-        "loss_noise": engine.precision.noise,
-        "stop_reason": engine.progress.reason,
-        "state_bytes": engine.nbytes,
-        "workspace_bytes": engine.workspace_nbytes,
+        "step_length": phase.progress.step_length,
+        "line_search": phase.progress.line_search,
+        "loss_noise": phase.precision.noise,
+        "stop_reason": phase.progress.reason,
+        "state_bytes": phase.nbytes,
+        "workspace_bytes": phase.workspace_nbytes,
     }
+
+
+def report_of_phases(phase: str, log: dict[str, Any], entry: dict[str, Any], now: Any) -> Report:
+    """FusePV's report: what its log has counted, and what its present phase tells."""
+    tells = now is not None and phase == "lbfgs"  # Adam tells nothing but its size
+    fields = lbfgs_fields(now if tells else None, entry)
+    fields["evaluations"] += log["adam_evaluations"]
+    fields["non_finite"] += log["adam_non_finite"]
+    if not tells:
+        fields["state_bytes"] = 0 if now is None else now.nbytes
+    counted = ("adam_steps", "switch_step", "switch_reason", "fallbacks")
+    return Report(phase=phase, **{name: log[name] for name in counted}, **fields)

@@ -1,1 +1,7 @@
-"""Parameters as one flat vector."""
+"""Floor 1: the parameters as one logical vector that nobody has to move.
+
+Where each parameter lies in it and which of them take part in a step (``flat``), norms of their
+gradients (``gradients``), dots and norms of any flat vector (``measures``), and the checks of the
+tensors themselves (``checks``). State is flat and ours, parameters stay the user's.
+May touch kernels/ alone.
+"""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fuse_ext import _C
 from fuse_ext.vector.checks import check_grads, check_params
+from fuse_ext.vector.measures import LOCAL, Measures
 
 ParamGroup: TypeAlias = dict[str, Any]
 Closure: TypeAlias = Callable[[], Any]
@@ -69,6 +70,7 @@ class FlatParams:
         layout: What C++ knows of all this: quick answers for the common case.
         memo: For the optimizer, to keep what it has prepared for this layout.
         whole: All parameters as a :class:`Part`.
+        measures: Dots and norms of flat vectors.
     """
 
     def __init__(self, groups: list[ParamGroup]) -> None:
@@ -91,6 +93,7 @@ class FlatParams:
             offset = self.numel + (self.numel % 2 if param.is_complex() else 0)
             self.offsets.append(offset)
             self.numel = offset + size
+        self.measures: Measures = LOCAL
         self.memo: Any = None
         self.layout = _C.Layout([group["params"] for group in groups], self.offsets)
         self.whole = Part(self, ())
@@ -195,6 +198,14 @@ class FlatParams:
         else:
             part = part.view(like.size())
         return torch.view_as_complex(part) if param.is_complex() else part
+
+    def new_vector(self) -> Tensor:
+        """A vector of zeros as long as the flat state, and of its dtype."""
+        return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
+
+    def stretch(self, flat: Tensor, i: int) -> Tensor:
+        """The part of a flat tensor that belongs to ``params[i]``, as it lies there."""
+        return flat[self.offsets[i] : self.offsets[i] + self.sizes[i]]
 
     def per_segment(self, values: list[Any], neutral: Any) -> list[Any]:
         """One value per group spread over its parameters; empty when all are ``neutral``."""

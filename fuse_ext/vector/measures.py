@@ -1,64 +1,46 @@
-"""Dots and norms of flat vectors and of the gradients at hand."""
+"""Dots and norms of flat vectors, behind one small protocol.
+
+Whoever decides by the size of a vector asks here, so that a vector that is spread over several
+ranks can answer with sums over all of them.
+"""
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fuse_ext.kernels.bound_ops import bind
-from fuse_ext.kernels.ops import Ops
-from fuse_ext.vector.flat import FlatParams
+
+class Measures(Protocol):
+    """Numbers that a whole vector yields, and that everyone who holds a part of it agrees on."""
+
+    def dot(self, a: Tensor, b: Tensor) -> float:
+        """a.b of two flat vectors."""
+
+    def norm(self, a: Tensor) -> float:
+        """|a| of a flat vector, or of a part of it."""
+
+    def largest(self, tensors: list[Tensor]) -> float:
+        """max |x| over tensors of any shape, of which one at least is not empty."""
 
 
-class GradStats(NamedTuple):
-    """What one pass over the effective gradient g yields (order of csrc/cpu/kernels.h).
+class Local:
+    """Measures of a vector that lies in this process as a whole."""
 
-    Attributes:
-        slope: g.p along the current direction.
-        square: g.g
-        abs_sum: sum |g|
-        penalty: sum weight_decay/2 x^2, the loss that weight decay stands for.
-        abs_max: max |g|
-    """
+    def dot(self, a: Tensor, b: Tensor) -> float:
+        """See :class:`Measures`."""
+        return float(a.dot(b))
 
-    slope: float
-    square: float
-    abs_sum: float
-    penalty: float
-    abs_max: float
+    def norm(self, a: Tensor) -> float:
+        """See :class:`Measures`."""
+        return float(a.norm())
 
-    @property
-    def finite(self) -> bool:
-        """Whether every element of g is finite."""
-        return math.isfinite(self.square)
+    def largest(self, tensors: list[Tensor]) -> float:
+        """See :class:`Measures`."""
+        # Empty tensors have no largest element.
+        each = [x.detach().abs().max() for x in tensors if x.numel()]
+        return float(torch.stack([x.double() for x in each]).max())
 
 
-def grad_stats_into(flat: FlatParams, ops: Ops, stats: Tensor) -> bool:
-    """``stats`` = :class:`GradStats` of the gradients at hand; False where there is none."""
-    members = [i for i, p in enumerate(flat.params) if p.grad is not None]
-    grads: list[Any] = [flat.params[i].grad for i in members]
-    if members:
-        ops.grad_stats(
-            flat.reals([flat.params[i] for i in members]),
-            flat.reals(grads),
-            [flat.offsets[i] for i in members],
-            [],
-            False,
-            None,
-            None,
-            stats,
-        )
-    return bool(members)
-
-
-def grads_are_finite(flat: FlatParams, ops: Ops) -> bool:
-    """Whether all gradients at hand are; one read of them."""
-    stats = torch.zeros(len(GradStats._fields), dtype=torch.float64, device=flat.device)
-    plain = flat.layout.grads()
-    if plain is not None:
-        numbers = bind(ops, flat.whole).grad_stats(plain, [], False, None, None, stats, *[None] * 3)
-        return GradStats._make(numbers[:-1]).finite
-    return not grad_stats_into(flat, ops, stats) or GradStats(*stats.tolist()).finite
+LOCAL = Local()

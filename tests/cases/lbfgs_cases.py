@@ -23,7 +23,7 @@ def make(params: Any, **options: Any) -> LBFGS:
 
 
 def reason(optimizer: LBFGS) -> str:
-    return optimizer._engine.progress.reason
+    return optimizer._phase.progress.reason
 
 
 def state(optimizer: LBFGS) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fuse_ext
 from fuse_ext import LBFGS, FusePV
 from fuse_ext.kernels import scalars as ring
-from fuse_ext.optim.modes import HISTORY_BYTES, LEAST_PAIRS, MOST_PAIRS
+from fuse_ext.phase.modes import HISTORY_BYTES, LEAST_PAIRS, MOST_PAIRS
 
 Scaled = tuple[Tensor, Tensor, float]  # s, y, tau
 

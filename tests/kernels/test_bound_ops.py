@@ -11,7 +11,7 @@ from lbfgs_cases import NEVER_STOP
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuse_ext import _C, LBFGS, Adam, Fuse, FusePV
-from fuse_ext.curvature import moments as adam_engine
+from fuse_ext.curvature import moments
 from fuse_ext.curvature import ring as history
 from fuse_ext.kernels import bound_ops, ops
 from fuse_ext.kernels.scalars import index
@@ -263,7 +263,7 @@ def test_both_ways_of_calling_the_ops_do_the_same(kind, monkeypatch):
         return losses, frozen(params), frozen(optimizer.state_dict())
 
     direct = run()
-    for module in (adam_engine, history):
+    for module in (moments, history):
         monkeypatch.setattr(module, "bind", bound_ops._Listed)
     assert run() == direct
 
@@ -332,11 +332,11 @@ def test_edits_of_the_groups_are_seen_by_the_next_step():
     for lr in (0.5, 0.5, 0.25, 0.25, 0.125):
         group["lr"] = lr
         optimizer.step(closure)
-        progress.append(optimizer._engine.progress.step_length)
+        progress.append(optimizer._phase.progress.step_length)
     assert progress == [0.25, 0.5, 0.25, 0.25, 0.125]  # the first is lr / |g|_1
     group["line_search_fn"] = "armijo"
     optimizer.step(closure)
-    assert optimizer._engine.progress.line_search == "armijo"
+    assert optimizer._phase.progress.line_search == "armijo"
     group["line_search_fn"] = "golden"
     for _ in range(2):
         with pytest.raises(ValueError, match="line_search_fn"):
@@ -353,10 +353,10 @@ def test_a_step_size_changed_in_place_is_seen():
     optimizer, closure = fixed_step(lr)
     optimizer.step(closure)
     optimizer.step(closure)
-    assert optimizer._engine.progress.step_length == 0.5
+    assert optimizer._phase.progress.step_length == 0.5
     lr.fill_(0.25)
     optimizer.step(closure)
-    assert optimizer._engine.progress.step_length == 0.25
+    assert optimizer._phase.progress.step_length == 0.25
 
 
 @pytest.mark.parametrize("backend", ("native", "reference"))
@@ -384,7 +384,7 @@ def test_as_on_a_device_a_trial_reads_loss_and_norms_at_once(backend, search, mo
             return loss
 
         optimizer.step(closure)
-        history = optimizer._engine.history
+        history = optimizer._phase.history
         if as_on_a_device:
             history._with_loss = torch.zeros(len(history._stats) + 1, dtype=torch.float64)
             history._stats = history._with_loss[:-1]

@@ -262,7 +262,7 @@ def test_back_at_the_best_trial(dtype: torch.dtype, deterministic: bool, backend
     assert state(mine.optimizer)["non_finite"] > 0
     x = [mine.a.detach(), mine.b.detach()]
     assert not all(map(torch.equal, mine.trials[-1], x)), "the best trial was the last one"
-    t = mine.optimizer._engine.progress.step_length
+    t = mine.optimizer._phase.progress.step_length
     for part in x:  # origin + t p, with p = -g = 1
         torch.testing.assert_close(part, torch.full_like(part, t), rtol=1e-6, atol=0.0)
     stored = [mine.a.grad.clone(), mine.b.grad.clone()]

@@ -134,8 +134,8 @@ def test_bytes_are_those_of_the_tensors(history_dtype: torch.dtype | None, amsgr
     report = fit.optimizer.report()
     assert report.phase == "lbfgs"
     assert report.state_bytes == bytes_in(fit.optimizer)
-    engine = fit.optimizer._lbfgs
-    scratch = [t for t in (engine._origin, engine._best_grads) if t is not None]
+    trials = fit.optimizer._phase.iteration.trials
+    scratch = [t for t in (trials._origin, trials._best_grads) if t is not None]
     assert report.workspace_bytes == sum(t.untyped_storage().nbytes() for t in scratch)
     fit.optimizer.switch_back()
     assert fit.optimizer.report().state_bytes == bytes_in(fit.optimizer) == 0
@@ -144,7 +144,7 @@ def test_bytes_are_those_of_the_tensors(history_dtype: torch.dtype | None, amsgr
 def test_adams_moments_are_released_at_the_switch_and_the_history_on_the_way_back() -> None:
     fit = Fit(switch=5)
     fit.step(4)
-    held = [weakref.ref(t) for t in (*fit.optimizer._adam._moments.values(),)]
+    held = [weakref.ref(t) for t in (*fit.optimizer._phase.moments._moments.values(),)]
     assert all(ref() is not None for ref in held)
     fit.step()
     gc.collect()
@@ -155,7 +155,7 @@ def test_adams_moments_are_released_at_the_switch_and_the_history_on_the_way_bac
         for entry in fit.optimizer.state.values()
     )
     fit.step(3)
-    rows = weakref.ref(fit.optimizer._lbfgs.history.rows)
+    rows = weakref.ref(fit.optimizer._phase.history.rows)
     fit.optimizer.switch_back()
     gc.collect()
     assert rows() is None

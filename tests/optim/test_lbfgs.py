@@ -214,7 +214,7 @@ def test_max_eval_ends_a_step_and_spares_the_history() -> None:
         optimizer.step(mine.closure)
         assert mine.calls - before == 4
         assert reason(optimizer) == "max_eval"
-        searches.append(optimizer._engine.progress.line_search)
+        searches.append(optimizer._phase.progress.line_search)
     assert searches.count("max_evaluations") >= 3
     assert state(optimizer)["resets"] == state(optimizer)["line_search_failures"] == 0
     assert mine.gap < 1e-8

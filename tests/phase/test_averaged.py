@@ -15,16 +15,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from fuse_ext import FusePV, Never
+from fuse_ext.curvature.block_pairs import BLOCK, DAMPING, damp
 from fuse_ext.phase import averages as averaged
 from fuse_ext.phase.averages import (
-    BLOCK,
     CAP_DECAY,
-    DAMPING,
     JUMP,
     LARGEST_LR,
     REACH,
     RETREAT,
-    damp,
     longest,
     reduced,
 )
@@ -342,8 +340,8 @@ def test_weight_decay(decoupled: bool) -> None:
             for name in ("root_metric", "grad_avg")
         }
     )
-    plain.optimizer._lbfgs._entry.update(
-        adam_step_norm=ours.optimizer._lbfgs._entry["adam_step_norm"]
+    plain.optimizer._phase._entry.update(
+        adam_step_norm=ours.optimizer._phase._entry["adam_step_norm"]
     )
     before = ours.flat
     ours.step()

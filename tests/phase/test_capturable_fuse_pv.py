@@ -14,6 +14,8 @@ from capture_cases import Bowl, NothingRead, fake_cuda, run
 from torch import Tensor
 
 from fuse_ext import AfterEpochs, AfterSteps, FusePV, LossPlateau, NearSolution, Never, When
+from fuse_ext.phase.protocol import Call
+from fuse_ext.phase.told import tell
 
 BF16 = torch.bfloat16
 
@@ -210,9 +212,9 @@ def test_the_host_takes_over_the_devices_count() -> None:
     optimizer = make(bowl.params, switch=AfterSteps(20), capturable=True)
     for _ in range(3):
         optimizer.step(bowl.closure)
-    engine = optimizer._adam
-    replay: Callable[[], Any] = lambda: engine.step(  # noqa: E731
-        optimizer.param_groups, loss=bowl.closure(), counts=optimizer._counts
+    phase = optimizer._phase
+    replay: Callable[[], Any] = lambda: phase.moments.step_on_device(  # noqa: E731
+        optimizer.param_groups, loss=bowl.closure(), counted=phase._counted
     )
     bowl.bad_losses = {5}
     for _ in range(10):
@@ -227,7 +229,9 @@ def test_the_host_takes_over_the_devices_count() -> None:
     assert (report.phase, report.switch_step) == ("lbfgs", 20)
     entry = optimizer.state[bowl.params[0]]
     for _ in range(4):
-        optimizer._lbfgs.step(None, optimizer._options())
+        call = Call(None, optimizer.param_groups)
+        tell(optimizer._phase, call, optimizer.flat)
+        optimizer._phase.step(call)
     assert entry["n_iter"] == 0
     assert optimizer.report().lbfgs_iterations == entry["n_iter"] == 4
 

@@ -308,8 +308,12 @@ def test_defaults() -> None:
     assert repr(full._switch) == f"Any(WarmUp(n=100), {LossPlateau()!r})"
     assert repr(batches._switch) == "AfterSteps(n=50)"
     assert isinstance(Fit(line_search="armijo").optimizer._switch, LossPlateau)
-    searches = [optimizer._options().line_search for optimizer in (full, batches)]
-    assert searches == ["approximate_wolfe"] * 2  # unless batches turn out to be batches
+    for fit in (Fit(deterministic=True, switch=1), Fit(switch=1)):  # the other one finds out
+        fit.step(4)
+    searches = [
+        {name for name, _ in fit.optimizer._phase.iteration.trials._searches} for fit in searching
+    ]
+    assert searches == [{"approximate_wolfe"}] * 2
 
 
 @pytest.mark.parametrize("lr", [1e-3, 3e-2])

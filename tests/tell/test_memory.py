@@ -6,7 +6,7 @@ from torch import nn
 
 import fuse_ext
 from fuse_ext.checks import FLOATING
-from fuse_ext.tell.memory import OPTIMIZERS
+from fuse_ext.optim.estimate_memory import OPTIMIZERS
 
 SIZES = (1, 2, 127, 128, 129, 255, 257, 1000, 4096, 10_001)
 

@@ -1,4 +1,4 @@
-"""What capturable=True asks of options and tensors: a step reads nothing from the device."""
+"""What a CUDA graph asks of code: while it is being captured nothing runs, and nothing is read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fuse_ext.checks import check_loss
-from fuse_ext.vector.flat import ParamGroup
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -26,21 +25,6 @@ def refuse_while_capturing(device: torch.device, what: str) -> None:
         )
 
 
-def check_capturable(group: ParamGroup, search_name: str) -> None:
-    """Raises ValueError for an option of L-BFGS that needs the host between two launches.
-
-    Args:
-        group: The parameter group.
-        search_name: What the option with the line search is called.
-    """
-    for name, wanted in ((search_name, None), ("max_iter", 1), ("rtol", 0.0)):
-        if group[name] != wanted:
-            raise ValueError(
-                f"capturable=True needs {name}={wanted!r}, got {name}={group[name]!r}: "
-                "the host would have to read the loss between two iterations or trials"
-            )
-
-
 def check_lr_tensor(lr: Tensor, device: torch.device) -> None:
     """Raises unless the kernels can read this lr where it is."""
     if lr.numel() != 1:
@@ -52,25 +36,6 @@ def check_lr_tensor(lr: Tensor, device: torch.device) -> None:
             f"lr is on {lr.device} but the parameters are on {device}, where capturable=True "
             "reads it"
         )
-
-
-def shared_lr(groups: list[ParamGroup], device: torch.device) -> Tensor | None:
-    """The tensor that is every group's lr, or None where all are numbers.
-
-    L-BFGS takes one step for all parameters, of which each group has a share known to the host.
-    """
-    lrs = [group["lr"] for group in groups]
-    if not any(isinstance(lr, Tensor) for lr in lrs):
-        return None
-    for i, lr in enumerate(lrs):
-        if lr is not lrs[0]:
-            raise ValueError(
-                "capturable=True needs one lr tensor for all parameter groups in the L-BFGS phase, "
-                f"got {lrs[0]!r} in group 0 and {lr!r} in group {i}"
-            )
-    check_lr_tensor(lrs[0], device)
-    first: Tensor = lrs[0]
-    return first
 
 
 def device_loss(loss: Any, device: torch.device) -> Tensor | None:

@@ -1,0 +1,58 @@
+"""What the last step of L-BFGS did, and why it ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fuse_ext.objective.step_options import StepOptions
+
+# Reasons to end that leave nothing to gain.
+CONVERGED = ("gradient", "slope", "step", "loss", "progress", "precision", "no_descent")
+
+
+@dataclass
+class Progress:
+    """What the last call of an L-BFGS ``step`` did.
+
+    Attributes:
+        reason: Why it ended: "max_iter" or "max_eval" (the budget), "gradient" (at most
+            tolerance_grad), "slope", "step" or "loss" (changes at most tolerance_change),
+            "progress" (a decrease of at most rtol times the loss),
+            "precision" (rounding or noise of the loss hides any further decrease), "line_search"
+            (it found no step that lowers the loss), "no_descent" (the gradient is 0, or so small
+            that its square is), "non_finite", "watch" (the step was given to finding out whether
+            the closure is the same function at every call), or "lr" (which is 0).
+        step_length: Of the last step taken.
+        line_search: Why the last search ended.
+    """
+
+    reason: str = "not started"
+    step_length: float = 0.0
+    line_search: str = "none"
+
+
+def after_iteration(
+    options: StepOptions,
+    before: float,
+    here: float | None,
+    largest_gradient: float,
+    longest_step: float,
+) -> str:
+    """torch.optim.LBFGS's tests after an iteration: why to stop, empty to go on.
+
+    Args:
+        options: The tolerances.
+        before: The loss where the iteration began.
+        here: The loss where it has led, None where it is not known.
+        largest_gradient: max |g| there.
+        longest_step: max |t p|.
+    """
+    if largest_gradient <= options.tolerance_grad:
+        return "gradient"
+    if longest_step <= options.tolerance_change:
+        return "step"
+    if here is None:
+        return ""
+    if abs(here - before) < options.tolerance_change:
+        return "loss"
+    return "progress" if 0.0 < options.rtol * abs(here) >= abs(here - before) else ""

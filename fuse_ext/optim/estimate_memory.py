@@ -1,0 +1,155 @@
+"""What an optimizer will hold, before it is made."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fuse_ext.checks import check_integer
+from fuse_ext.curvature.moments import Moments
+from fuse_ext.curvature.ring import History
+from fuse_ext.kernels import ops as kernels
+from fuse_ext.optim.adam import Adam
+from fuse_ext.optim.flat_optimizer import FlatOptimizer, own_group
+from fuse_ext.optim.fuse import Fuse
+from fuse_ext.optim.fuse_pv import FusePV
+from fuse_ext.optim.lbfgs import LBFGS
+from fuse_ext.phase.averages import AveragesPhase
+from fuse_ext.phase.modes import AUTO
+from fuse_ext.tell.memory import MemoryEstimate, PhaseMemory
+from fuse_ext.vector.checks import check_params
+
+OPTIMIZERS = ("FusePV", "Adam", "LBFGS", "Fuse")
+# Line searches that may go on past a good trial, whose gradient they then keep.
+SAVING_SEARCHES = ("strong_wolfe", "approximate_wolfe")
+
+
+def estimate_memory(
+    params: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | int,
+    optimizer: str = "FusePV",
+    *,
+    history_size: int | None = None,
+    history_dtype: torch.dtype | None = None,
+    amsgrad: bool = False,
+    moment_dtype: torch.dtype | None = None,
+    line_search: str | None = "auto",
+    deterministic: bool | None = None,
+) -> MemoryEstimate:
+    """The memory that an optimizer will hold; allocates none of it.
+
+    The optimizer is really made, on torch's meta device, so that this counts what it allocates
+    and not what a formula says. ``opt.report()`` gives the same figures for one at work.
+
+    ::
+
+        >>> print(fuse_ext.estimate_memory(1_000_000, history_dtype=torch.bfloat16))
+        FusePV, 1,000,000 parameters
+        phase      state  workspace  bytes a parameter
+        adam    7.63 MiB        0 B        8.00 + 0.00
+        lbfgs  68.67 MiB   7.63 MiB       72.01 + 8.00
+        at most 83.93 MiB at once
+
+    Args:
+        params: A module, its parameters or parameter groups (on any device, of any supported
+            dtype), or just a number of float32 parameters.
+        optimizer: "FusePV", "Adam", "LBFGS" or "Fuse".
+        history_size: This and the rest: as the optimizer will be given; what it does not have is
+            ignored. None is the optimizer's default.
+        history_dtype: Storage of the pairs.
+        amsgrad: Adam's third moment.
+        moment_dtype: Storage of Adam's moments.
+        line_search: Its name; None for a fixed step; "auto" for FusePV on averages, which holds
+            more than with a line search, and for strong Wolfe elsewhere.
+        deterministic: What FusePV is told of the closure: with True "auto" is a line search, and
+            the default history is larger.
+
+    Returns:
+        Bytes of state and workspace for each phase.
+
+    Raises:
+        ValueError, TypeError: No such optimizer, no parameters, or an option out of range.
+    """
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
+    groups = _on_meta(params)
+    averages = line_search == AUTO and optimizer == "FusePV" and not deterministic
+    if line_search == AUTO and not averages:
+        line_search = "strong_wolfe"
+    lbfgs_options: dict[str, Any] = {"history_dtype": history_dtype}
+    if history_size is not None:
+        lbfgs_options["history_size"] = history_size
+    opt: FlatOptimizer  # made for the checks in its constructor, and for its flat layout
+    if optimizer == "Adam":
+        opt = Adam(groups, amsgrad=amsgrad, moment_dtype=moment_dtype)
+    elif optimizer == "LBFGS":
+        opt = LBFGS(groups, line_search_fn=line_search, **lbfgs_options)
+    elif optimizer == "FusePV":
+        options = {
+            **lbfgs_options,
+            "moment_dtype": moment_dtype,
+            "deterministic": deterministic,
+        }
+        opt = FusePV(groups, amsgrad=amsgrad, line_search=line_search, **options)
+    else:
+        opt = Fuse(groups, amsgrad=amsgrad, line_search=line_search, **lbfgs_options)
+    flat, ops = opt.flat, kernels.select("reference", opt.flat.device)
+    adam = lbfgs = scratch = 0
+    size = opt.param_groups[0].get("history_size", 0)
+    if optimizer != "LBFGS":
+        dtype = opt.param_groups[0].get("moment_dtype")
+        adam = Moments(flat, ops, defaultdict(dict), opt.param_groups, dtype).nbytes
+    if averages:
+        engine = AveragesPhase(flat, ops, {}, size, history_dtype)
+        lbfgs, scratch = engine.nbytes, engine.workspace_nbytes
+    elif optimizer != "Adam":
+        lbfgs = History(flat, ops, {}, size, history_dtype).nbytes
+        vectors = 1 + (line_search in SAVING_SEARCHES)
+        vectors += optimizer == "Fuse" and line_search is not None  # g at x, for Adam's half
+        scratch = vectors * flat.numel * flat.dtype.itemsize
+    phases = {
+        "Adam": (PhaseMemory("adam", adam, 0),),
+        "LBFGS": (PhaseMemory("lbfgs", lbfgs, scratch),),
+        "FusePV": (PhaseMemory("adam", adam, 0), PhaseMemory("lbfgs", lbfgs, scratch, averages)),
+        "Fuse": (PhaseMemory("fuse", adam + lbfgs, scratch),),
+    }
+    return MemoryEstimate(optimizer, flat.numel, phases[optimizer])
+
+
+def _on_meta(params: Any) -> list[dict[str, Any]]:
+    """Parameter groups of tensors without memory that look like these."""
+    if isinstance(params, int):
+        check_integer("params", params, 1)
+        return [{"params": [torch.empty(params, dtype=torch.float32, device="meta")]}]
+    if isinstance(params, nn.Module):
+        params = params.parameters()
+    if isinstance(params, Tensor) or not isinstance(params, Iterable):
+        raise TypeError(
+            "params must be a module, an iterable of tensors or groups, or a number of "
+            f"parameters, got {type(params).__name__}"
+        )
+    groups = list(params)
+    if not (groups and isinstance(groups[0], dict)):
+        groups = [{"params": groups}]
+    groups = [own_group(group) for group in groups]
+    # Each tensor of a group counts once, as in the optimizers.
+    groups = [{**group, "params": [*dict.fromkeys(_tensors(group["params"]))]} for group in groups]
+    check_params([tensor for group in groups for tensor in group["params"]])
+    return [
+        {**group, "params": [torch.empty_like(t, device="meta") for t in group["params"]]}
+        for group in groups
+    ]
+
+
+def _tensors(entries: Any) -> list[Tensor]:
+    """The tensors of one group, given as torch allows: one, several, or (name, tensor) pairs."""
+    if isinstance(entries, Tensor):
+        return [entries]
+    tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"params[{i}] must be a tensor, got {type(tensor).__name__}")
+    return tensors

@@ -1,0 +1,149 @@
+"""The L-BFGS phase with a line search or a fixed step (Algorithms 1 and 2).
+
+Around the iteration stand what concerns whole steps: batches, pairs of another sample, and what to
+do where search after search fails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from fuse_ext.curvature.ring import History
+from fuse_ext.kernels.ops import Ops
+from fuse_ext.objective.evaluations import effective_gradient
+from fuse_ext.objective.progress import Progress
+from fuse_ext.objective.step_options import StepOptions
+from fuse_ext.phase.lbfgs.device import DevicePhase, to_host
+from fuse_ext.phase.lbfgs.excursion import FAILING, adam_excursion, goes_astray
+from fuse_ext.phase.lbfgs.iteration import Iteration
+from fuse_ext.phase.protocol import Call, Outcome
+from fuse_ext.search.noise import Precision
+from fuse_ext.vector.flat import Closure, FlatParams, ParamGroup
+
+
+class LbfgsPhase:
+    """Algorithm 1, ``max_iter`` iterations a step.
+
+    Args:
+        iteration: The iteration and its state.
+    """
+
+    begun, host_decides = True, True
+
+    def __init__(self, iteration: Iteration) -> None:
+        self.iteration = iteration
+        self.progress: Progress = iteration.progress
+        self.precision: Precision = iteration.objective.precision
+
+    @property
+    def history(self) -> History:
+        """What it knows of H."""
+        return self.iteration.history
+
+    def step(self, call: Call) -> Outcome:
+        """At most ``max_iter`` iterations, or Adam's try where they lead nowhere."""
+        iteration, closure, options = self.iteration, call.closure, call.options
+        assert options is not None
+        seen, rescued = iteration.entry["non_finite"], False
+        iteration.objective.begin_batch(call.batch_id)
+        if call.pair_closure is not None:
+            loss = overlap_step(iteration, closure, call.pair_closure, options)
+        elif call.rescues and closure is not None and goes_astray(iteration, options):
+            loss, rescued = adam_excursion(iteration, closure, options, call.groups), True
+        else:
+            loss = iteration.run(closure, options, call.evaluated)
+        refused = iteration.entry["non_finite"] > seen and self.progress.reason == "non_finite"
+        if not call.rescues or goes_astray(iteration, options):
+            return Outcome(loss, refused=refused, rescued=rescued)
+        return Outcome(
+            loss,
+            refused=refused,
+            rescued=rescued,
+            failing=iteration.setbacks.failing >= FAILING,
+            contradicted=iteration.objective.function.contradicted,
+        )
+
+    def refuse(self) -> None:
+        """Counts a step that was not taken for an infinite gradient."""
+        self.iteration.setbacks.count_non_finite()
+
+    def settle(self, log: dict[str, Any]) -> None:
+        """The host has counted everything itself."""
+
+    def outdated(self, state: dict[Any, Any]) -> bool:
+        """Whether the user has cleared or replaced ``Optimizer.state``."""
+        return self.iteration.objective.outdated(state)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state held."""
+        return self.history.nbytes
+
+    @property
+    def workspace_nbytes(self) -> int:
+        """Bytes of scratch vectors held between steps (not part of the state)."""
+        return self.iteration.trials.workspace_nbytes
+
+
+def overlap_step(
+    iteration: Iteration, closure: Closure | None, pair_closure: Closure, options: StepOptions
+) -> Any:
+    """A step on the closure's batch with y = g(x + t p) - g(x) of ``pair_closure``'s sample.
+
+    With the overlap of this batch and the next as sample this is multi-batch L-BFGS (Berahas,
+    Nocedal and Takac, NeurIPS 2016). Costs two gradients of the sample more, and a vector of
+    scratch.
+    """
+    if options.max_iter > 1 or options.deterministic:
+        raise ValueError(
+            f"pair_closure needs max_iter=1 and deterministic=False, got max_iter="
+            f"{options.max_iter} and deterministic={options.deterministic}"
+        )
+    if closure is None:
+        raise ValueError("closure=None with a pair_closure: its gradients would take their place")
+    objective = iteration.objective
+    objective.drop_pair()
+    gradient_alone = replace(options, line_search=None, rtol=0.0)
+    before = objective.evaluate(pair_closure, gradient_alone, False)
+    if not before.finite:
+        iteration.refuse(before)
+        return before.loss
+    at_start = iteration.flat.new_vector()
+    effective_gradient(iteration.flat, iteration.ops, options, before.part, before.grads, at_start)
+    loss = iteration.run(closure, replace(options, pairs_elsewhere=True))
+    if not objective.has_pair:
+        return loss
+    try:
+        after = objective.evaluate(pair_closure, gradient_alone, False)
+    except BaseException:
+        iteration.trials.undo()
+        raise
+    same = before.part.absent == iteration.history.part.absent
+    if after.finite and same:
+        iteration.history.set_grad_prev(at_start)
+        iteration.absorb_pair(after, options)
+    elif after.finite:
+        objective.drop_pair()  # the sample knows other parameters than the step
+    else:
+        iteration.refuse(after)
+    return loss
+
+
+def make_lbfgs(
+    flat: FlatParams, ops: Ops, entry: dict[str, Any], group: ParamGroup, self_scaling: bool
+) -> LbfgsPhase | DevicePhase:
+    """The phase for this group's options, capturable or not, whichever made ``entry``.
+
+    A history that ``entry`` holds goes on as it began, with self-scaling or without.
+    """
+    new, size, dtype = "history" not in entry, group["history_size"], group["history_dtype"]
+    phase: LbfgsPhase | DevicePhase
+    if group.get("capturable"):
+        phase = DevicePhase(flat, ops, entry, size, dtype)
+    else:
+        to_host(entry)
+        phase = LbfgsPhase(Iteration(flat, ops, entry, size, dtype))
+    if new and self_scaling:
+        phase.history.scale_itself()
+    return phase

@@ -1,0 +1,119 @@
+"""Which L-BFGS follows Adam, and with what, where nothing is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fuse_ext.objective.step_options import MAX_LINE_SEARCH_EVALUATIONS, mixed_signs
+from fuse_ext.switch.criterion import Switchover
+from fuse_ext.switch.plateau import LossPlateau
+from fuse_ext.switch.steps import AfterSteps, Never, WarmUp
+from fuse_ext.vector.flat import FlatParams, ParamGroup
+
+ADAM, LBFGS = "adam", "lbfgs"  # phases
+AUTO = "auto"
+# How curvature pairs are made.
+AVERAGED, SAME_BATCH, CONSECUTIVE = "averaged", "same_batch", "consecutive"
+PAIRS = (AUTO, AVERAGED, SAME_BATCH, CONSECUTIVE)
+# The line search that "auto" means where the closure is the same function at every call.
+SEARCH = "approximate_wolfe"
+# Curvature test without and with noise in the gradients, by ``deterministic``.
+CURVATURE_TOL = {True: 1e-8, False: 1e-4}
+# Adam steps that give the averaged gradient and its metric, and L-BFGS on averages a start; from
+# there it is ahead of Adam (python -m benchmarks.stochastic).
+FIRST_STEPS = 50
+# Curvature pairs if nothing is said. On one function more are better, as long as they are cheap.
+LEAST_PAIRS, MOST_PAIRS = 10, 500
+HISTORY_BYTES = 64 * 2**20
+# With fewer of them self-scaling costs some 5% more evaluations (python -m benchmarks.robustness).
+SCALING_PAIRS = 100
+
+
+def averages(group: ParamGroup) -> bool:
+    """Whether L-BFGS is to begin on averages: asked for, or likely where nothing was asked."""
+    if group["pairs"] != AUTO:
+        return bool(group["pairs"] == AVERAGED)
+    return group["line_search"] == AUTO and group["max_iter"] == 1 and not group["deterministic"]
+
+
+def finds_out(group: ParamGroup) -> bool:
+    """Whether the closure will be watched to learn if it is the same function at every call."""
+    return averages(group) and group["pairs"] == AUTO and group["deterministic"] is None
+
+
+def default_switch(group: ParamGroup) -> Switchover:
+    """When to leave Adam if nothing is said."""
+    if averages(group):
+        return AfterSteps(FIRST_STEPS)
+    if group["deterministic"]:
+        return WarmUp() | LossPlateau()
+    return LossPlateau()
+
+
+def fill_in(given: dict[str, Any]) -> None:
+    """Puts numbers where FusePV's constructor was given None."""
+    if given["curvature_tol"] is None:
+        given["curvature_tol"] = CURVATURE_TOL[bool(given["deterministic"])]
+    if given["max_eval"] is None and isinstance(given["max_iter"], int):
+        given["max_eval"] = 1 + MAX_LINE_SEARCH_EVALUATIONS * max(given["max_iter"], 1)
+    if given["history_size"] is None:
+        given["history_size"] = LEAST_PAIRS
+
+
+def fill_in_history_size(groups: list[ParamGroup], flat: FlatParams) -> None:
+    """Pairs to keep if nothing is said, where the parameters are known; the first are defaults."""
+    if not may_scale(groups[0]):
+        return
+    dtype = groups[0]["history_dtype"] or flat.dtype
+    numel = max(flat.numel, 1)
+    fit = min(HISTORY_BYTES // (2 * dtype.itemsize * numel), numel, MOST_PAIRS)
+    for group in groups:
+        if group["history_size"] == LEAST_PAIRS:
+            group["history_size"] = max(fit, LEAST_PAIRS)
+
+
+def may_scale(group: ParamGroup) -> bool:
+    """Whether self-scaling is asked for, or could pay: on one function with a line search."""
+    if group["self_scaling"] is not None:
+        return bool(group["self_scaling"])
+    return bool(group["deterministic"]) and group["line_search"] is not None
+
+
+def self_scales(group: ParamGroup) -> bool:
+    """Whether L-BFGS scales itself."""
+    if group["self_scaling"] is not None:
+        return bool(group["self_scaling"])
+    return may_scale(group) and group["history_size"] >= SCALING_PAIRS
+
+
+def check_signs(groups: list[ParamGroup]) -> None:
+    """Raises ValueError for groups of both signs, which an L-BFGS without averages cannot have."""
+    if mixed_signs(groups):
+        raise ValueError(
+            "maximize must be the same in all parameter groups, got "
+            f"{[group['maximize'] for group in groups]}: ascent in one group and descent in "
+            "another have no common objective for a line search or a fixed step; on averages and "
+            "with switch=Never() each group has its own sign"
+        )
+
+
+def check_signs_to_come(groups: list[ParamGroup], switch: Switchover) -> None:
+    """As :func:`check_signs`, unless L-BFGS will be on averages or never begin."""
+    if not isinstance(switch, Never) and (switch.at_once or not averages(groups[0])):
+        check_signs(groups)
+
+
+def check_capturable(group: ParamGroup, search: str) -> None:
+    """Raises ValueError where an option needs the host between two launches.
+
+    Args:
+        group: The parameter group.
+        search: What the option with the line search is called.
+    """
+    wants = ((search, None), ("max_iter", 1), ("rtol", 0.0)) if group["capturable"] else ()
+    for name, wanted in wants:
+        if group[name] != wanted:
+            raise ValueError(
+                f"capturable=True needs {name}={wanted!r}, got {name}={group[name]!r}: "
+                "the host would have to read the loss between two iterations or trials"
+            )

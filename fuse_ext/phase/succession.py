@@ -1,0 +1,159 @@
+"""Which phase follows which, what it takes over from the state, and what it leaves of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+from fuse_ext.curvature.moments import MOMENTS, check_adam_state
+from fuse_ext.curvature.ring import STATE_NAMES
+from fuse_ext.kernels.ops import Ops
+from fuse_ext.objective.setbacks import COUNTERS
+from fuse_ext.objective.step_options import mixed_signs
+from fuse_ext.objective.watch import Watch
+from fuse_ext.phase.adam import AdamPhase
+from fuse_ext.phase.averages import AVERAGED_NAMES, VECTORS, AveragesPhase, check_averaged_state
+from fuse_ext.phase.lbfgs.device import DevicePhase
+from fuse_ext.phase.lbfgs.device import settle as settle_entry
+from fuse_ext.phase.lbfgs.iteration import ENGINE_NAMES, check_lbfgs_state
+from fuse_ext.phase.lbfgs.phase import LbfgsPhase, make_lbfgs
+from fuse_ext.phase.modes import (
+    ADAM,
+    AVERAGED,
+    LBFGS,
+    averages,
+    check_signs,
+    finds_out,
+    self_scales,
+)
+from fuse_ext.vector.flat import FlatParams, ParamGroup
+
+QuasiNewtonPhase: TypeAlias = LbfgsPhase | AveragesPhase | DevicePhase
+AnyPhase: TypeAlias = AdamPhase | QuasiNewtonPhase
+# What the L-BFGS phase gives up when it ends: all that it holds but the counters.
+_GIVEN_UP = {*STATE_NAMES, *ENGINE_NAMES, *AVERAGED_NAMES, *Watch.NAMES, "batch_id"} - {*COUNTERS}
+
+
+class Ground(NamedTuple):
+    """What phases are made on.
+
+    Attributes:
+        flat: The parameters.
+        ops: Kernels to use.
+        state: ``Optimizer.state``.
+        groups: ``Optimizer.param_groups``.
+    """
+
+    flat: FlatParams
+    ops: Ops
+    state: dict[Any, Any]
+    groups: list[ParamGroup]
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """The state entry that belongs to all parameters, which lies with the first."""
+        entry: dict[str, Any] = self.state[self.flat.params[0]]
+        return entry
+
+    def adam(self) -> AdamPhase:
+        """Adam, with whatever moments the state holds."""
+        return AdamPhase(self.flat, self.ops, self.state, self.groups)
+
+    def lbfgs(self, self_scaling: bool) -> LbfgsPhase | DevicePhase:
+        """L-BFGS on one function or one batch, with whatever history the entry holds."""
+        return make_lbfgs(self.flat, self.ops, self.entry, self.groups[0], self_scaling)
+
+    def averages(self) -> AveragesPhase:
+        """L-BFGS on averages, with whatever the entry holds of them."""
+        size, dtype = self.groups[0]["history_size"], self.groups[0]["history_dtype"]
+        return AveragesPhase(self.flat, self.ops, self.entry, size, dtype)
+
+
+def adopted(ground: Ground, phase: str) -> AnyPhase | None:
+    """The phase of a state at hand; None where its first step is still to come."""
+    flat, state = ground.flat, ground.state
+    if phase == ADAM:
+        # The user may keep other things in the state, under other keys.
+        begun = any("step" in state.get(param, {}) for param in flat.params)
+        return ground.adam() if begun else None
+    entry = state.get(flat.params[0], {})
+    if "history" not in entry:
+        return None
+    if entry["history"].shape[2] != flat.numel:
+        drop_lbfgs_state(ground)  # a group was added: curvature starts afresh
+    return ground.averages() if VECTORS[0] in entry else ground.lbfgs(self_scales(ground.groups[0]))
+
+
+def successor(ground: Ground, before: AnyPhase | None, log: dict[str, Any]) -> QuasiNewtonPhase:
+    """The phase that follows Adam.
+
+    Raises:
+        RuntimeError: Averages are asked for, and Adam has left none.
+        ValueError: Groups of both signs where there is one objective.
+    """
+    groups = ground.groups
+    moments = before.moments if isinstance(before, AdamPhase) else None
+    if averages(groups[0]) and moments is not None and log["phase_steps"]:
+        phase = ground.averages()
+        watches = finds_out(groups[0]) and not mixed_signs(groups) and not log.get("batches")
+        phase.inherit(moments, groups, watches)
+        return phase
+    if groups[0]["pairs"] == AVERAGED:
+        raise RuntimeError("pairs='averaged' needs Adam's moments: take an Adam step first")
+    check_signs(groups)
+    return ground.lbfgs(self_scales(groups[0]))
+
+
+def found_one_function(ground: Ground) -> LbfgsPhase | DevicePhase:
+    """The phase that follows averages which turn out not to be needed."""
+    drop_lbfgs_state(ground)
+    return ground.lbfgs(self_scales({**ground.groups[0], "deterministic": True}))
+
+
+def settle(phase: AnyPhase | None, entry: dict[str, Any], log: dict[str, Any]) -> None:
+    """Brings to the host what the device alone has counted, be its phase at hand or not."""
+    settle_entry(entry)
+    if phase is not None:
+        phase.settle(log)
+
+
+def drop_adam_state(ground: Ground) -> None:
+    """Gives Adam's moments up; what else the state holds stays."""
+    for param in ground.flat.params:
+        for name in ("step", *MOMENTS):
+            ground.state[param].pop(name, None)
+        if not ground.state[param]:
+            del ground.state[param]
+
+
+def drop_lbfgs_state(ground: Ground) -> None:
+    """Gives up what L-BFGS knows; what it has counted stays."""
+    settle_entry(ground.entry)
+    for name in _GIVEN_UP:
+        ground.entry.pop(name, None)
+
+
+def check_phase_state(
+    saved: dict[str, Any], flat: FlatParams, defaults: dict[str, Any], own: str
+) -> None:
+    """Raises ValueError, naming the entry, for a saved state of neither phase.
+
+    Args:
+        saved: The state_dict.
+        flat: The parameters that it is to be for.
+        defaults: Of options that a saved group lacks.
+        own: The name of an entry that belongs to neither phase.
+    """
+    groups, state = saved["param_groups"], saved["state"]
+    keys = [i for group in groups for i in group["params"]]
+    first = state.get(keys[0], {})
+    if groups[0].get("phase", ADAM) == LBFGS:
+        # Until then a switch at once is still to come.
+        if groups[0].get("lr_at_switch") is not None or first.keys() - {own}:
+            size = groups[0].get("history_size", defaults["history_size"])
+            check_lbfgs_state(first, size + 1, flat)
+            check_averaged_state(first, flat)
+        if "history" in first and VECTORS[0] not in first:
+            check_signs([{**defaults, **group} for group in groups])
+    else:  # torch.optim.Adam's checkpoints have no phase and are welcome
+        moments = {name: value for name, value in first.items() if name not in (own, *ENGINE_NAMES)}
+        check_adam_state({**state, keys[0]: moments}, flat.params, keys)

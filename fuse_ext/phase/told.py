@@ -1,0 +1,104 @@
+"""What a step of the L-BFGS phase is told: step sizes, schedules and options, from the groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fuse_ext.kernels.capture import check_lr_tensor
+from fuse_ext.objective.step_options import step_options
+from fuse_ext.phase.adam import AdamPhase
+from fuse_ext.phase.averages import AveragesPhase
+from fuse_ext.phase.lbfgs.device import DevicePhase
+from fuse_ext.phase.lbfgs.phase import LbfgsPhase
+from fuse_ext.phase.modes import CONSECUTIVE, SEARCH, check_capturable, check_signs
+from fuse_ext.phase.protocol import Call, Outcome
+from fuse_ext.phase.succession import AnyPhase, QuasiNewtonPhase
+from fuse_ext.vector.flat import FlatParams, ParamGroup
+
+
+def ask(phase: AnyPhase, call: Call, flat: FlatParams) -> Outcome:
+    """A step of FusePV in this phase.
+
+    Raises:
+        ValueError: Options that have no meaning for this phase, or for a step without closure.
+        RuntimeError: A closure in the L-BFGS phase under GradScaler.
+    """
+    call.empty = call.closure is None and call.loss is None and would_not_move(call.groups)
+    if isinstance(phase, AdamPhase):
+        return phase.step(call)
+    if call.empty and phase.host_decides:
+        return Outcome(None)
+    tell(phase, call, flat)
+    # L-BFGS looks at the gradients itself, without the scaler's factor.
+    call.scaling.check(call.closure)
+    if phase.host_decides and call.scaling.found:
+        phase.refuse()
+        return Outcome(None)
+    call.scaling.unscale(flat.params)
+    return phase.step(call)
+
+
+def tell(phase: QuasiNewtonPhase, call: Call, flat: FlatParams) -> None:
+    """Puts into the call what the groups have to say to this phase of L-BFGS."""
+    groups, lr = call.groups, None
+    if isinstance(phase, DevicePhase):
+        check_capturable(groups[0], "line_search")
+        lr = shared_lr(groups, flat.device)
+    if not isinstance(phase, AveragesPhase):
+        check_signs(groups)
+    if lr is None:
+        lrs = [lbfgs_lr(group) for group in groups]
+    else:
+        lrs, unit = [float(group["lbfgs_lr"]) for group in groups], groups[0]["lr_at_switch"]
+        if not unit:
+            raise ValueError(
+                f"lr_at_switch={unit!r}: the L-BFGS step follows lr / (lr at the switch), so "
+                "with capturable=True lr must not be 0 at the switch"
+            )
+        call.lr, call.lr_unit = lr, unit
+    same_batch = groups[0]["pairs"] != CONSECUTIVE
+    options = step_options(flat, groups, lrs, "line_search", same_batch, SEARCH)
+    alone = call.closure is None and isinstance(phase, LbfgsPhase)
+    if alone and (options.line_search or options.max_iter > 1):
+        raise ValueError(
+            f"closure=None in the L-BFGS phase needs line_search=None and max_iter=1, or "
+            f"pairs='averaged', got line_search={options.line_search!r} and "
+            f"max_iter={options.max_iter}"
+        )
+    call.options, call.rescues = options, True
+
+
+def lbfgs_lr(group: ParamGroup) -> float:
+    """The group's L-BFGS step: lbfgs_lr, times what a schedule has done to lr since the switch."""
+    lr = float(group["lr"])
+    if not group["lr_at_switch"]:  # was 0, or the group is new: its schedule begins when lr does
+        group["lr_at_switch"] = lr
+    return float(group["lbfgs_lr"]) * (lr / group["lr_at_switch"] if lr else 0.0)
+
+
+def shared_lr(groups: list[ParamGroup], device: torch.device) -> Tensor | None:
+    """The tensor that is every group's lr, or None where all are numbers.
+
+    L-BFGS takes one step for all parameters, of which each group has a share known to the host.
+    """
+    lrs = [group["lr"] for group in groups]
+    if not any(isinstance(lr, Tensor) for lr in lrs):
+        return None
+    for i, lr in enumerate(lrs):
+        if lr is not lrs[0]:
+            raise ValueError(
+                "capturable=True needs one lr tensor for all parameter groups in the L-BFGS phase, "
+                f"got {lrs[0]!r} in group 0 and {lr!r} in group {i}"
+            )
+    check_lr_tensor(lrs[0], device)
+    first: Tensor = lrs[0]
+    return first
+
+
+def would_not_move(groups: list[ParamGroup]) -> bool:
+    """Whether lr is 0: torch.distributed.checkpoint makes the state with such an empty step."""
+    lrs = [group["lr"] for group in groups]
+    if groups[0]["capturable"]:  # tensors lie on the device
+        lrs = [lr for lr in lrs if not isinstance(lr, Tensor)]
+    return bool(lrs) and not any(lrs)

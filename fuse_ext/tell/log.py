@@ -1,0 +1,47 @@
+"""What FusePV counts over both phases, saved with the state."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+# FusePV keeps its own counts in this entry of the first parameter's state;
+# at the start they are these.
+LOG = "fuse_pv"
+NEW_LOG = {
+    "adam_steps": 0,
+    "adam_evaluations": 0,
+    "adam_non_finite": 0,
+    "phase_steps": 0,  # Adam steps and epochs since Adam began or was returned to
+    "phase_epochs": 0,
+    "switches": 0,
+    "switch_step": None,
+    "switch_reason": "",
+    "fallbacks": 0,
+}
+
+
+def criterion_in(state_dict: dict[str, Any]) -> Any:
+    """The criterion's state in FusePV's state_dict, None where there is none.
+
+    Raises:
+        ValueError: The counts are not there, or not all.
+    """
+    first = state_dict["param_groups"][0]["params"][0]
+    log = state_dict["state"].get(first, {}).get(LOG, NEW_LOG)
+    if not isinstance(log, dict) or not NEW_LOG.keys() <= log.keys():
+        raise ValueError(f"state_dict does not fit: {LOG!r} must hold {list(NEW_LOG)}")
+    return log.get("criterion")
+
+
+def warn_non_finite(optimizer: Any) -> None:
+    """Warns of the first step that this optimizer did not take."""
+    if vars(optimizer).get("_warned_non_finite"):
+        return
+    optimizer._warned_non_finite = True
+    warnings.warn(
+        "FusePV met a loss or gradient that is not finite and did not take the step; "
+        "further ones are only counted in report()",
+        RuntimeWarning,
+        stacklevel=6,  # where step was called: behind _follow, step and what stands before it
+    )

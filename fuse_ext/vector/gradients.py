@@ -1,0 +1,64 @@
+"""Norms of the gradients at hand, for Eq. 3, for finite values and for comparing two calls."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fuse_ext.kernels.bound_ops import bind
+from fuse_ext.kernels.ops import Ops
+from fuse_ext.vector.flat import FlatParams
+
+
+class GradStats(NamedTuple):
+    """What one pass over the effective gradient g yields (order of csrc/cpu/kernels.h).
+
+    Attributes:
+        slope: g.p along the current direction.
+        square: g.g
+        abs_sum: sum |g|
+        penalty: sum weight_decay/2 x^2, the loss that weight decay stands for.
+        abs_max: max |g|
+    """
+
+    slope: float
+    square: float
+    abs_sum: float
+    penalty: float
+    abs_max: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether every element of g is finite."""
+        return math.isfinite(self.square)
+
+
+def grad_stats_into(flat: FlatParams, ops: Ops, stats: Tensor) -> bool:
+    """``stats`` = :class:`GradStats` of the gradients at hand; False where there is none."""
+    members = [i for i, p in enumerate(flat.params) if p.grad is not None]
+    grads: list[Any] = [flat.params[i].grad for i in members]
+    if members:
+        ops.grad_stats(
+            flat.reals([flat.params[i] for i in members]),
+            flat.reals(grads),
+            [flat.offsets[i] for i in members],
+            [],
+            False,
+            None,
+            None,
+            stats,
+        )
+    return bool(members)
+
+
+def grads_are_finite(flat: FlatParams, ops: Ops) -> bool:
+    """Whether all gradients at hand are; one read of them."""
+    stats = torch.zeros(len(GradStats._fields), dtype=torch.float64, device=flat.device)
+    plain = flat.layout.grads()
+    if plain is not None:
+        numbers = bind(ops, flat.whole).grad_stats(plain, [], False, None, None, stats, *[None] * 3)
+        return GradStats._make(numbers[:-1]).finite
+    return not grad_stats_into(flat, ops, stats) or GradStats(*stats.tolist()).finite
