@@ -197,7 +197,7 @@ class Moments:
         flat = self._flat
         flat.check_unchanged()
         self._check_amsgrad(groups)
-        shared, plain = counts.shared, flat.layout.grads()
+        shared, plain = counts.shared(), flat.layout.grads()
         if plain is not None and shared is not None and len(groups) == 1:
             self._step_all(counts, groups[0], shared + 1, plain, grad_scale, found_inf)
             return None

@@ -61,7 +61,6 @@ class HostCounts:
         """Bytes held."""
         return self._steps.nbytes
 
-    @property
     def shared(self) -> int | None:
         """The count of all parameters, None where they differ."""
         if self._steps._version != self._version:

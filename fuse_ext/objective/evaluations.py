@@ -250,13 +250,12 @@ class Evaluations:
 
     def begin_batch(self, batch_id: int | str | None) -> None:
         """Gives up what is of another batch: a pair in waiting, an evaluation remembered."""
-        if self._entry.get("batch_id") != batch_id:
-            self._entry["batch_id"] = batch_id
-            self.drop_pair()
-            self._memory = None
-            self.function.leave()
-            self.precision.forget_least()
-            self._entry["settled"] = ""
+        self._entry["batch_id"] = batch_id
+        self.drop_pair()
+        self._memory = None
+        self.function.leave()
+        self.precision.forget_least()
+        self._entry["settled"] = ""
 
     def drop_pair(self) -> None:
         """Gives up the pair in waiting."""

@@ -30,7 +30,10 @@ class Scaling(NamedTuple):
     @classmethod
     def of(cls, optimizer: Any) -> Scaling:
         """What it has set on this optimizer."""
-        return cls(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
+        own = optimizer.__dict__
+        if "grad_scale" not in own and "found_inf" not in own:
+            return NO_SCALING
+        return cls(own.get("grad_scale"), own.get("found_inf"))
 
     @property
     def found(self) -> bool | None:

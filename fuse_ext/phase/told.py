@@ -12,7 +12,7 @@ from fuse_ext.phase.averages import AveragesPhase
 from fuse_ext.phase.lbfgs.device import DevicePhase
 from fuse_ext.phase.lbfgs.phase import LbfgsPhase
 from fuse_ext.phase.modes import CONSECUTIVE, SEARCH, check_capturable, check_signs
-from fuse_ext.phase.protocol import Call, Outcome
+from fuse_ext.phase.protocol import NO_SCALING, Call, Outcome
 from fuse_ext.phase.succession import AnyPhase, QuasiNewtonPhase
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
@@ -24,18 +24,20 @@ def ask(phase: AnyPhase, call: Call, flat: FlatParams) -> Outcome:
         ValueError: Options that have no meaning for this phase, or for a step without closure.
         RuntimeError: A closure in the L-BFGS phase under GradScaler.
     """
-    call.empty = call.closure is None and call.loss is None and would_not_move(call.groups)
+    if call.closure is None and call.loss is None:
+        call.empty = would_not_move(call.groups)
     if isinstance(phase, AdamPhase):
         return phase.step(call)
     if call.empty and phase.host_decides:
         return Outcome(None)
     tell(phase, call, flat)
-    # L-BFGS looks at the gradients itself, without the scaler's factor.
-    call.scaling.check(call.closure)
-    if phase.host_decides and call.scaling.found:
-        phase.refuse()
-        return Outcome(None)
-    call.scaling.unscale(flat.params)
+    if call.scaling is not NO_SCALING:
+        # L-BFGS looks at the gradients itself, without the scaler's factor.
+        call.scaling.check(call.closure)
+        if phase.host_decides and call.scaling.found:
+            phase.refuse()
+            return Outcome(None)
+        call.scaling.unscale(flat.params)
     return phase.step(call)
 
 

@@ -20,8 +20,8 @@ FAILING = 3.0
 
 def goes_astray(iteration: Iteration, options: StepOptions) -> bool:
     """Whether search after search has failed on one function."""
-    searches = options.line_search is not None and iteration.objective.is_one_function(options)
-    return searches and iteration.setbacks.failing >= FAILING
+    fails = options.line_search is not None and iteration.setbacks.failing >= FAILING
+    return fails and iteration.objective.is_one_function(options)
 
 
 def adam_excursion(

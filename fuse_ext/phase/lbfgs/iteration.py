@@ -69,29 +69,30 @@ class Iteration:
             The closure's loss where the step began.
         """
         self.flat.check_unchanged()
-        point = self._stand = self.objective.start(closure, options, evaluated)
+        objective, progress = self.objective, self.progress
+        point = self._stand = objective.start(closure, options, evaluated)
         first_loss = point.loss
         if not point.finite:
             self._refuse_start()
             return first_loss
         self.entry["bad_starts"] = 0
-        if self.objective.settled:
-            self.objective.stay_settled(options)
-            self.progress.reason = self.objective.settled
+        if objective.settled:
+            objective.stay_settled(options)
+            progress.reason = objective.settled
         elif options.lr == 0.0:
-            self.progress.reason = "lr"
+            progress.reason = "lr"
         elif point.stats.abs_max <= options.tolerance_grad:
-            self.progress.reason = "gradient"
+            progress.reason = "gradient"
         else:
             try:
                 self._iterations(closure, options, point)
             except BaseException:
                 self._note_interruption(point, options)
                 raise
-        self.objective.note_arrival(self._stand, options)
+        objective.note_arrival(self._stand, options)
         self._stand = None
-        if self.progress.reason in ("lr", "gradient"):
-            self.objective.forget_point()  # a step calls the closure, whatever comes of it
+        if progress.reason in ("lr", "gradient"):
+            objective.forget_point()  # a step calls the closure, whatever comes of it
         return first_loss
 
     def _note_interruption(self, start: Point, options: StepOptions) -> None:

@@ -46,7 +46,8 @@ class LbfgsPhase:
         iteration, closure, options = self.iteration, call.closure, call.options
         assert options is not None
         seen, rescued = iteration.entry["non_finite"], False
-        iteration.objective.begin_batch(call.batch_id)
+        if iteration.entry.get("batch_id") != call.batch_id:
+            iteration.objective.begin_batch(call.batch_id)
         if call.pair_closure is not None:
             loss = overlap_step(iteration, closure, call.pair_closure, options)
         elif call.rescues and closure is not None and goes_astray(iteration, options):
@@ -54,15 +55,13 @@ class LbfgsPhase:
         else:
             loss = iteration.run(closure, options, call.evaluated)
         refused = iteration.entry["non_finite"] > seen and self.progress.reason == "non_finite"
-        if not call.rescues or goes_astray(iteration, options):
-            return Outcome(loss, refused=refused, rescued=rescued)
-        return Outcome(
-            loss,
-            refused=refused,
-            rescued=rescued,
-            failing=iteration.setbacks.failing >= FAILING,
-            contradicted=iteration.objective.function.contradicted,
-        )
+        if not call.rescues:
+            return Outcome(loss, None, refused)
+        failing = iteration.setbacks.failing >= FAILING
+        if failing and goes_astray(iteration, options):
+            return Outcome(loss, None, refused, rescued)
+        contradicted = iteration.objective.function.contradicted
+        return Outcome(loss, None, refused, rescued, failing, contradicted)
 
     def refuse(self) -> None:
         """Counts a step that was not taken for an infinite gradient."""
