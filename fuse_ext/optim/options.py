@@ -117,7 +117,7 @@ _BOTH, _FIRST, _SECOND = "both", "Adam", "L-BFGS"
 _SEARCHES = '"strong_wolfe", "approximate_wolfe", "armijo" or None'
 _OPTIONS = (
     Option("lr", "a number >= 0, or a tensor with one element", _BOTH, _at_least(0.0)),
-    Option("betas", "two numbers in [0, 1)", _FIRST, _betas),
+    Option("betas", "two numbers in [0, 1)", _BOTH, _betas),
     Option("eps", "a number >= 0", _FIRST, _at_least(0.0)),
     Option("weight_decay", "a number >= 0", _BOTH, _at_least(0.0)),
     Option("amsgrad", "a bool", _FIRST),
@@ -125,7 +125,7 @@ _OPTIONS = (
     Option("foreach", "a bool or None; accepted for torch's sake", _FIRST),
     Option("fused", "a bool or None; accepted for torch's sake", _FIRST),
     Option("differentiable", "False", _FIRST, _not_supported),
-    Option("decoupled_weight_decay", "a bool", _FIRST),
+    Option("decoupled_weight_decay", "a bool", _BOTH),
     Option("eps_inside_root", "a bool", _FIRST),
     Option("moment_dtype", "None or torch.bfloat16", _FIRST, _moment_dtype, True, True),
     Option("lbfgs_lr", "a number >= 0", _SECOND, _at_least(0.0)),
