@@ -123,11 +123,7 @@ class Outcome(NamedTuple):
 
 
 class Phase(Protocol):
-    """One way of stepping, with its state and its counts.
-
-    Attributes:
-        begun: Whether there is state; until then parameters may be converted.
-    """
+    """One way of stepping, with its state and its counts."""
 
     @property
     def begun(self) -> bool:
@@ -148,11 +144,7 @@ class Phase(Protocol):
 
 
 class QuasiNewton(Phase, Protocol):
-    """A phase of L-BFGS.
-
-    Attributes:
-        host_decides: Whether its steps read the device, so that the host may too.
-    """
+    """A phase of L-BFGS."""
 
     @property
     def host_decides(self) -> bool:

@@ -25,10 +25,10 @@ from fuse_ext.phase.modes import (
     finds_out,
     self_scales,
 )
+from fuse_ext.phase.protocol import QuasiNewton
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
-QuasiNewtonPhase: TypeAlias = LbfgsPhase | AveragesPhase | DevicePhase
-AnyPhase: TypeAlias = AdamPhase | QuasiNewtonPhase
+AnyPhase: TypeAlias = AdamPhase | QuasiNewton
 # What the L-BFGS phase gives up when it ends: all that it holds but the counters.
 _GIVEN_UP = {*STATE_NAMES, *ENGINE_NAMES, *AVERAGED_NAMES, *Watch.NAMES, "batch_id"} - {*COUNTERS}
 
@@ -83,7 +83,7 @@ def adopted(ground: Ground, phase: str) -> AnyPhase | None:
     return ground.averages() if VECTORS[0] in entry else ground.lbfgs(self_scales(ground.groups[0]))
 
 
-def successor(ground: Ground, before: AnyPhase | None, log: dict[str, Any]) -> QuasiNewtonPhase:
+def successor(ground: Ground, before: AnyPhase | None, log: dict[str, Any]) -> QuasiNewton:
     """The phase that follows Adam.
 
     Raises:

@@ -12,8 +12,8 @@ from fuse_ext.phase.averages import AveragesPhase
 from fuse_ext.phase.lbfgs.device import DevicePhase
 from fuse_ext.phase.lbfgs.phase import LbfgsPhase
 from fuse_ext.phase.modes import CONSECUTIVE, SEARCH, check_capturable, check_signs
-from fuse_ext.phase.protocol import NO_SCALING, Call, Outcome
-from fuse_ext.phase.succession import AnyPhase, QuasiNewtonPhase
+from fuse_ext.phase.protocol import NO_SCALING, Call, Outcome, QuasiNewton
+from fuse_ext.phase.succession import AnyPhase
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
 
@@ -41,7 +41,7 @@ def ask(phase: AnyPhase, call: Call, flat: FlatParams) -> Outcome:
     return phase.step(call)
 
 
-def tell(phase: QuasiNewtonPhase, call: Call, flat: FlatParams) -> None:
+def tell(phase: QuasiNewton, call: Call, flat: FlatParams) -> None:
     """Puts into the call what the groups have to say to this phase of L-BFGS."""
     groups, lr = call.groups, None
     if isinstance(phase, DevicePhase):

@@ -39,8 +39,9 @@ class Local:
     def largest(self, tensors: list[Tensor]) -> float:
         """See :class:`Measures`."""
         # Empty tensors have no largest element.
-        each = [x.detach().abs().max() for x in tensors if x.numel()]
-        return float(torch.stack([x.double() for x in each]).max())
+        held = [x.detach() for x in tensors if x.numel()]
+        ends = [torch.aminmax(x.abs() if x.is_complex() else x) for x in held]
+        return float(torch.stack([end for pair in ends for end in pair]).abs().max())
 
 
 LOCAL = Local()
