@@ -1,4 +1,4 @@
-"""Floor 2: what is known of the objective's curvature.
+"""Floor 3: what is known of the objective's curvature.
 
 The ring of pairs that -H g is made from (``ring``, Algorithm 2), pairs of block means for
 minibatches (``block_pairs``), Adam's moments (``moments``, Eq. 2) with their step counts

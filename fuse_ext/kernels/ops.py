@@ -1,8 +1,8 @@
 """Typed access to the kernels; the only file that knows ``torch.ops.fuse_ext``.
 
 Every op exists twice under one signature: as a C++ kernel here, and as plain PyTorch in
-:mod:`fuse_ext.reference`. :func:`select` chooses between the two sets. Ops return nothing; they
-write into the tensors that their schema (csrc/ops.cpp) marks as mutated.
+:mod:`fuse_ext.kernels.reference`. :func:`select` chooses between the two sets. Ops return nothing;
+they write into the tensors that their schema (csrc/ops.cpp) marks as mutated.
 """
 
 from __future__ import annotations

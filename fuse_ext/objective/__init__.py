@@ -1,4 +1,4 @@
-"""Floor 3: the closure as a function that is to become small.
+"""Floor 4: the closure as a function that is to become small.
 
 What a step is told (``step_options``), the closure's values and what is remembered of them
 (``evaluations``), trials along a direction and the way back (``trials``), whether the closure is

@@ -1,4 +1,4 @@
-"""Floor 5: what a user constructs.
+"""Floor 6: what a user constructs.
 
 FusePV (``fuse_pv``, Algorithm 4), Fuse (``fuse``, Algorithm 3), LBFGS and Adam (``lbfgs``,
 ``adam``) on one base (``flat_optimizer``, torch.optim's contract over a flat state); the table of

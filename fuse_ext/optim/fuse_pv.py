@@ -92,8 +92,8 @@ class FusePV(FlatOptimizer):
         pairs: How curvature pairs are made, so that none mixes two batches.
 
             - "averaged": of two successive means over 10 batches each, with a step on the
-              averaged gradient in Adam's metric (:mod:`fuse_ext.averaged`): one gradient a step,
-              no closure needed, 6 vectors more. Not with a line search.
+              averaged gradient in Adam's metric (:mod:`~fuse_ext.phase.averages`): one gradient a
+              step, no closure needed, 6 vectors more. Not with a line search.
             - "same_batch": of two gradients on the step's own batch. A line search has the second
               one anyway; a fixed step evaluates the closure once more. ``step(pair_closure=...)``
               takes both gradients on another sample, such as the overlap of two batches.

@@ -1,4 +1,4 @@
-"""Floor 4: the ways of stepping, each behind one protocol (``protocol``).
+"""Floor 5: the ways of stepping, each behind one protocol (``protocol``).
 
 Adam (``adam``, Eq. 2), L-BFGS (``lbfgs/``, Algorithms 1 and 2), and L-BFGS on averages for
 minibatches (``averages``); which of them is meant where nothing is said (``modes``), what a step

@@ -1,4 +1,4 @@
-"""Floor 4: what an optimizer tells of itself.
+"""Floor 5: what an optimizer tells of itself.
 
 The report of what was done and why (``report``), the counts that it draws on and that are saved
 with the state (``log``), and the table of what an optimizer holds (``memory``).

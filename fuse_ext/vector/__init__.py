@@ -1,4 +1,4 @@
-"""Floor 1: the parameters as one logical vector that nobody has to move.
+"""Floor 2: the parameters as one logical vector that nobody has to move.
 
 Where each parameter lies in it and which of them take part in a step (``flat``), norms of their
 gradients (``gradients``), dots and norms of any flat vector (``measures``), and the checks of the
