@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fuse_ext"
 PAGE = ROOT / "docs" / "architecture.md"
 # Limits of the issue.
-SUFFIXES = {".py", ".md", ".svg", ".txt", ".cpp", ".cu", ".h", ".inl"}
+SUFFIXES = {".py", ".pyi", ".md", ".svg", ".txt", ".cpp", ".cu", ".h", ".inl"}
 MOST_FLOORS = 6  # rooms on the longest way down; modules beside the rooms are not counted
 MOST_LINES = 400
 MOST_FILES = 8  # of a folder, __init__ included; a sub-folder is counted apart
@@ -274,6 +274,26 @@ def test_the_page_names_what_is_there() -> None:
     assert len(paths) > len(ROOMS)
     gone = [path for path in paths if not ((PACKAGE / path).exists() or (ROOT / path).exists())]
     hold("The page names what is not there", gone)
+
+
+def test_the_page_names_functions_that_are_there() -> None:
+    """A method stands in its class, any other name somewhere in the package or csrc/."""
+    sources = [path.read_text() for path in architecture.files_of(PACKAGE).values()]
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
+    classes = {node.name: node.body for node in nodes if isinstance(node, ast.ClassDef)}
+    sources += [path.read_text() for path in (ROOT / "csrc").rglob("*.h")]
+    words = set(re.findall(r"\w+", "\n".join(sources)))
+
+    def there(name: str) -> bool:
+        owner, _, member = name.rpartition(".")
+        if owner in classes:
+            return member in {getattr(statement, "name", "") for statement in classes[owner]}
+        return set(name.split(".")) <= words
+
+    names = re.findall(r"`([A-Za-z_]\w*(?:\.\w+)?)`", PAGE.read_text())
+    names = [name for name in names if Path(name).suffix not in SUFFIXES]
+    assert "Trials.search" in names
+    hold("The page names what is not there", [name for name in names if not there(name)])
 
 
 # --- the rules themselves, on packages that break them --------------------------------------
