@@ -19,7 +19,7 @@ from fuse_ext.vector.flat import Closure, FlatParams, Part
 from fuse_ext.vector.gradients import GradStats
 
 # What the state entry holds of all this, besides the counters.
-EVALUATION_NAMES = ("pair_step", "settled", *OneFunction.NAMES)
+EVALUATION_NAMES = ("pair_step", "settled", "changes", *OneFunction.NAMES)
 
 
 class Point(NamedTuple):
@@ -76,7 +76,8 @@ class Evaluations:
         flat: The parameters.
         entry: The optimizer's state entry: counts ``func_evals``, holds ``pair_step``, the step
             length t of a pair that awaits its second gradient (s = t p is taken, y not known), and
-            ``settled``, why nothing can be done from here (empty while something can).
+            ``settled``, why nothing can be done from here (empty while something can), and
+            ``changes``, how often the closure was found to be another function than before.
         history: Where the gradient's norms are taken.
     """
 
@@ -86,10 +87,14 @@ class Evaluations:
         self.function = OneFunction(entry)
         entry.setdefault("pair_step", None)
         entry.setdefault("settled", "")
+        entry.setdefault("changes", 0)
+        # Whether the step under way began with a point that was remembered.
+        self.remembered = False
         self.left = 0  # evaluations that the step under way may still make
         self._memory: Memory | None = None
         # Where the last step has led, on which objective.
         self._arrived: Any = None
+        self._distrusts = False  # whether the last step could not tell what function it was on
         self._settled_with: StepOptions | None = None
 
     def outdated(self, state: dict[Any, Any]) -> bool:
@@ -108,12 +113,13 @@ class Evaluations:
     def evaluate(self, closure: Closure, options: StepOptions, along_direction: bool) -> Point:
         """Calls the closure where the parameters stand."""
         self.left -= 1
-        return self._call(closure, options, along_direction)
+        self.precision.spend()
+        return self.look(closure, options, along_direction)
 
-    def _call(self, closure: Closure, options: StepOptions, along_direction: bool) -> Point:
+    def look(self, closure: Closure, options: StepOptions, along_direction: bool) -> Point:
+        """:meth:`evaluate` where the step's budget has counted that evaluation already."""
         loss = with_grad(closure)
         self._entry["func_evals"] += 1
-        self.precision.spend()
         check_loss(loss, options.needs_loss)
         return self._point(loss, options, along_direction)
 
@@ -160,7 +166,11 @@ class Evaluations:
             self.precision.forget_least()
             self._entry["settled"] = ""
         memory = self._memory if closure is not None and options.deterministic else None
-        if memory is not None and not moved and not self.settled and memory.holds(self.flat):
+        holds = memory is not None and not moved and not self.settled
+        holds = holds and not (options.seen and self._distrusts)
+        self._distrusts = False
+        self.remembered = holds and memory is not None and memory.holds(self.flat)
+        if self.remembered and memory is not None:
             self.precision.spend()
             return memory.point
         del memory  # nobody else holds gradients that the closure may drop now
@@ -168,7 +178,8 @@ class Evaluations:
         if closure is None:
             return self._point(None, options, False)
         if evaluated is None:
-            point = self._call(closure, options, False)
+            self.precision.spend()
+            point = self.look(closure, options, False)
         else:
             self.precision.spend()
             point = self._point(evaluated, options, False)
@@ -178,8 +189,7 @@ class Evaluations:
 
     def _compare(self, point: Point, options: StepOptions) -> None:
         """Holds where a step begins against where the last one ended."""
-        ask = self.function.compare if options.deterministic else self.function.meet
-        same = ask(point.values, point.part.absent, self.precision.noise)
+        same = self._as_before(point, options)
         if same is False:
             self.drop_pair()
             self.precision.forget_least()
@@ -187,6 +197,39 @@ class Evaluations:
         elif self.settled and self._settled_with not in (None, options):
             self._entry["settled"] = ""
         self.precision.begin(point.value)
+
+    def trust(self, decrease: float, point: Point) -> None:
+        """A step from memory has gone as expected, by ``decrease`` to first order.
+
+        Where noise hides that much the loss told nothing, and the next step looks at its start.
+        """
+        self._distrusts = decrease <= self.precision.noise * abs(point.value)
+        if not self._distrusts:
+            self.function.fits()
+
+    def _as_before(self, point: Point, options: StepOptions) -> bool | None:
+        """Whether this is where the last step has ended; counts unless one function is promised."""
+        promised = options.deterministic and not options.seen
+        ask = self.function.compare if promised else self.function.meet
+        return ask(point.values, point.part.absent, self.precision.noise)
+
+    def look_again(self, closure: Closure, options: StepOptions) -> Point | None:
+        """Evaluates where the step began from memory; the point, if it is another function's now.
+
+        None where it is as remembered, which counts as much as a step that begins so.
+        """
+        again = self.look(closure, options, False)
+        self.remembered = False
+        same = self._as_before(again, options)
+        if again.finite and same is not False:
+            return None
+        self.drop_pair()
+        self.precision.forget_least()
+        self._entry["settled"] = ""
+        self._entry["changes"] += 1
+        if again.finite:
+            self.precision.begin(again.value)
+        return again
 
     def is_one_function(self, options: StepOptions) -> bool:
         """Whether two calls of the closure may be compared: promised or, with a search, seen."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import itemgetter
 from typing import Any
@@ -31,6 +31,7 @@ class StepOptions:
         line_search: Name, or None for a fixed step.
         curvature_tol: Pairs need s.y > curvature_tol |s| |y|.
         deterministic: The closure is the same function at every call.
+        seen: That it is has not been promised but seen, and may turn out to be wrong.
         same_batch_pairs: Without a line search, evaluate the closure once more after the last
             step, so that no pair mixes two batches.
         pairs_elsewhere: The caller completes the pairs.
@@ -51,9 +52,15 @@ class StepOptions:
     line_search: str | None = "strong_wolfe"
     curvature_tol: float = 1e-8
     deterministic: bool = False
+    seen: bool = False
     same_batch_pairs: bool = True
     pairs_elsewhere: bool = False
     zero_freezes: bool = True
+
+    @cached_property
+    def promised(self) -> StepOptions:
+        """The same for a closure that is known to be one function."""
+        return replace(self, deterministic=True, seen=True)
 
     @cached_property
     def freezing(self) -> list[float] | None:

@@ -26,6 +26,23 @@ NOT_ROUNDING = ("slopes_disagree", "non_finite")
 CUT = 0.1
 
 
+# Two ends of a step fit each other where the loss differs by less than this share of the change
+# from what slopes say. Half is what a cubic with its turning point at the end has.
+MISFIT = 0.5
+
+
+class FunctionChanged(Exception):
+    """The closure is another function than when the step's start was remembered.
+
+    Args:
+        point: What it gives where the step begins, and the parameters are again.
+    """
+
+    def __init__(self, point: Point) -> None:
+        super().__init__("the closure is another function than before")
+        self.point = point
+
+
 class Trials:
     """Moves the parameters along the direction and evaluates there.
 
@@ -106,12 +123,17 @@ class Trials:
                     self._shortest = min(self._shortest, trial)
                     at = self.objective.evaluate(closure, options, True)
                     self._entry["non_finite"] += not at.finite
+                    here = trial
                     trial = search.tell(at.value if at.finite else math.inf, at.stats.slope)
                     if search.best_changed:
                         best = at
                         self._save_grads(at.grads)
                     if trial is not None:
                         at.grads.clear()
+                    doubts = options.seen and self.objective.remembered
+                    if doubts and not self._fits(point, header, here, at):
+                        ended = trial is None and search.result.is_last
+                        at = self._look_back(closure, options, here, at, ended)
             except BaseException:
                 self.undo()
                 raise
@@ -123,7 +145,39 @@ class Trials:
             ):
                 break
             at.grads.clear()
+        if self.objective.remembered and options.seen:
+            self.objective.trust(result.step * -header.direction_dot_grad, point)
         return result, at, best
+
+    def _fits(self, point: Point, header: Header, step: float, at: Point) -> bool:
+        """Whether a trial can be of the function that was remembered where the step began.
+
+        The loss at both ends and the slopes there have to go together: for a quadratic they do to
+        the last digit, for others nearly. An offset between two functions is beyond that.
+        """
+        rise, slopes = at.value - point.value, (header.direction_dot_grad, at.stats.slope)
+        expected = 0.5 * step * sum(slopes)
+        scale = max(abs(rise), *(abs(step * slope) for slope in slopes))
+        noise = 2.0 * self.objective.precision.noise * abs(point.value)
+        return bool(abs(rise - expected) <= MISFIT * scale + noise)
+
+    def _look_back(
+        self, closure: Closure, options: StepOptions, step: float, at: Point, ended: bool
+    ) -> Point:
+        """Evaluates the start again, which was remembered; raises where it is another function.
+
+        Leaves the parameters there, or at ``step`` again where the search has ended.
+        """
+        if ended:
+            self._save_grads(at.grads)
+        self._history.move(self.origin(), 0.0, save=False)
+        changed = self.objective.look_again(closure, options)
+        if changed is not None:
+            raise FunctionChanged(changed)
+        if not ended:
+            return at
+        self._history.move(self.origin(), step, save=False)
+        return self.return_to(at, options)
 
     def lowers(self, result: LineSearchResult, point: Point, options: StepOptions) -> bool:
         """Whether a search from the point has found a step that is worth taking.

@@ -72,8 +72,9 @@ class FlatOptimizer(Optimizer, ABC):
         for option in self._table.options:
             if option.state:
                 group.pop(option.name, None)
-                if option.shared and self.__dict__.get("_flat") is not None:
-                    group[option.name] = self.param_groups[0][option.name]
+        if self.__dict__.get("_flat") is not None:
+            for name in self._table.shared:  # what they must agree on, and nothing else was said
+                group.setdefault(name, self.param_groups[0][name])
         return group
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -108,7 +109,11 @@ class FlatOptimizer(Optimizer, ABC):
     def state_dict(self) -> dict[str, Any]:
         """As in torch."""
         self._settle()
-        return super().state_dict()
+        saved = super().state_dict()
+        kinds = {param.is_complex() for param in self.flat.params}
+        if len(kinds) > 1:  # torch.save takes no storage that is seen in two dtypes
+            saved["state"] = _map_tensors(saved["state"], _own_if_complex)
+        return saved
 
     @abstractmethod
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -246,6 +251,10 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
+
+
+def _own_if_complex(tensor: Tensor) -> Tensor:
+    return _copy(tensor) if tensor.is_complex() else tensor
 
 
 def _compact(tensor: Tensor) -> Tensor:

@@ -60,9 +60,9 @@ class FusePV(FlatOptimizer):
         maximize: Ascend, in both phases. Groups may differ where L-BFGS is on averages or never
             comes (``switch=Never()``).
         lbfgs_lr: First trial step of L-BFGS, and the step itself without a line search.
-        history_size: m, the curvature pairs kept; None for 10 or, if ``deterministic``, as many as
-            fit 64 MiB, at most 500 and the number of parameters, but at least 10. (They cost time
-            as well: 4 m d reads an iteration.)
+        history_size: m, the curvature pairs kept; None for 10 or, if ``deterministic`` or found out
+            to be so, as many as fit 64 MiB, at most 500 and the number of parameters, but at least
+            10. (They cost time as well: 4 m d reads an iteration.)
         history_dtype: Storage of the pairs: torch.bfloat16 halves it, torch.int8 quarters it.
         line_search: "approximate_wolfe" (which goes on by slopes where noise or rounding hides
             the loss's decrease, and is strong Wolfe elsewhere), "strong_wolfe", "armijo", None
@@ -76,7 +76,7 @@ class FusePV(FlatOptimizer):
             :class:`~fuse_ext.LBFGS`, but on averages; by default it never does while it can go on.
             ``rtol`` knows no scale, and ``report().converged`` tells a loop that it was reached.
         curvature_tol: Pairs need s.y > curvature_tol \|s\| \|y\|; None for 1e-8 if
-            ``deterministic``, else 1e-4.
+            ``deterministic`` or found out to be so, else 1e-4.
         self_scaling: Before each pair divide the inverse Hessian by min(1, s.y / s.B s), and begin
             with the oldest pair's scale instead of the newest one's (self-scaling BFGS of Oren and
             Luenberger, and Al-Baali). It costs nothing, and pays in long runs on one function
@@ -87,8 +87,9 @@ class FusePV(FlatOptimizer):
             parameters or gradients were touched in between: about one evaluation an iteration
             instead of two. False: it is not. None: where it decides anything, find out: the first
             L-BFGS step does not move, and the second sees whether the closure gives the same loss
-            and gradient again. Where steps then begin with other ones than the last ended with,
-            time and again, it was no such function: Adam takes over, and averages after it.
+            and gradient again. If so all is as if promised, but where a trial does not fit what is
+            remembered the start is evaluated again: another function is noticed within a step. If
+            that is so time and again it was none: Adam takes over, and averages after it.
         pairs: How curvature pairs are made, so that none mixes two batches.
 
             - "averaged": of two successive means over 10 batches each, with a step on the
@@ -172,25 +173,21 @@ class FusePV(FlatOptimizer):
         given = dict(locals())
         if on_switch is not None and not callable(on_switch):
             raise TypeError(f"on_switch must be callable or None, got {on_switch!r}")
-        modes.fill_in(given)
+        self._unsaid = modes.fill_in(given)
         defaults = self._table.defaults({**given, "phase": ADAM, "lr_at_switch": None})
         self._table.check(defaults)
         self._on_switch = on_switch
         self._switch = modes.default_switch(defaults) if switch is None else as_switchover(switch)
-        if capturable:
-            check_switch(self._switch)
-        if self._switch.at_once:
-            defaults["phase"] = LBFGS
+        check_switch(self._switch, capturable)
+        defaults["phase"] = LBFGS if self._switch.at_once else ADAM
         super().__init__(params, defaults, backend)
-        if history_size is None:
-            modes.fill_in_history_size([self.defaults, *self.param_groups], self.flat)
+        self._fill_in()
         self._switch.check(self.flat.params)
 
     @property
     def phase(self) -> str:
         """Either "adam" or "lbfgs"."""
-        phase: str = self.param_groups[0]["phase"]
-        return phase
+        return str(self.param_groups[0]["phase"])
 
     @property
     def _log(self) -> dict[str, Any]:
@@ -249,11 +246,11 @@ class FusePV(FlatOptimizer):
             raise ValueError("capturable=True goes with neither batch_id nor pair_closure")
         if (phase := self._phase) is None or not phase.begun:  # parameters may be converted
             phase = self._begin_phase()
-        scaling, log = Scaling.of(self), self._log
-        call = Call(closure, self.param_groups, loss, log, self._switch, scaling)
+        call = Call(closure, self.param_groups, loss, self._log, self._switch, Scaling.of(self))
         call.batch_id, call.pair_closure = batch_id, pair_closure
         outcome = ask(phase, call, self.flat)
         if outcome.one_function:
+            self._fill_in(found=True)
             self._phase = phase = succession.found_one_function(self._ground())
             outcome = phase.step(call.taken_over(outcome.loss))
         return self._follow(outcome)
@@ -288,18 +285,17 @@ class FusePV(FlatOptimizer):
     def _begin_phase(self) -> succession.AnyPhase:
         """The phase that begins with this step."""
         self._renew_layout()
-        self._phase = None if self.phase == LBFGS else self._ground().adam()
-        if self._phase is None:  # the switch comes at once
-            self._begin_lbfgs(self._switch.reason)
-        assert self._phase is not None
-        return self._phase
+        if self.phase == LBFGS:  # the switch comes at once
+            return self._begin_lbfgs(self._switch.reason)
+        self._phase = phase = self._ground().adam()
+        return phase
 
     def switch_now(self, reason: str = "switch_now() was called") -> None:
         """Leaves Adam for L-BFGS, whatever the criterion says; nothing if already there."""
         if self.phase == ADAM:
             self._begin_lbfgs(reason)
 
-    def _begin_lbfgs(self, reason: str) -> None:
+    def _begin_lbfgs(self, reason: str) -> succession.AnyPhase:
         self._settle()
         log = self._log
         phase = succession.successor(self._ground(), self._phase, log)
@@ -311,6 +307,7 @@ class FusePV(FlatOptimizer):
             group["phase"], group["lr_at_switch"] = LBFGS, float(group["lr"])
         if self._on_switch is not None:
             self._on_switch(self)
+        return phase
 
     def switch_back(self) -> None:
         """Returns to Adam with fresh moments; the criterion starts anew."""
@@ -326,21 +323,23 @@ class FusePV(FlatOptimizer):
     def _begin_adam(self, phase: str = ADAM) -> None:
         for group in self.param_groups:
             group["phase"], group["lr_at_switch"] = phase, None
+        self._fill_in()
         self._switch.reset()
+
+    def _fill_in(self, found: bool = False) -> None:
+        groups = [self.defaults, *self.param_groups]
+        modes.fill_in_groups(groups, self.flat, self._unsaid, found)
 
     def next_epoch(self) -> None:
         """Tells the criteria that an epoch has ended."""
         self._log["phase_epochs"] += 1
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        return {**state, "_switch": self._switch, "_on_switch": self._on_switch}
+        own = {name: vars(self)[name] for name in ("_switch", "_on_switch", "_unsaid")}
+        return {**super().__getstate__(), **own}
 
     def _notice_lost_state(self) -> None:
-        """Begins as a new optimizer would, where the user has cleared the state.
-
-        What was put in its place is taken over.
-        """
+        """Where the user has cleared the state, begins anew, or with what was put in its place."""
         phase, first = self._phase, self.flat.params[0]
         lost = phase is not None and phase.outdated(self.state)
         if not lost and (not self._began or LOG in self.state.get(first, {})):

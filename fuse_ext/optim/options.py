@@ -197,9 +197,11 @@ def _averages_alone(group: ParamGroup) -> None:
             raise ValueError(f"pairs='averaged' goes with {name} in {allowed}, got {group[name]!r}")
 
 
-def check_switch(switch: Switchover) -> None:
-    """Raises ValueError for a criterion that reads the device after every Adam step."""
+def check_switch(switch: Switchover, capturable: bool) -> None:
+    """Raises ValueError for one that reads the device, where a graph is to repeat Adam's steps."""
     reads = switch.needs_loss or switch.needs_grad_norm
+    if not capturable:
+        return
     if reads or any(isinstance(leaf, NearSolution) for leaf in switch._leaves()):
         raise ValueError(
             f"capturable=True needs a switch that reads nothing from the device, got {switch!r}; "

@@ -50,26 +50,39 @@ def default_switch(group: ParamGroup) -> Switchover:
     return LossPlateau()
 
 
-def fill_in(given: dict[str, Any]) -> None:
-    """Puts numbers where FusePV's constructor was given None."""
+def fill_in(given: dict[str, Any]) -> set[str]:
+    """Puts numbers where FusePV's constructor was given None; what more may be known of later."""
+    unsaid = {name for name in ("history_size", "curvature_tol") if given[name] is None}
     if given["curvature_tol"] is None:
         given["curvature_tol"] = CURVATURE_TOL[bool(given["deterministic"])]
     if given["max_eval"] is None and isinstance(given["max_iter"], int):
         given["max_eval"] = 1 + MAX_LINE_SEARCH_EVALUATIONS * max(given["max_iter"], 1)
     if given["history_size"] is None:
         given["history_size"] = LEAST_PAIRS
+    return unsaid
 
 
-def fill_in_history_size(groups: list[ParamGroup], flat: FlatParams) -> None:
-    """Pairs to keep if nothing is said, where the parameters are known; the first are defaults."""
-    if not may_scale(groups[0]):
-        return
-    dtype = groups[0]["history_dtype"] or flat.dtype
-    numel = max(flat.numel, 1)
-    fit = min(HISTORY_BYTES // (2 * dtype.itemsize * numel), numel, MOST_PAIRS)
+def fill_in_groups(
+    groups: list[ParamGroup], flat: FlatParams, unsaid: set[str], found: bool
+) -> None:
+    """Puts numbers for what the constructor was told nothing of, where more is known.
+
+    Args:
+        groups: The parameter groups.
+        flat: Their parameters.
+        unsaid: "history_size", "curvature_tol", both or none of them.
+        found: Whether the closure was found to be one function, though nothing was promised.
+    """
+    one_function = found or bool(groups[0]["deterministic"])
+    size = LEAST_PAIRS
+    if may_scale({**groups[0], "deterministic": one_function}):
+        dtype = groups[0]["history_dtype"] or flat.dtype
+        numel = max(flat.numel, 1)
+        fit = min(HISTORY_BYTES // (2 * dtype.itemsize * numel), numel, MOST_PAIRS)
+        size = max(fit, LEAST_PAIRS)
+    numbers = {"history_size": size, "curvature_tol": CURVATURE_TOL[one_function]}
     for group in groups:
-        if group["history_size"] == LEAST_PAIRS:
-            group["history_size"] = max(fit, LEAST_PAIRS)
+        group.update({name: numbers[name] for name in unsaid})
 
 
 def may_scale(group: ParamGroup) -> bool:

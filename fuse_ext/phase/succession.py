@@ -60,7 +60,9 @@ class Ground(NamedTuple):
 
     def lbfgs(self, self_scaling: bool) -> LbfgsPhase | DevicePhase:
         """L-BFGS on one function or one batch, with whatever history the entry holds."""
-        return make_lbfgs(self.flat, self.ops, self.entry, self.groups[0], self_scaling)
+        group = self.groups[0]
+        watches = finds_out(group)
+        return make_lbfgs(self.flat, self.ops, self.entry, group, self_scaling, watches)
 
     def averages(self) -> AveragesPhase:
         """L-BFGS on averages, with whatever the entry holds of them."""
@@ -106,7 +108,9 @@ def successor(ground: Ground, before: AnyPhase | None, log: dict[str, Any]) -> Q
 def found_one_function(ground: Ground) -> LbfgsPhase | DevicePhase:
     """The phase that follows averages which turn out not to be needed."""
     drop_lbfgs_state(ground)
-    return ground.lbfgs(self_scales({**ground.groups[0], "deterministic": True}))
+    phase = ground.lbfgs(self_scales({**ground.groups[0], "deterministic": True}))
+    ground.entry["agreed"] = 1.0  # as it was seen at one point
+    return phase
 
 
 def settle(phase: AnyPhase | None, entry: dict[str, Any], log: dict[str, Any]) -> None:

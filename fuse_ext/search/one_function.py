@@ -15,6 +15,9 @@ LEAST_SQUARE = 1e-8
 # Starts that contradict count less and less from step to step. Two in three, or every second one
 # for some steps, are batches; new points every so often are not.
 FORGETTING, MOST_OTHERS = 0.9, 2.0
+# Agreements after which a step begins with what it remembers. A batch that is used twice or three
+# times in a row does not get so far without a contradiction.
+SURE = 4.0
 
 
 class Values(NamedTuple):
@@ -95,6 +98,11 @@ class OneFunction:
         self._told = same if list(absent) == self._entry["arrival_absent"] else None
         return same
 
+    def fits(self) -> None:
+        """Trials were what one expects of the function that the step has begun with."""
+        if self._told is None:
+            self._told = True
+
     def end_step(self, values: Values | None, absent: tuple[int, ...] = ()) -> None:
         """Takes in where a step has ended, None where that was not evaluated."""
         entry = self._entry
@@ -119,6 +127,11 @@ class OneFunction:
     def contradicted(self) -> bool:
         """Whether too many starts were not as the steps before had left it."""
         return self._contradicted >= MOST_OTHERS
+
+    @property
+    def sure(self) -> bool:
+        """Whether it has been seen so often that a step need not look at its start again."""
+        return self.known and self._agreed >= SURE
 
     @property
     def known(self) -> bool:

@@ -53,6 +53,7 @@ class Report:
         step_cuts: Times the next step along -g was made shorter, since none was found.
         fallbacks: Times Adam took over again, since line searches kept failing or what had looked
             like one function were batches; on one function for one step, see ``FusePV.step``.
+        function_changes: Steps that found the closure to be another function than was remembered.
         step_length: t of the last L-BFGS step.
         line_search: Why the last line search ended.
         line_search_failures: Searches that found no acceptable step.
@@ -75,6 +76,7 @@ class Report:
     history_resets: int = 0
     step_cuts: int = 0
     fallbacks: int = 0
+    function_changes: int = 0
     step_length: float = 0.0
     line_search: str = "none"
     line_search_failures: int = 0
@@ -105,6 +107,7 @@ def lbfgs_fields(phase: Telling | None, entry: dict[str, Any]) -> dict[str, Any]
         "evaluations": entry.get("func_evals", 0),
         "history_resets": entry.get("resets", 0),
         "step_cuts": entry.get("step_cuts", 0),
+        "function_changes": entry.get("changes", 0),
         "line_search_failures": entry.get("line_search_failures", 0),
         "non_finite": entry.get("non_finite", 0),
     }

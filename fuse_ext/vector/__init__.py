@@ -3,5 +3,5 @@
 Where each parameter lies in it and which of them take part in a step (``flat``), norms of their
 gradients (``gradients``), dots and norms of any flat vector (``measures``), and the checks of the
 tensors themselves (``checks``). State is flat and ours, parameters stay the user's.
-May touch kernels/ alone.
+May touch kernels/ alone, and of the compiled module the layout that C++ knows.
 """

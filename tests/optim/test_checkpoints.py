@@ -136,6 +136,8 @@ def test_checkpoints_from_before_pairs_had_sets(steps_before, kind, backend):
     copies = twin(params)
     resumed = make(copies)
     resumed.load_state_dict(saved)
+    for each in (optimizer, resumed):
+        each.zero_grad()  # both evaluate the point at hand
     run(optimizer, 1)
     run(resumed, 1)
     assert frozen(saved) == before
@@ -146,6 +148,37 @@ def test_checkpoints_from_before_pairs_had_sets(steps_before, kind, backend):
     entries = [without_sets(s) for s in saved]
     assert frozen(saved[0]) == frozen(saved[1])
     assert entries[0]["scalars"].shape == entry["scalars"].shape
+
+
+@pytest.mark.parametrize("kind", [Adam, Fuse, FusePV])
+def test_real_and_complex_parameters_are_saved_together(kind, tmp_path):
+    """Reported: torch.save refuses what is seen in two dtypes, as moments in one buffer are."""
+
+    def make():
+        generator = torch.Generator().manual_seed(0)
+        real = torch.randn(5, generator=generator)
+        imaginary = torch.randn(3, generator=generator, dtype=torch.complex64)
+        return [real.requires_grad_(), imaginary.requires_grad_()]
+
+    params, copies = make(), make()
+    optimizer, resumed = kind(params, lr=0.1), kind(copies, lr=0.1)
+
+    def run(optimizer, params, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            sum(p.abs().square().sum() for p in params).backward()
+            optimizer.step()
+
+    run(optimizer, params, 3)
+    torch.save({"optimizer": optimizer.state_dict(), "params": params}, tmp_path / "saved.pt")
+    saved = torch.load(tmp_path / "saved.pt", weights_only=True)
+    with torch.no_grad():
+        for param, value in zip(copies, saved["params"], strict=True):
+            param.copy_(value)
+    resumed.load_state_dict(saved["optimizer"])
+    run(optimizer, params, 3)
+    run(resumed, copies, 3)
+    assert frozen(copies) == frozen(params)
 
 
 def test_no_other_length_of_the_scalars_loads():

@@ -61,8 +61,24 @@ def adam_excursion(
         objective.note_return(options)
         raise
     torch._foreach_copy_([*params, *others], [*best, *kept])
-    iteration.restart(least, options, found=least is not point)
+    _go_on(iteration, least, options, found=least is not point)
     return point.loss
+
+
+def _go_on(iteration: Iteration, point: Point, options: StepOptions, found: bool) -> None:
+    """L-BFGS goes on from where Adam has led, or stays for good where nothing was found."""
+    objective, progress = iteration.objective, iteration.progress
+    iteration.entry.update(failing=0, cuts=0, settled="")
+    objective.drop_pair()
+    progress.line_search = "none"
+    if found:
+        iteration.setbacks.reset()
+        progress.reason = "max_iter"
+    else:
+        objective.settle_at(point, options, "line_search")
+        progress.reason = "line_search"
+    point.grads.clear()  # of another point by now
+    objective.note_arrival(point, options)
 
 
 def _copies(params: list[Tensor]) -> list[Tensor]:

@@ -20,7 +20,7 @@ from fuse_ext.objective.evaluations import (
 from fuse_ext.objective.progress import Progress, after_iteration
 from fuse_ext.objective.setbacks import COUNTERS, MOST_CUTS, SHORTEST_CUT, TALLIES, Setbacks
 from fuse_ext.objective.step_options import MAX_LINE_SEARCH_EVALUATIONS, StepOptions
-from fuse_ext.objective.trials import Trials
+from fuse_ext.objective.trials import FunctionChanged, Trials
 from fuse_ext.search.line_search import LineSearchResult
 from fuse_ext.search.noise import PRECISION_NAMES
 from fuse_ext.vector.flat import Closure, FlatParams
@@ -164,7 +164,17 @@ class Iteration:
         if options.line_search is None:
             return self._fixed_step(closure, options, header, step, moved, iteration)
         assert closure is not None
-        return self._searched_step(closure, options, point, header, step, moved, iteration)
+        try:
+            return self._searched_step(closure, options, point, header, step, moved, iteration)
+        except FunctionChanged as news:
+            self._stand = point = news.point
+        if not point.finite:
+            self.setbacks.count_non_finite()
+        elif self.objective.left > 0:
+            return self._iterate(closure, options, point, iteration)
+        else:
+            self.progress.reason = "max_eval"
+        return None
 
     # --- curvature --------------------------------------------------------------------------
 
@@ -260,20 +270,6 @@ class Iteration:
         self.trials.undo()
         self.setbacks.count_failing(True)
         self.setbacks.retreat(self.history.header())
-
-    def restart(self, point: Point, options: StepOptions, found: bool) -> None:
-        """Goes on from where somebody else has led, or stays for good where nothing was found."""
-        self.entry.update(failing=0, cuts=0, settled="")
-        self.objective.drop_pair()
-        self.progress.line_search = "none"
-        if found:
-            self.setbacks.reset()
-            self.progress.reason = "max_iter"
-        else:
-            self.objective.settle_at(point, options, "line_search")
-            self.progress.reason = "line_search"
-        point.grads.clear()  # of another point by now
-        self.objective.note_arrival(point, options)
 
     # --- steps ------------------------------------------------------------------------------
 

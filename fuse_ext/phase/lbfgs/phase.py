@@ -27,12 +27,13 @@ class LbfgsPhase:
 
     Args:
         iteration: The iteration and its state.
+        finds_out: Where the closure is seen to be one function, step as if that were promised.
     """
 
     begun, host_decides = True, True
 
-    def __init__(self, iteration: Iteration) -> None:
-        self.iteration = iteration
+    def __init__(self, iteration: Iteration, finds_out: bool = False) -> None:
+        self.iteration, self._finds_out = iteration, finds_out
         self.progress: Progress = iteration.progress
         self.precision: Precision = iteration.objective.precision
 
@@ -45,6 +46,8 @@ class LbfgsPhase:
         """At most ``max_iter`` iterations, or Adam's try where they lead nowhere."""
         iteration, closure, options = self.iteration, call.closure, call.options
         assert options is not None
+        if self._finds_out and iteration.objective.function.sure:
+            options = options.promised
         seen, rescued = iteration.entry["non_finite"], False
         if iteration.entry.get("batch_id") != call.batch_id:
             iteration.objective.begin_batch(call.batch_id)
@@ -130,7 +133,12 @@ def overlap_step(
 
 
 def make_lbfgs(
-    flat: FlatParams, ops: Ops, entry: dict[str, Any], group: ParamGroup, self_scaling: bool
+    flat: FlatParams,
+    ops: Ops,
+    entry: dict[str, Any],
+    group: ParamGroup,
+    self_scaling: bool,
+    finds_out: bool = False,
 ) -> LbfgsPhase | DevicePhase:
     """The phase for this group's options, capturable or not, whichever made ``entry``.
 
@@ -142,7 +150,7 @@ def make_lbfgs(
         phase = DevicePhase(flat, ops, entry, size, dtype)
     else:
         to_host(entry)
-        phase = LbfgsPhase(Iteration(flat, ops, entry, size, dtype))
+        phase = LbfgsPhase(Iteration(flat, ops, entry, size, dtype), finds_out)
     if new and self_scaling:
         phase.history.scale_itself()
     return phase

@@ -1,0 +1,194 @@
+"""Without a promise: one function is found out, used as if it were promised, and watched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fuse_ext import FusePV
+
+POINTS, HIDDEN = 60, 24
+
+
+class Regression:
+    """A tanh network on a curve, whose points or targets can change; counts calls."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+
+        self.params = [normal(HIDDEN, 1), normal(HIDDEN), normal(HIDDEN), normal(1)]
+        for param in self.params:
+            param.mul_(0.5).requires_grad_()
+        self.x = torch.linspace(-2, 2, POINTS, dtype=dtype)[:, None]
+        self.shift, self.constant, self.calls = 0.0, 0.0, 0
+        self.optimizer = FusePV(self.params, lr=1e-2, **options)
+
+    def loss(self) -> Tensor:
+        w, b, v, c = self.params
+        y = torch.sin(3 * self.x[:, 0] + self.shift)
+        return (torch.tanh(self.x @ w.T + b) @ v + c - y).square().mean() + self.constant
+
+    def closure(self) -> Tensor:
+        self.calls += 1
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        return loss.detach()
+
+    def step(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            self.optimizer.step(self.closure)
+
+    def value(self) -> float:
+        with torch.no_grad():
+            return float(self.loss())
+
+    @property
+    def flat(self) -> Tensor:
+        return torch.cat([p.detach().reshape(-1) for p in self.params])
+
+
+def test_it_does_all_that_a_promise_would_have_made_it_do() -> None:
+    said, unsaid = Regression(deterministic=True, switch=50), Regression()
+    for run in (said, unsaid):
+        while run.calls < 800:
+            run.step()
+    group = unsaid.optimizer.param_groups[0]
+    assert group["history_size"] == said.optimizer.param_groups[0]["history_size"] > 10
+    assert group["curvature_tol"] == 1e-8
+    assert unsaid.value() <= 3 * said.value()
+    before, steps = unsaid.calls, 100
+    unsaid.step(steps)
+    assert unsaid.calls - before <= 1.5 * steps
+    assert unsaid.optimizer.report().function_changes == 0
+
+
+def test_what_was_said_stays() -> None:
+    run = Regression(history_size=10, curvature_tol=1e-3)
+    run.step(100)
+    group = run.optimizer.param_groups[0]
+    assert run.optimizer.report().line_search != "fixed"
+    assert (group["history_size"], group["curvature_tol"]) == (10, 1e-3)
+
+
+def new_targets(run: Regression) -> None:
+    run.shift += 0.7
+
+
+def new_points(run: Regression) -> None:
+    run.x = run.x + 0.013
+
+
+def new_constant(run: Regression) -> None:
+    run.constant += 1.0
+
+
+def moved_by_hand(run: Regression) -> None:
+    run.params[0].data.add_(0.5)  # a write that autograd does not count
+
+
+@pytest.mark.parametrize("change", [new_targets, new_points, new_constant, moved_by_hand])
+def test_a_change_is_noticed_within_a_step(change: Callable[[Regression], None]) -> None:
+    """No step ends above where it began on the function as it is now, and it goes on."""
+    run = Regression()
+    run.step(160)
+    for _ in range(3):
+        before = run.optimizer.report().function_changes
+        change(run)
+        for _ in range(25):
+            began = run.value()
+            run.step()
+            assert run.value() <= began * (1 + 1e-12)
+        noticed = run.optimizer.report().function_changes - before
+        assert noticed == 1 or (noticed == 0 and change is new_points)  # they change little
+    assert run.optimizer.report().function_changes > 0
+    assert run.optimizer.phase == "lbfgs"
+    assert run.optimizer.report().fallbacks == 0
+
+
+@pytest.mark.parametrize("times", [2, 3, 4])
+@pytest.mark.parametrize("constant", [0.0, 1e6])
+def test_batches_used_several_times_are_not_one_function(times: int, constant: float) -> None:
+    run = Regression(torch.float32)
+    everything, run.constant = run.x, constant
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(300 // times):
+        run.x = everything[torch.randperm(POINTS, generator=generator)[:10]]
+        run.step(times)
+    calls = run.calls
+    for _ in range(100 // times):
+        run.x = everything[torch.randperm(POINTS, generator=generator)[:10]]
+        run.step(times)
+    assert run.calls - calls <= 105
+    group = run.optimizer.param_groups[0]
+    assert (group["history_size"], group["curvature_tol"]) == (10, 1e-4)
+
+
+def test_cleared_or_switched_back_it_begins_anew_in_full() -> None:
+    """Pairs are few again on averages, and a new optimizer's steps are repeated to the bit."""
+    run, new = Regression(), Regression()
+    run.step(100)
+    run.optimizer.state.clear()
+    with torch.no_grad():
+        for ours, theirs in zip(new.params, run.params, strict=True):
+            ours.copy_(theirs)
+    for each in (run, new):
+        each.step(70)
+    assert torch.equal(run.flat, new.flat)
+    run.optimizer.switch_back()
+    assert run.optimizer.param_groups[0]["history_size"] == 10
+
+
+def test_a_group_that_is_added_later_agrees_with_the_others() -> None:
+    run, again = Regression(), Regression()
+    run.step(100)
+    again.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    for each in (run, again):
+        extra = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        each.optimizer.add_param_group({"params": [extra]})
+        sizes = {group["history_size"] for group in each.optimizer.param_groups}
+        assert sizes == {run.optimizer.param_groups[0]["history_size"]} != {10}
+
+
+@pytest.mark.parametrize("steps", [56, 120])
+def test_a_checkpoint_goes_on_bit_for_bit(steps: int) -> None:
+    run, again = Regression(), Regression()
+    run.step(steps)
+    again.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    with torch.no_grad():
+        for ours, theirs in zip(again.params, run.params, strict=True):
+            ours.copy_(theirs)
+    for each in (run, again):
+        each.optimizer.zero_grad()  # both evaluate the point at hand
+        each.step(40)
+    assert torch.equal(run.flat, again.flat)
+
+
+def test_an_error_when_the_start_is_looked_at_again_can_be_retried() -> None:
+    run, spared = Regression(), Regression()
+    for each in (run, spared):
+        each.step(150)
+        new_targets(each)
+    before, calls = run.flat, 0
+
+    def fails_at_second_call() -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("interrupted")
+        return run.closure()
+
+    with pytest.raises(RuntimeError, match="interrupted"):
+        run.optimizer.step(fails_at_second_call)
+    assert torch.equal(run.flat, before)
+    for each in (run, spared):
+        each.step(10)
+    assert torch.equal(run.flat, spared.flat)
