@@ -19,7 +19,7 @@ from fuse_ext.vector.flat import Closure, FlatParams, Part
 from fuse_ext.vector.gradients import GradStats
 
 # What the state entry holds of all this, besides the counters.
-EVALUATION_NAMES = ("pair_step", "settled", "changes", *OneFunction.NAMES)
+EVALUATION_NAMES = ("pair_step", "settled", *OneFunction.NAMES)
 
 
 class Point(NamedTuple):
@@ -74,10 +74,10 @@ class Evaluations:
 
     Args:
         flat: The parameters.
-        entry: The optimizer's state entry: counts ``func_evals``, holds ``pair_step``, the step
-            length t of a pair that awaits its second gradient (s = t p is taken, y not known), and
-            ``settled``, why nothing can be done from here (empty while something can), and
-            ``changes``, how often the closure was found to be another function than before.
+        entry: The optimizer's state entry: counts ``func_evals``, and ``changes``, how often a
+            start that was remembered or seen belonged to another function; holds ``pair_step``,
+            the step length t of a pair that awaits its second gradient (s = t p is taken, y not
+            known), and ``settled``, why nothing can be done from here (empty while something can).
         history: Where the gradient's norms are taken.
     """
 
@@ -87,7 +87,6 @@ class Evaluations:
         self.function = OneFunction(entry)
         entry.setdefault("pair_step", None)
         entry.setdefault("settled", "")
-        entry.setdefault("changes", 0)
         # Whether the step under way began with a point that was remembered.
         self.remembered = False
         self.left = 0  # evaluations that the step under way may still make
@@ -191,6 +190,7 @@ class Evaluations:
         """Holds where a step begins against where the last one ended."""
         same = self._as_before(point, options)
         if same is False:
+            self._entry["changes"] += options.seen
             self.drop_pair()
             self.precision.forget_least()
             self._entry["settled"] = ""

@@ -15,7 +15,15 @@ SHORTEST_CUT = 15
 # Weight of the failures before the last step: four in a row, or a third of all, make 3.
 FAILING_DECAY = 0.9
 # What an entry counts since the start, for reports.
-COUNTERS = ("n_iter", "func_evals", "resets", "line_search_failures", "step_cuts", "non_finite")
+COUNTERS = (
+    "n_iter",
+    "func_evals",
+    "resets",
+    "line_search_failures",
+    "step_cuts",
+    "non_finite",
+    "changes",
+)
 # The tallies are of the present: trials cut, and failed steps, the last ones weighing most.
 TALLIES = ("cuts", "failing", "bad_starts")
 
