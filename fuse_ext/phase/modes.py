@@ -72,17 +72,26 @@ def fill_in_groups(
         flat: Their parameters.
         unsaid: "history_size", "curvature_tol", both or none of them.
         found: Whether the closure was found to be one function, though nothing was promised.
+
+    A group that has another number than this would have put there keeps it.
     """
-    one_function = found or bool(groups[0]["deterministic"])
+    numbers = {known: _numbers(groups[0], flat, known) for known in (False, True)}
+    now = numbers[found or bool(groups[0]["deterministic"])]
+    for group in groups:
+        for name in unsaid:
+            if group[name] in (numbers[False][name], numbers[True][name]):
+                group[name] = now[name]
+
+
+def _numbers(group: ParamGroup, flat: FlatParams, one_function: bool) -> dict[str, Any]:
+    """Pairs and curvature test where nothing is said."""
     size = LEAST_PAIRS
-    if may_scale({**groups[0], "deterministic": one_function}):
-        dtype = groups[0]["history_dtype"] or flat.dtype
+    if may_scale({**group, "deterministic": one_function}):
+        dtype = group["history_dtype"] or flat.dtype
         numel = max(flat.numel, 1)
         fit = min(HISTORY_BYTES // (2 * dtype.itemsize * numel), numel, MOST_PAIRS)
         size = max(fit, LEAST_PAIRS)
-    numbers = {"history_size": size, "curvature_tol": CURVATURE_TOL[one_function]}
-    for group in groups:
-        group.update({name: numbers[name] for name in unsaid})
+    return {"history_size": size, "curvature_tol": CURVATURE_TOL[one_function]}
 
 
 def may_scale(group: ParamGroup) -> bool:

@@ -79,6 +79,16 @@ def test_what_was_said_stays() -> None:
     assert (group["history_size"], group["curvature_tol"]) == (10, 1e-3)
 
 
+def test_what_a_group_says_stays() -> None:
+    run = Regression()
+    run.optimizer = FusePV([{"params": run.params, "history_size": 20}], lr=1e-2)
+    for steps in (0, 100):
+        run.step(steps)
+        assert run.optimizer.param_groups[0]["history_size"] == 20
+    run.optimizer.switch_back()
+    assert run.optimizer.param_groups[0]["history_size"] == 20
+
+
 def new_targets(run: Regression) -> None:
     run.shift += 0.7
 
