@@ -126,7 +126,7 @@ class Ring:
         scalars: As in csrc/two_loop.h.
         grad_prev: The previous gradient, or None where it is the open slot's Y row.
         history_scale: [2, slots, blocks] beside an int8 history (curvature/test_int8_history.py).
-        control: What a fixed step decides by (fuse_ext/fixed_step.py), if it does.
+        control: What a fixed step decides by (fuse_ext/kernels/fixed_step.py), if it does.
     """
 
     history: Tensor

@@ -1,4 +1,4 @@
-// What a fixed step decides on the device, case by case. tests/test_fixed_step.py compares many
+// What a fixed step decides on the device, case by case. tests/kernels/test_fixed_step.py compares many
 // more with the Python twin.
 #include "fixed_step.h"
 
