@@ -165,13 +165,13 @@ class Evaluations:
             self.precision.forget_least()
             self._entry["settled"] = ""
         memory = self._memory if closure is not None and options.deterministic else None
-        holds = memory is not None and not moved and not self.settled
-        holds = holds and not (options.seen and self._distrusts)
-        self._distrusts = False
-        self.remembered = holds and memory is not None and memory.holds(self.flat)
-        if self.remembered and memory is not None:
-            self.precision.spend()
-            return memory.point
+        distrusts, self._distrusts = options.seen and self._distrusts, False
+        self.remembered = False
+        if memory is not None and not moved and not self.settled and not distrusts:
+            self.remembered = memory.holds(self.flat)
+            if self.remembered:
+                self.precision.spend()
+                return memory.point
         del memory  # nobody else holds gradients that the closure may drop now
         self._memory = None
         if closure is None:
