@@ -1,4 +1,4 @@
-"""Norms of the gradients at hand, for Eq. 3, for finite values and for comparing two calls."""
+"""Norms of the gradients at hand: whether all are finite, and whether two calls gave the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fuse_ext.vector.flat import FlatParams
 
 
 class GradStats(NamedTuple):
-    """What one pass over the effective gradient g yields (order of csrc/cpu/kernels.h).
+    """What one pass over the effective gradient g yields (order of csrc/stats.h).
 
     Attributes:
         slope: g.p along the current direction.
