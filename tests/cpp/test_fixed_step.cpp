@@ -1,5 +1,5 @@
-// What a fixed step decides on the device, case by case. tests/kernels/test_fixed_step.py compares many
-// more with the Python twin.
+// What a fixed step decides on the device, case by case. tests/kernels/test_fixed_step.py compares
+// many more with the Python twin.
 #include "fixed_step.h"
 
 #include <limits>
