@@ -234,4 +234,46 @@ PreviousGradient::PreviousGradient(const History& ring, const std::optional<at::
   data = ring.reader() == Reader::host ? ring.y_row(ring.scalars().open()).data : nullptr;
 }
 
+DenseArguments::DenseArguments(const at::Tensor& grad, const at::Tensor& grad_prev,
+                               const at::Tensor& direction, const at::Tensor& matrix,
+                               const at::Tensor& vectors, const at::Tensor& matrix_scalars,
+                               const at::Tensor& scalars, const std::optional<at::Tensor>& lr_scale,
+                               Reader reader) {
+  dtype = state_dtype_of(grad, "grad");
+  numel = grad.numel();
+  check_flat(grad, "grad", numel, dtype);
+  check_flat(grad_prev, "grad_prev", numel, dtype);
+  check_flat(direction, "direction", numel, dtype);
+  if (lr_scale) check_flat(*lr_scale, "lr_scale", numel, dtype);
+  check_flat(matrix, "matrix", matrix_size(numel), at::kDouble);
+  TORCH_CHECK_VALUE(vectors.dim() == 2 && vectors.size(0) >= 3 && vectors.size(0) % 2 == 1 &&
+                        vectors.size(1) >= tile_rows(numel) * kTile && vectors.is_contiguous(),
+                    "vectors has shape ", vectors.sizes(), " and strides ", vectors.strides(),
+                    "; expected a contiguous [2 terms + 1, at least ", tile_rows(numel) * kTile,
+                    "]");
+  TORCH_CHECK_TYPE(vectors.scalar_type() == at::kDouble, "vectors has dtype ",
+                   vectors.scalar_type(), "; expected ", at::kDouble);
+  stride = vectors.size(1);
+  most_terms = fuse_ext::most_terms(vectors.size(0));
+  TORCH_CHECK_VALUE(most_terms <= kMostTerms, "vectors has room for ", most_terms,
+                    " terms; at most ", kMostTerms, " are supported");
+  check_flat(matrix_scalars, "matrix_scalars", kMatrixHeader + kTermSize * most_terms, at::kDouble);
+  head = lbfgs_scalars(scalars, 2, reader).data;
+  const auto check_device = [&](const at::Tensor& tensor, const char* name) {
+    TORCH_CHECK_VALUE(tensor.device() == grad.device(), name, " is on ", tensor.device(),
+                      " but grad is on ", grad.device());
+  };
+  check_device(grad_prev, "grad_prev"), check_device(direction, "direction");
+  check_device(matrix, "matrix"), check_device(vectors, "vectors");
+  check_device(matrix_scalars, "matrix_scalars"), check_device(scalars, "scalars");
+  if (lr_scale) check_device(*lr_scale, "lr_scale");
+  this->matrix = matrix.data_ptr<double>();
+  this->vectors = vectors.data_ptr<double>();
+  numbers = matrix_scalars.data_ptr<double>();
+  if (reader == Reader::kernels) return;
+  const double limit = static_cast<double>(most_terms);
+  TORCH_CHECK_VALUE(numbers[kTerms] >= 0 && numbers[kTerms] < limit, "matrix_scalars say that ",
+                    numbers[kTerms], " terms are held, with room for ", most_terms);
+}
+
 }  // namespace fuse_ext

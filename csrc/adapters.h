@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "broyden.h"
 #include "fixed_step.h"
 #include "row.h"
 #include "segments.h"
@@ -137,6 +138,19 @@ struct PreviousGradient {
 
   void* data;
   at::ScalarType dtype;  // the state's
+};
+
+// The dense inverse Hessian of broyden.h and what an op on it reads and writes, all flat.
+struct DenseArguments {
+  DenseArguments(const at::Tensor& grad, const at::Tensor& grad_prev, const at::Tensor& direction,
+                 const at::Tensor& matrix, const at::Tensor& vectors,
+                 const at::Tensor& matrix_scalars, const at::Tensor& scalars,
+                 const std::optional<at::Tensor>& lr_scale, Reader reader = Reader::host);
+
+  at::ScalarType dtype;  // of grad, grad_prev, direction and lr_scale
+  std::int64_t numel, stride, most_terms;
+  double *matrix, *vectors, *numbers;  // numbers: matrix_scalars
+  double* head;                        // scalars
 };
 
 void bump_version(const at::Tensor& tensor);

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "bound_ops.h"
+#include "broyden.h"
 #include "cpu/kernels.h"
 #include "fixed_step.h"
 
@@ -66,6 +67,13 @@ TORCH_LIBRARY(fuse_ext, m) {
       "Tensor history, "
       "Tensor scalars, float step, bool save, *, Tensor? history_scale=None, "
       "Tensor(c!)? control=None) -> ()");
+  // All flat: grad (effective), grad_prev, direction and lr_scale in the state's dtype; matrix,
+  // vectors and matrix_scalars as in broyden.h, float64; scalars of a ring of one pair, whose
+  // header alone is read and written.
+  m.def(
+      "dense_direction(Tensor grad, Tensor(a!) grad_prev, Tensor(b!) direction, Tensor(c!) matrix, "
+      "Tensor(d!) vectors, Tensor(e!) matrix_scalars, Tensor(f!) scalars, Tensor? lr_scale, "
+      "float? pair_step, float curvature_tol, bool broyden, bool self_scaling) -> ()");
   m.def(
       "fuse_blend(Tensor(a!)[] params, int[] offsets, Tensor origin, "
       "Tensor(b!) history, "
@@ -123,6 +131,20 @@ py::dict scalar_layout(std::int64_t slots) {
   return layout;
 }
 
+// Where the named scalars of broyden.h lie for so many parameters, and the sizes around them.
+py::dict matrix_layout(std::int64_t numel) {
+  py::dict layout;
+  const char* names[] = {"scale", "terms", "pairs", "known", "exact"};
+  static_assert(sizeof names / sizeof *names == kExact + 1);
+  for (int i = 0; i <= kExact; ++i) layout[names[i]] = i;
+  layout["header"] = static_cast<int>(kMatrixHeader);
+  layout["term_size"] = kTermSize;
+  layout["most_terms"] = kMostTerms;
+  layout["tile"] = kTile;
+  layout["size"] = matrix_size(numel);
+  return layout;
+}
+
 // Where the named numbers of fixed_step.h lie in `control`: name -> index.
 py::dict control_layout() {
   py::dict layout;
@@ -157,6 +179,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info);
   m.def("scalar_layout", &scalar_layout, py::arg("slots"));
   m.def("control_layout", &control_layout);
+  m.def("matrix_layout", &matrix_layout, py::arg("numel"));
   m.def("advise_large_pages", &advise_large_pages, py::arg("address"), py::arg("bytes"));
   define_bound_ops(m);
 }

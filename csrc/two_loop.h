@@ -107,8 +107,13 @@ struct Alone {
   FUSE_MEMBER void sync() const {}
 };
 
-// Closes the open slot into a pair of the ring when s.y > curvature_tol |s| |y| (a test that no
-// rescaling of the loss or of the variables changes); else the slot stays open.
+// s.y > curvature_tol |s| |y|, with `norms` = |s| |y|: a test that no rescaling of the loss or of
+// the variables changes.
+FUSE_INLINE bool fits_as_pair(double sy, double yy, double norms, double curvature_tol) {
+  return sy > curvature_tol * norms && yy > 0.0 && is_finite(norms) && is_finite(sy);
+}
+
+// Closes the open slot into a pair of the ring where it fits; else the slot stays open.
 template <class Team = Alone>
 FUSE_INLINE bool commit_pair(LbfgsScalars state, double step_length, double curvature_tol,
                              const Team& team = {}) {
@@ -118,7 +123,7 @@ FUSE_INLINE bool commit_pair(LbfgsScalars state, double step_length, double curv
   const double *y_s = state.array(kYS), *y_y = state.array(kYY);
   const double sy = step_length * y_s[open], yy = state[kYDotY];
   const double norms = sqrt(step_length * step_length * state[kDirectionSq]) * sqrt(yy);
-  const bool accepted = sy > curvature_tol * norms && yy > 0.0 && is_finite(norms) && is_finite(sy);
+  const bool accepted = fits_as_pair(sy, yy, norms, curvature_tol);
   if (accepted) {
     for (std::int64_t age = team.rank(); age < count; age += team.size()) {
       const std::int64_t i = state.slot(age);

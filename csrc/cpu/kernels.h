@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "../adam.h"
+#include "../broyden.h"
 #include "../row.h"
 #include "../segments.h"
 #include "../stats.h"
@@ -82,6 +83,27 @@ struct StateKernels {
   void (*scatter)(const SegmentTable& table, std::int64_t begin, std::int64_t end, const T* flat);
 };
 
+// Passes over the dense inverse Hessian (broyden.h), and over vectors that lie row by row, `stride`
+// apart. Lengths and ranges are in whole tiles.
+struct DenseKernels {
+  // y += what the rows of tiles [first, last), and their mirror images, give of M x; y is whole.
+  void (*product)(const double* matrix, std::int64_t first, std::int64_t last, const double* x,
+                  double* y);
+
+  // The rows of tiles [first, last) of M = scale (M + the terms).
+  void (*take_in)(double* matrix, std::int64_t first, std::int64_t last, double scale,
+                  const double* vectors, std::int64_t stride, const double* terms,
+                  std::int64_t count);
+
+  // out[q] = vectors[q] . x
+  void (*dots)(const double* vectors, std::int64_t stride, std::int64_t count, std::int64_t length,
+               const double* x, double* out);
+
+  // y += sum of coefs[q] vectors[q]
+  void (*sum)(const double* vectors, std::int64_t stride, std::int64_t count, std::int64_t length,
+              const double* coefs, double* y);
+};
+
 struct CpuKernels {
   const char* level;  // instruction set they were compiled for
   StateKernels<float> f32;
@@ -90,6 +112,7 @@ struct CpuKernels {
   void (*adam_bf16)(const SegmentTable& table, std::int64_t begin, std::int64_t end,
                     BFloat16* exp_avg, BFloat16* exp_avg_sq, BFloat16* max_exp_avg_sq,
                     const AdamCoefficients<float>& coefficients, const RandomKey& key, double* out);
+  DenseKernels dense;
 
   template <class T>
   const StateKernels<T>& of() const {

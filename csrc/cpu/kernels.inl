@@ -1,6 +1,7 @@
 // Kernel bodies, compiled once per instruction-set level. Everything here has internal linkage,
 // so that no level's code can be linked into another's.
 #include "adam.inl"
+#include "dense.inl"
 #include "lbfgs.inl"
 
 namespace fuse_ext {
@@ -14,7 +15,11 @@ constexpr StateKernels<T> state_kernels() {
 
 }  // namespace
 
-extern const CpuKernels FUSE_CPU_KERNELS = {FUSE_CPU_LEVEL, state_kernels<float>(),
-                                            state_kernels<double>(), adam_bf16};
+extern const CpuKernels FUSE_CPU_KERNELS = {
+    FUSE_CPU_LEVEL,
+    state_kernels<float>(),
+    state_kernels<double>(),
+    adam_bf16,
+    {matrix_product, matrix_take_in, vector_dots, vector_sum}};
 
 }  // namespace fuse_ext

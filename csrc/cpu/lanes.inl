@@ -68,9 +68,10 @@ FUSE_INLINE void end_copies_past_caches() {
 #endif
 }
 
+// Minus nothing, and not plus: so -0 stays -0, and compilers leave the sum out.
 template <class T>
 FUSE_INLINE Lanes<T> all_lanes(T value) {
-  return Lanes<T>{} + value;
+  return value - Lanes<T>{};
 }
 
 // The first and the second half of a vector.

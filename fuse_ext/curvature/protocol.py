@@ -14,19 +14,29 @@ from fuse_ext.vector.gradients import GradStats
 class InverseHessian(Protocol):
     """Takes pairs (s, y), gives directions -H g, forgets, and is saved with the state entry.
 
-    :class:`fuse_ext.curvature.ring.History` is one; its docstrings say what the arguments are.
-    Gradients are real tensors in the order of :attr:`part`, and come with the L2 coefficients and
-    the sign that make them the effective ones.
+    :class:`fuse_ext.curvature.ring.History` is one, whose docstrings say what the arguments are,
+    and :class:`fuse_ext.curvature.dense.DenseMatrix` another. Gradients are real tensors in the
+    order of :attr:`part`, and come with the L2 coefficients and the sign that make them the
+    effective ones.
 
     Attributes:
+        kind: "pairs" or "dense", for reports.
         part: The parameters that directions and pairs are of.
     """
 
-    part: Part
+    kind: str
+
+    @property
+    def part(self) -> Part:
+        """See above."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of state held."""
+
+    @property
+    def workspace_nbytes(self) -> int:
+        """Bytes of scratch held between steps."""
 
     def enter(self, part: Part) -> bool:
         """From now on directions and pairs are of these parameters; whether that is new."""

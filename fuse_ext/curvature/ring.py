@@ -62,6 +62,8 @@ class History:
         grad_prev_apart: Keep the previous gradient in a vector of its own in any case.
     """
 
+    kind, workspace_nbytes = "pairs", 0
+
     def __init__(
         self,
         flat: FlatParams,

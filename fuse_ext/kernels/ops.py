@@ -26,6 +26,7 @@ NAMES = (
     "lbfgs_direction",
     "lbfgs_set_out",
     "lbfgs_move",
+    "dense_direction",
     "fuse_blend",
     "grad_gather",
     "grad_scatter",
@@ -199,6 +200,29 @@ class Ops(Protocol):
         """param = origin + step * p; with ``save`` the origin is taken from param first.
 
         With ``control`` it says both, and whether to move at all, and is told what was done.
+        """
+
+    def dense_direction(
+        self,
+        grad: Tensor,
+        grad_prev: Tensor,
+        direction: Tensor,
+        matrix: Tensor,
+        vectors: Tensor,
+        matrix_scalars: Tensor,
+        scalars: Tensor,
+        lr_scale: Tensor | None,
+        pair_step: float | None,
+        curvature_tol: float,
+        broyden: bool,
+        self_scaling: bool,
+    ) -> None:
+        """One iteration with a dense inverse Hessian H (csrc/broyden.h): direction = -H grad.
+
+        With ``pair_step`` = t first offers the pair s = t direction, y = grad - grad_prev, which
+        updates H where s.y > curvature_tol |s| |y|. ``lr_scale`` multiplies the direction element
+        by element. All are flat: the gradient is the effective one. ``grad_prev`` becomes grad,
+        and the header of ``scalars`` (a ring of one pair) tells what the host decides by.
         """
 
     def fuse_blend(

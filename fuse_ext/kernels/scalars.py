@@ -1,4 +1,7 @@
-"""Named access to the float64 vector of L-BFGS scalars (layout: csrc/two_loop.h)."""
+"""Named access to the float64 vectors of scalars.
+
+Those of L-BFGS (layout: csrc/two_loop.h), and those of a dense matrix (csrc/broyden.h).
+"""
 
 from __future__ import annotations
 
@@ -101,3 +104,19 @@ def usable_slots(scalars: Tensor, slots: int) -> list[int]:
     """The slots of the pairs of the present set, newest first."""
     sets, present = array(scalars, "pair_set", slots).tolist(), float(scalars[index("set", slots)])
     return [i for i in held_slots(scalars, slots) if sets[i] == present]
+
+
+_MATRIX = dict(_C.matrix_layout(0))
+# Side of a matrix's tiles; numbers of a term; terms that can be held apart from the matrix.
+TILE = int(_MATRIX["tile"])
+TERM_SIZE, MOST_TERMS = int(_MATRIX["term_size"]), int(_MATRIX["most_terms"])
+
+
+def matrix_place(name: str) -> int:
+    """Where a scalar of a dense matrix lies; "header": where its terms begin."""
+    return int(_MATRIX[name])
+
+
+def matrix_size(numel: int) -> int:
+    """Float64 numbers in the tiles of a symmetric matrix of so many rows."""
+    return int(_C.matrix_layout(numel)["size"])

@@ -15,6 +15,7 @@ from fuse_ext.kernels.ops import Ops
 from fuse_ext.objective.step_options import StepOptions
 from fuse_ext.search.noise import Precision
 from fuse_ext.search.one_function import OneFunction, Values
+from fuse_ext.vector import gradients
 from fuse_ext.vector.flat import Closure, FlatParams, Part
 from fuse_ext.vector.gradients import GradStats
 
@@ -317,23 +318,11 @@ NO_GRADIENT = GradStats(0.0, 0.0, 0.0, 0.0, 0.0)
 def effective_gradient(
     flat: FlatParams, ops: Ops, options: StepOptions, part: Part, grads: list[Tensor], out: Tensor
 ) -> Tensor:
-    """The gradient of what is minimised, sign and L2 penalty included, as one flat vector.
-
-    Zero where a parameter is not in ``part``.
-    """
-    if part.absent:
-        out.zero_()
-    if part.params:
-        ops.grad_gather(part.reals(part.params), grads, part.offsets, out)
-    if options.maximize:
-        out.neg_()
-    for i, ascends in zip(part.indices, part.pick(options.ascends), strict=False):
-        if ascends:
-            flat.piece(out, i).neg_()
-    for i, coefficient in zip(part.indices, part.pick(options.weight_decay), strict=False):
-        if coefficient:
-            flat.piece(out, i).add_(flat.params[i].detach(), alpha=coefficient)
-    return out
+    """See :func:`fuse_ext.vector.gradients.effective_gradient`; as the options have it."""
+    decay, ascends = part.pick(options.weight_decay), part.pick(options.ascends)
+    return gradients.effective_gradient(
+        flat, ops, part, grads, decay, options.maximize, ascends, out
+    )
 
 
 def _version(grad: Tensor | None) -> int:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fuse_ext.checks import check_integer
+from fuse_ext.curvature.dense import DenseMatrix
 from fuse_ext.curvature.moments import Moments
+from fuse_ext.curvature.protocol import InverseHessian
 from fuse_ext.curvature.ring import History
 from fuse_ext.kernels import ops as kernels
 from fuse_ext.optim.adam import Adam
@@ -19,7 +21,7 @@ from fuse_ext.optim.fuse import Fuse
 from fuse_ext.optim.fuse_pv import FusePV
 from fuse_ext.optim.lbfgs import LBFGS
 from fuse_ext.phase.averages import AveragesPhase
-from fuse_ext.phase.modes import AUTO
+from fuse_ext.phase.modes import AUTO, takes_matrix
 from fuse_ext.tell.memory import MemoryEstimate, PhaseMemory
 from fuse_ext.vector.checks import check_params
 
@@ -38,6 +40,7 @@ def estimate_memory(
     moment_dtype: torch.dtype | None = None,
     line_search: str | None = "auto",
     deterministic: bool | None = None,
+    curvature: str = AUTO,
 ) -> MemoryEstimate:
     """The memory that an optimizer will hold; allocates none of it.
 
@@ -65,7 +68,8 @@ def estimate_memory(
         line_search: Its name; None for a fixed step; "auto" for FusePV on averages, which holds
             more than with a line search, and for strong Wolfe elsewhere.
         deterministic: What FusePV is told of the closure: with True "auto" is a line search, and
-            the default history is larger.
+            the default is a matrix, or a larger history.
+        curvature: "auto", "dense" or "pairs", of FusePV.
 
     Returns:
         Bytes of state and workspace for each phase.
@@ -90,6 +94,7 @@ def estimate_memory(
     elif optimizer == "FusePV":
         options = {
             **lbfgs_options,
+            "curvature": curvature,
             "moment_dtype": moment_dtype,
             "deterministic": deterministic,
         }
@@ -106,10 +111,15 @@ def estimate_memory(
         engine = AveragesPhase(flat, ops, {}, size, history_dtype)
         lbfgs, scratch = engine.nbytes, engine.workspace_nbytes
     elif optimizer != "Adam":
-        lbfgs = History(flat, ops, {}, size, history_dtype).nbytes
+        held: InverseHessian
+        if optimizer == "FusePV" and takes_matrix(opt.param_groups[0], flat):
+            held = DenseMatrix(flat, ops, {})
+        else:
+            held = History(flat, ops, {}, size, history_dtype)
         vectors = 1 + (line_search in SAVING_SEARCHES)
         vectors += optimizer == "Fuse" and line_search is not None  # g at x, for Adam's half
-        scratch = vectors * flat.numel * flat.dtype.itemsize
+        lbfgs = held.nbytes
+        scratch = vectors * flat.numel * flat.dtype.itemsize + held.workspace_nbytes
     phases = {
         "Adam": (PhaseMemory("adam", adam, 0),),
         "LBFGS": (PhaseMemory("lbfgs", lbfgs, scratch),),

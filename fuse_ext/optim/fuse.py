@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fuse_ext.checks import check_integer, check_number
 from fuse_ext.curvature.moments import MOMENTS, Moments, check_adam_state
-from fuse_ext.curvature.ring import STATE_NAMES
+from fuse_ext.curvature.ring import STATE_NAMES, History
 from fuse_ext.kernels.hooks import without_grad
 from fuse_ext.kernels.scalars import Header
 from fuse_ext.objective.evaluations import EVALUATION_NAMES, Point
@@ -140,7 +140,8 @@ class Fuse(FlatOptimizer):
         self._table.check(defaults)
         self._theta = theta
         self._adam: Moments | None = None
-        self._lbfgs: Iteration | None = None
+        self._lbfgs: Iteration | None = None  # on this history
+        self._history: History | None = None
         self._grads: Tensor | None = None
         super().__init__(params, defaults, backend)
 
@@ -169,9 +170,9 @@ class Fuse(FlatOptimizer):
     def _make_engines(self) -> None:
         group = self.param_groups[0]
         self._adam = Moments(self.flat, self._ops, self.state, self.param_groups)
-        self._lbfgs = Iteration(
-            self.flat, self._ops, self._entry, group["history_size"], group["history_dtype"]
-        )
+        size, dtype = group["history_size"], group["history_dtype"]
+        self._history = History(self.flat, self._ops, self._entry, size, dtype)
+        self._lbfgs = Iteration(self.flat, self._ops, self._entry, self._history)
 
     @property
     def theta(self) -> float:
@@ -223,7 +224,8 @@ class Fuse(FlatOptimizer):
         origin = lbfgs.trials.origin()
         lbfgs.history.move(origin, 0.0, save=True)
         self._adam.step(self.param_groups)
-        lbfgs.history.blend(origin, theta, step)
+        assert self._history is not None
+        self._history.blend(origin, theta, step)
         lbfgs.take_step(1.0)
         lbfgs.progress.step_length = step
         self._entry["n_iter"] += 1

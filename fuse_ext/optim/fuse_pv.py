@@ -60,6 +60,11 @@ class FusePV(FlatOptimizer):
         maximize: Ascend, in both phases. Groups may differ where L-BFGS is on averages or never
             comes (``switch=Never()``).
         lbfgs_lr: First trial step of L-BFGS, and the step itself without a line search.
+        curvature: "dense" for an inverse Hessian as a matrix of 4 d^2 bytes for d parameters, read
+            once an iteration (:mod:`~fuse_ext.curvature.dense`); "pairs" for L-BFGS; "auto" for a
+            matrix up to 128 MiB (5,789 parameters; on a GPU 1 GiB, 16,379) on one function, where
+            nothing is said of the history, and pairs elsewhere. On averages it is pairs.
+        dense_update: The matrix's: "broyden", the self-scaled Broyden update, or "bfgs".
         history_size: m, the curvature pairs kept; None for 10 or, if ``deterministic`` or found out
             to be so, as many as fit 64 MiB, at most 500 and the number of parameters, but at least
             10. (They cost time as well: 4 m d reads an iteration.)
@@ -79,9 +84,9 @@ class FusePV(FlatOptimizer):
             ``deterministic`` or found out to be so, else 1e-4.
         self_scaling: Before each pair divide the inverse Hessian by min(1, s.y / s.B s), and begin
             with the oldest pair's scale instead of the newest one's (self-scaling BFGS of Oren and
-            Luenberger, and Al-Baali). It costs nothing, and pays in long runs on one function
-            with many pairs: PINNs ended 60 to 300 times lower with 500. None: where the closure
-            is the same function at every call, there is a line search, and m is at least 100.
+            Luenberger, and Al-Baali; a matrix by Al-Baali's tau). It costs nothing, and pays in
+            long runs on one function. None: with a matrix, and where the closure is the same
+            function at every call, there is a line search, and m is at least 100.
         deterministic: True is a promise that the closure is the same function at every call (full
             batch, no dropout). A step then begins with the last step's final evaluation, unless
             parameters or gradients were touched in between: about one evaluation an iteration
@@ -162,6 +167,8 @@ class FusePV(FlatOptimizer):
         rtol: float = 0.0,
         curvature_tol: float | None = None,
         self_scaling: bool | None = None,
+        curvature: str = AUTO,
+        dense_update: str = "broyden",
         deterministic: bool | None = None,
         pairs: str = AUTO,
         step_cap: float = 7.0,

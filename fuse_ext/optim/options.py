@@ -19,8 +19,19 @@ from fuse_ext.checks import (
     check_number,
     check_tolerance,
 )
+from fuse_ext.curvature.dense import BFGS, BROYDEN
 from fuse_ext.objective.step_options import check_line_search, least_evaluations
-from fuse_ext.phase.modes import ADAM, AUTO, AVERAGED, LBFGS, PAIRS, SAME_BATCH, check_capturable
+from fuse_ext.phase.modes import (
+    ADAM,
+    AUTO,
+    AVERAGED,
+    CURVATURES,
+    DENSE,
+    LBFGS,
+    PAIRS,
+    SAME_BATCH,
+    check_capturable,
+)
 from fuse_ext.switch.criterion import Switchover
 from fuse_ext.switch.known_optimum import NearSolution
 from fuse_ext.vector.flat import ParamGroup
@@ -94,11 +105,6 @@ def _not_supported(name: str, value: Any) -> None:
         raise ValueError(f"{name}=True is not supported: the step is one fused kernel")
 
 
-def _pairs(name: str, value: Any) -> None:
-    if value not in PAIRS:
-        raise ValueError(f"pairs must be one of {', '.join(PAIRS)}, got {value!r}")
-
-
 def _line_search(name: str, value: Any) -> None:
     check_line_search(name, value)
 
@@ -111,6 +117,18 @@ def _line_search_or_auto(name: str, value: Any) -> None:
 def _phase(name: str, value: Any) -> None:
     if value not in (ADAM, LBFGS):
         raise ValueError(f"phase must be {ADAM!r} or {LBFGS!r}, got {value!r}")
+
+
+def _any_of(names: tuple[str, ...]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
+
+
+def _one_of(*names: str) -> Callable[[str, Any], None]:
+    def check(name: str, value: Any) -> None:
+        if value not in names:
+            raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
+
+    return check
 
 
 _BOTH, _FIRST, _SECOND = "both", "Adam", "L-BFGS"
@@ -137,11 +155,13 @@ _OPTIONS = (
     Option("history_size", "an int >= 1", _SECOND, _integer(1), shared=True),
     Option("curvature_tol", "a number in [0, 1]", _SECOND, _at_least(0.0, 1.0), shared=True),
     Option("history_dtype", "None, a float dtype or torch.int8", _SECOND, _history_dtype, True),
-    Option("pairs", ", ".join(f'"{name}"' for name in PAIRS), _SECOND, _pairs, shared=True),
+    Option("pairs", _any_of(PAIRS), _SECOND, _one_of(*PAIRS), shared=True),
     Option("line_search", f'"auto", {_SEARCHES}', _SECOND, _line_search_or_auto, shared=True),
     Option("line_search_fn", _SEARCHES, _SECOND, _line_search, shared=True),
     Option("deterministic", "True, False or None", _SECOND, _yes_no_or_none, shared=True),
     Option("self_scaling", "True, False or None", _SECOND, _yes_no_or_none, shared=True),
+    Option("curvature", _any_of(CURVATURES), _SECOND, _one_of(*CURVATURES), shared=True),
+    Option("dense_update", '"broyden" or "bfgs"', _SECOND, _one_of(BROYDEN, BFGS), shared=True),
     Option("same_batch_pairs", "a bool", _SECOND, shared=True),
     Option("step_cap", "a number >= 0", _SECOND, _at_least(0.0), shared=True),
     Option("check_finite", "a bool", _FIRST, shared=True),
@@ -195,6 +215,14 @@ def _averages_alone(group: ParamGroup) -> None:
     ):
         if group[name] not in allowed:
             raise ValueError(f"pairs='averaged' goes with {name} in {allowed}, got {group[name]!r}")
+
+
+def _matrix_on_host(group: ParamGroup) -> None:
+    if group["curvature"] != DENSE:
+        return
+    for name, refused in (("capturable", True), ("pairs", AVERAGED)):
+        if group[name] == refused:
+            raise ValueError(f"curvature='dense' does not go with {name}={refused!r}")
 
 
 def check_switch(switch: Switchover, capturable: bool) -> None:
@@ -302,8 +330,8 @@ FUSE_TABLE = Table(
 FUSE_PV_TABLE = Table(
     "lr betas eps weight_decay amsgrad maximize differentiable decoupled_weight_decay "
     "eps_inside_root moment_dtype lbfgs_lr history_size history_dtype line_search max_iter "
-    "max_eval tolerance_grad tolerance_change rtol curvature_tol self_scaling deterministic pairs "
-    "step_cap check_finite capturable phase lr_at_switch",
+    "max_eval tolerance_grad tolerance_change rtol curvature_tol self_scaling curvature "
+    "dense_update deterministic pairs step_cap check_finite capturable phase lr_at_switch",
     required="lr betas",
     rules=(
         Rule(
@@ -319,5 +347,8 @@ FUSE_PV_TABLE = Table(
             ),
         ),
         _capturable("line_search"),
+        Rule(
+            'curvature="dense" goes with neither capturable nor pairs="averaged"', _matrix_on_host
+        ),
     ),
 )

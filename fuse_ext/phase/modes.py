@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fuse_ext.curvature.dense import matrix_nbytes
 from fuse_ext.objective.step_options import MAX_LINE_SEARCH_EVALUATIONS, mixed_signs
 from fuse_ext.switch.criterion import Switchover
 from fuse_ext.switch.plateau import LossPlateau
@@ -25,6 +26,13 @@ FIRST_STEPS = 50
 # Curvature pairs if nothing is said. On one function more are better, as long as they are cheap.
 LEAST_PAIRS, MOST_PAIRS = 10, 500
 HISTORY_BYTES = 64 * 2**20
+# What inverse Hessian L-BFGS keeps: a matrix, or pairs.
+DENSE, IN_PAIRS = "dense", "pairs"
+CURVATURES = (AUTO, DENSE, IN_PAIRS)
+# The largest matrix if nothing is said: 5,789 parameters on a CPU, where one pass takes some
+# milliseconds (python -m benchmarks.per_iteration), and 16,379 on a GPU, which reads that much in
+# less than one.
+MATRIX_BYTES = {"cpu": 128 * 2**20, "cuda": 1024 * 2**20}
 # With fewer of them self-scaling costs some 5% more evaluations (python -m benchmarks.robustness).
 SCALING_PAIRS = 100
 
@@ -57,6 +65,8 @@ def fill_in(given: dict[str, Any]) -> set[str]:
         given["curvature_tol"] = CURVATURE_TOL[bool(given["deterministic"])]
     if given["max_eval"] is None and isinstance(given["max_iter"], int):
         given["max_eval"] = 1 + MAX_LINE_SEARCH_EVALUATIONS * max(given["max_iter"], 1)
+    if given["curvature"] == AUTO and (given["history_size"] or given["history_dtype"]):
+        given["curvature"] = IN_PAIRS  # which is what these are of
     if given["history_size"] is None:
         given["history_size"] = LEAST_PAIRS
     return unsaid
@@ -99,6 +109,15 @@ def may_scale(group: ParamGroup) -> bool:
     if group["self_scaling"] is not None:
         return bool(group["self_scaling"])
     return bool(group["deterministic"]) and group["line_search"] is not None
+
+
+def takes_matrix(group: ParamGroup, flat: FlatParams) -> bool:
+    """Whether a dense matrix takes the place of pairs: asked for, or small on one function."""
+    if group.get("curvature", IN_PAIRS) != AUTO:
+        return bool(group.get("curvature") == DENSE)
+    one_function = group["deterministic"] and group["line_search"] is not None
+    most = MATRIX_BYTES.get(flat.device.type, MATRIX_BYTES["cpu"])
+    return bool(one_function and not group["capturable"]) and matrix_nbytes(flat.numel) <= most
 
 
 def self_scales(group: ParamGroup) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeAlias
 
+from fuse_ext.curvature.dense import MATRIX_NAMES
 from fuse_ext.curvature.moments import MOMENTS, check_adam_state
 from fuse_ext.curvature.ring import STATE_NAMES
 from fuse_ext.kernels.ops import Ops
@@ -24,13 +25,15 @@ from fuse_ext.phase.modes import (
     check_signs,
     finds_out,
     self_scales,
+    takes_matrix,
 )
 from fuse_ext.phase.protocol import QuasiNewton
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
 AnyPhase: TypeAlias = AdamPhase | QuasiNewton
 # What the L-BFGS phase gives up when it ends: all that it holds but the counters.
-_GIVEN_UP = {*STATE_NAMES, *ENGINE_NAMES, *AVERAGED_NAMES, *Watch.NAMES, "batch_id"} - {*COUNTERS}
+_HELD = *STATE_NAMES, *MATRIX_NAMES, *ENGINE_NAMES, *AVERAGED_NAMES, *Watch.NAMES, "batch_id"
+_GIVEN_UP = {*_HELD} - {*COUNTERS}
 
 
 class Ground(NamedTuple):
@@ -58,11 +61,17 @@ class Ground(NamedTuple):
         """Adam, with whatever moments the state holds."""
         return AdamPhase(self.flat, self.ops, self.state, self.groups)
 
-    def lbfgs(self, self_scaling: bool) -> LbfgsPhase | DevicePhase:
-        """L-BFGS on one function or one batch, with whatever history the entry holds."""
+    def lbfgs(self, one_function: bool = False) -> LbfgsPhase | DevicePhase:
+        """L-BFGS on one function or one batch, with whatever curvature the entry holds.
+
+        ``one_function``: that it is has been found out.
+        """
         group = self.groups[0]
         watches = finds_out(group)
-        return make_lbfgs(self.flat, self.ops, self.entry, group, self_scaling, watches)
+        known = {**group, "deterministic": True} if one_function else group
+        dense = takes_matrix(known, self.flat)
+        scales = self_scales(known)
+        return make_lbfgs(self.flat, self.ops, self.entry, group, scales, watches, dense)
 
     def averages(self) -> AveragesPhase:
         """L-BFGS on averages, with whatever the entry holds of them."""
@@ -82,7 +91,7 @@ def adopted(ground: Ground, phase: str) -> AnyPhase | None:
         return None
     if entry["history"].shape[2] != flat.numel:
         drop_lbfgs_state(ground)  # a group was added: curvature starts afresh
-    return ground.averages() if VECTORS[0] in entry else ground.lbfgs(self_scales(ground.groups[0]))
+    return ground.averages() if VECTORS[0] in entry else ground.lbfgs()
 
 
 def successor(ground: Ground, before: AnyPhase | None, log: dict[str, Any]) -> QuasiNewton:
@@ -102,13 +111,13 @@ def successor(ground: Ground, before: AnyPhase | None, log: dict[str, Any]) -> Q
     if groups[0]["pairs"] == AVERAGED:
         raise RuntimeError("pairs='averaged' needs Adam's moments: take an Adam step first")
     check_signs(groups)
-    return ground.lbfgs(self_scales(groups[0]))
+    return ground.lbfgs()
 
 
 def found_one_function(ground: Ground) -> LbfgsPhase | DevicePhase:
     """The phase that follows averages which turn out not to be needed."""
     drop_lbfgs_state(ground)
-    phase = ground.lbfgs(self_scales({**ground.groups[0], "deterministic": True}))
+    phase = ground.lbfgs(one_function=True)
     ground.entry["agreed"] = 1.0  # as it was seen at one point
     return phase
 

@@ -45,7 +45,8 @@ class Report:
         switch_step: Adam steps before the switch, or None.
         switch_reason: Why it switched; empty before.
         evaluations: Calls of the closure.
-        pairs_held: Curvature pairs in the history.
+        curvature: "pairs" or "dense", as L-BFGS keeps it; empty in the Adam phase.
+        pairs_held: Curvature pairs in the history, or seen by the matrix since it began.
         pairs_accepted: Pairs accepted so far.
         pairs_skipped: Pairs refused by the curvature test.
         history_resets: Times the history was dropped: the direction did not descend, no acceptable
@@ -70,6 +71,7 @@ class Report:
     switch_step: int | None = None
     switch_reason: str = ""
     evaluations: int = 0
+    curvature: str = ""
     pairs_held: int = 0
     pairs_accepted: int = 0
     pairs_skipped: int = 0
@@ -116,6 +118,7 @@ def lbfgs_fields(phase: Telling | None, entry: dict[str, Any]) -> dict[str, Any]
     header = phase.history.header()
     return {
         **counted,
+        "curvature": phase.history.kind,
         "pairs_held": int(header.count),
         "pairs_accepted": int(header.accepted),
         "pairs_skipped": int(header.skipped),

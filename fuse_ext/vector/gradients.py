@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fuse_ext.kernels.bound_ops import bind
 from fuse_ext.kernels.ops import Ops
-from fuse_ext.vector.flat import FlatParams
+from fuse_ext.vector.flat import FlatParams, Part
 
 
 class GradStats(NamedTuple):
@@ -34,6 +34,36 @@ class GradStats(NamedTuple):
     def finite(self) -> bool:
         """Whether every element of g is finite."""
         return math.isfinite(self.square)
+
+
+def effective_gradient(
+    flat: FlatParams,
+    ops: Ops,
+    part: Part,
+    grads: list[Tensor],
+    decay: list[float],
+    maximize: bool,
+    ascends: list[bool],
+    out: Tensor,
+) -> Tensor:
+    """The gradient of what is minimised, sign and L2 penalty included, as one flat vector.
+
+    Zero where a parameter is not in ``part``. ``decay`` and ``ascends`` (where not all go the same
+    way) are of the part's parameters, or empty.
+    """
+    if part.absent:
+        out.zero_()
+    if part.params:
+        ops.grad_gather(part.reals(part.params), grads, part.offsets, out)
+    if maximize:
+        out.neg_()
+    for i, up in zip(part.indices, ascends, strict=False):
+        if up:
+            flat.piece(out, i).neg_()
+    for i, coefficient in zip(part.indices, decay, strict=False):
+        if coefficient:
+            flat.piece(out, i).add_(flat.params[i].detach(), alpha=coefficient)
+    return out
 
 
 def grad_stats_into(flat: FlatParams, ops: Ops, stats: Tensor) -> bool:

@@ -5,6 +5,7 @@ vectors are really concatenated, and scalars are read one by one.
 """
 
 from fuse_ext.kernels.reference.adam import adam_step
+from fuse_ext.kernels.reference.dense import dense_direction
 from fuse_ext.kernels.reference.gradient import grad_gather, grad_scatter, grad_stats
 from fuse_ext.kernels.reference.lbfgs import (
     fuse_blend,
@@ -18,6 +19,7 @@ from fuse_ext.kernels.reference.lbfgs import (
 
 __all__ = [
     "adam_step",
+    "dense_direction",
     "fuse_blend",
     "grad_gather",
     "grad_scatter",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fuse_ext.curvature.ring import History, check_ring_state
+from fuse_ext.curvature.dense import MATRIX_NAMES, check_matrix_state
+from fuse_ext.curvature.protocol import InverseHessian
+from fuse_ext.curvature.ring import check_ring_state
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.kernels.scalars import Header
 from fuse_ext.objective.evaluations import (
@@ -35,7 +36,8 @@ class Iteration:
     """The L-BFGS iteration on a flat vector of parameters.
 
     ``entry`` is the optimizer's state entry (on its first parameter, as in torch.optim.LBFGS): it
-    holds the history's tensors and the counters ``n_iter``, ``func_evals`` and so on.
+    holds the counters ``n_iter``, ``func_evals`` and so on, beside what ``history``, the inverse
+    Hessian that directions come from, keeps there.
     """
 
     def __init__(
@@ -43,11 +45,9 @@ class Iteration:
         flat: FlatParams,
         ops: Ops,
         entry: dict[str, Any],
-        history_size: int,
-        history_dtype: torch.dtype | None,
+        history: InverseHessian,
     ) -> None:
-        self.flat, self.ops, self.entry = flat, ops, entry
-        self.history = History(flat, ops, entry, history_size, history_dtype)
+        self.flat, self.ops, self.entry, self.history = flat, ops, entry, history
         self.objective = Evaluations(flat, entry, self.history)
         self.trials = Trials(self.objective, ops, entry)
         self.progress = Progress(reason=entry["settled"] or Progress.reason)
@@ -390,6 +390,9 @@ class Iteration:
 
 
 def check_lbfgs_state(entry: dict[str, Any], slots: int, flat: FlatParams) -> None:
-    """Raises ValueError unless a state entry holds a history of these parameters."""
-    check_ring_state(entry, slots, flat)
+    """Raises ValueError unless a state entry holds pairs or a matrix of these parameters."""
+    if any(name in entry for name in MATRIX_NAMES):
+        check_matrix_state(entry, flat)
+    else:
+        check_ring_state(entry, slots, flat)
     check_evaluation_state(entry)

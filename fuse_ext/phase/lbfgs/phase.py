@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fuse_ext.curvature.dense import MATRIX_NAMES, DenseMatrix
+from fuse_ext.curvature.protocol import InverseHessian
 from fuse_ext.curvature.ring import History
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.objective.evaluations import effective_gradient
@@ -38,7 +40,7 @@ class LbfgsPhase:
         self.precision: Precision = iteration.objective.precision
 
     @property
-    def history(self) -> History:
+    def history(self) -> InverseHessian:
         """What it knows of H."""
         return self.iteration.history
 
@@ -85,7 +87,7 @@ class LbfgsPhase:
     @property
     def workspace_nbytes(self) -> int:
         """Bytes of scratch vectors held between steps (not part of the state)."""
-        return self.iteration.trials.workspace_nbytes
+        return self.iteration.trials.workspace_nbytes + self.history.workspace_nbytes
 
 
 def overlap_step(
@@ -139,18 +141,26 @@ def make_lbfgs(
     group: ParamGroup,
     self_scaling: bool,
     finds_out: bool = False,
+    dense: bool = False,
 ) -> LbfgsPhase | DevicePhase:
     """The phase for this group's options, capturable or not, whichever made ``entry``.
 
-    A history that ``entry`` holds goes on as it began, with self-scaling or without.
+    What ``entry`` holds goes on as it began: pairs or a matrix, with self-scaling or without.
     """
     new, size, dtype = "history" not in entry, group["history_size"], group["history_dtype"]
-    phase: LbfgsPhase | DevicePhase
     if group.get("capturable"):
-        phase = DevicePhase(flat, ops, entry, size, dtype)
+        device_phase = DevicePhase(flat, ops, entry, size, dtype)
+        if new and self_scaling:
+            device_phase.history.scale_itself()
+        return device_phase
+    to_host(entry)
+    history: InverseHessian
+    if MATRIX_NAMES[0] in entry or (new and dense):
+        history = DenseMatrix(
+            flat, ops, entry, group["dense_update"], group["self_scaling"] is not False
+        )
     else:
-        to_host(entry)
-        phase = LbfgsPhase(Iteration(flat, ops, entry, size, dtype), finds_out)
-    if new and self_scaling:
-        phase.history.scale_itself()
-    return phase
+        history = ring = History(flat, ops, entry, size, dtype)
+        if new and self_scaling:
+            ring.scale_itself()
+    return LbfgsPhase(Iteration(flat, ops, entry, history), finds_out)
