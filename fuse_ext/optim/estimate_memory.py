@@ -103,8 +103,8 @@ def estimate_memory(
         dtype = opt.param_groups[0].get("moment_dtype")
         adam = Moments(flat, ops, defaultdict(dict), opt.param_groups, dtype).nbytes
     if averages:
-        engine = AveragesPhase(flat, ops, {}, size, history_dtype)
-        lbfgs, scratch = engine.nbytes, engine.workspace_nbytes
+        phase = AveragesPhase(flat, ops, {}, size, history_dtype)
+        lbfgs, scratch = phase.nbytes, phase.workspace_nbytes
     elif optimizer != "Adam":
         lbfgs = History(flat, ops, {}, size, history_dtype).nbytes
         vectors = 1 + (line_search in SAVING_SEARCHES)

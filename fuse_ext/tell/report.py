@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from fuse_ext.curvature.protocol import InverseHessian
+from fuse_ext.curvature.ring import BEFORE
 from fuse_ext.objective.progress import CONVERGED, Progress
 from fuse_ext.search.noise import Precision
 
@@ -47,7 +48,7 @@ class Report:
         evaluations: Calls of the closure.
         pairs_held: Curvature pairs in the history.
         pairs_accepted: Pairs accepted so far.
-        pairs_skipped: Pairs refused by the curvature test.
+        pairs_skipped: Pairs refused by the curvature test so far.
         history_resets: Times the history was dropped: the direction did not descend, no acceptable
             step was found along it, or, on averages, the gradient had jumped.
         step_cuts: Times the next step along -g was made shorter, since none was found.
@@ -110,6 +111,8 @@ def lbfgs_fields(phase: Telling | None, entry: dict[str, Any]) -> dict[str, Any]
         "function_changes": entry.get("changes", 0),
         "line_search_failures": entry.get("line_search_failures", 0),
         "non_finite": entry.get("non_finite", 0),
+        "pairs_accepted": entry.get(BEFORE["accepted"], 0),
+        "pairs_skipped": entry.get(BEFORE["skipped"], 0),
     }
     if phase is None:
         return counted
@@ -117,8 +120,8 @@ def lbfgs_fields(phase: Telling | None, entry: dict[str, Any]) -> dict[str, Any]
     return {
         **counted,
         "pairs_held": int(header.count),
-        "pairs_accepted": int(header.accepted),
-        "pairs_skipped": int(header.skipped),
+        "pairs_accepted": counted["pairs_accepted"] + int(header.accepted),
+        "pairs_skipped": counted["pairs_skipped"] + int(header.skipped),
         "step_length": phase.progress.step_length,
         "line_search": phase.progress.line_search,
         "loss_noise": phase.precision.noise,
