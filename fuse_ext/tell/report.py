@@ -43,7 +43,7 @@ class Report:
         phase: "adam" or "lbfgs" ("fuse" for the blend).
         adam_steps: Adam steps taken.
         lbfgs_iterations: L-BFGS iterations begun.
-        switch_step: Adam steps before the switch, or None.
+        switch_step: Adam steps before the last switch, or None.
         switch_reason: Why it switched; empty before.
         evaluations: Calls of the closure.
         pairs_held: Curvature pairs in the history.

@@ -19,7 +19,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fuse_ext"
 PAGE = ROOT / "docs" / "architecture.md"
-# Limits of the issue.
 SUFFIXES = {".py", ".pyi", ".md", ".svg", ".txt", ".cpp", ".cu", ".h", ".inl"}
 MOST_FLOORS = 6  # rooms on the longest way down; modules beside the rooms are not counted
 MOST_LINES = 400
