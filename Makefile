@@ -28,7 +28,7 @@ export FUSE_EXT_WERROR := 1
 
 help:
 	@echo 'make build     set up $(VENV) and build the extension into it; quick when nothing changed'
-	@echo 'make demo      train on real data and on the test functions; pictures in examples/out'
+	@echo 'make demo      train on real data, test functions and a PINN; pictures in examples/out'
 	@echo 'make bench     measure against torch on this machine; rewrites benchmarks/README.md (minutes)'
 	@echo 'make paper     reproduce the results of the paper; rewrites benchmarks/results/paper (an hour)'
 	@echo 'make test      build, lint, the C++ tests and the Python tests'
@@ -72,6 +72,7 @@ $(INSTALLED): $(TOOLS) $(BUILD_INPUTS)
 demo: build
 	$(BIN)/python examples/digits.py
 	$(BIN)/python examples/functions.py
+	$(BIN)/python examples/resampling.py
 
 # One after the other, on an otherwise idle machine. The last two count evaluations, not seconds:
 # all their cases, a quarter of an hour.

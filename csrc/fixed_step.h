@@ -4,7 +4,7 @@
 // vectors are elsewhere.
 //
 // An iteration is lbfgs_update, lbfgs_decide, lbfgs_direction, lbfgs_move, which hand each other
-// the float64 vector `control`. It decides as LbfgsEngine does on the host.
+// the float64 vector `control`. It decides as LbfgsPhase does on the host.
 #pragma once
 
 #include "two_loop.h"
@@ -25,7 +25,7 @@ enum Control : int {
   kGradSum,
   kGradLargest,
   kParamLargest,  // max |x| when there was last no usable pair
-  // What LbfgsEngine counts under these names.
+  // What Setbacks (fuse_ext/objective/setbacks.py) counts under these names.
   kBadStarts,  // in a row
   kCuts,
   kIterations,

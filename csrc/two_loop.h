@@ -29,7 +29,7 @@ enum Scalar : int {
   kDirectionDotGrad,
   kDirectionSq,   // p.p
   kDirectionMax,  // max |p|
-  kAccepted,      // pairs accepted since the start
+  kAccepted,      // pairs accepted since the ring was made
   kSkipped,       // pairs refused by the curvature test
   kPairCosine,    // s.y / (|s| |y|) of the last pair offered
   kYDotY,         // raw dots of the update pass with the pair being formed

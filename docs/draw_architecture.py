@@ -1,8 +1,9 @@
 """The rooms of fuse_ext, who imports whom, and the picture of both: docs/images/architecture.svg.
 
 ``python docs/draw_architecture.py`` draws it anew, with Python's standard library alone: files are
-parsed, nothing is imported. tests/project/test_architecture.py holds the package to the table
-here, and compares the picture.
+parsed, nothing is imported. What lives in a room is read from the page that shows the picture,
+docs/architecture.md. tests/project/test_architecture.py holds the package to the table here, and
+compares the picture.
 """
 
 from __future__ import annotations
@@ -15,58 +16,50 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fuse_ext"
+PAGE = ROOT / "docs" / "architecture.md"
 PICTURE = ROOT / "docs" / "images" / "architecture.svg"
 
 
 class Room(NamedTuple):
-    """A folder of the package.
+    """A folder of the package; what lives there is said in docs/architecture.md alone.
 
     Attributes:
         floor: Where it stands; arrows point to lower floors only.
-        lives: What lives there.
         may_import: Where it may import from, from the top down.
     """
 
     floor: int
-    lives: str
     may_import: tuple[str, ...]
 
 
 ROOMS = {
     "optim": Room(
-        6,
-        "what a user constructs: FusePV, Fuse, LBFGS, Adam; the table of options",
-        ("phase", "tell", "objective", "curvature", "search", "switch", "vector", "kernels"),
+        6, ("phase", "tell", "objective", "curvature", "search", "switch", "vector", "kernels")
     ),
-    "phase": Room(
-        5,
-        "one class per way of stepping, behind one protocol: Adam, L-BFGS, averages",
-        ("objective", "curvature", "search", "switch", "vector", "kernels"),
-    ),
-    "tell": Room(
-        5,
-        "the report, its counts, the memory table",
-        ("objective", "curvature", "search", "vector"),
-    ),
-    "objective": Room(
-        4,
-        "the closure as a function: what a step is told, evaluations, trials along a direction",
-        ("curvature", "search", "vector", "kernels"),
-    ),
-    "curvature": Room(
-        3, "what knows H: the ring of pairs, block means, Adam's moments", ("vector", "kernels")
-    ),
-    "search": Room(3, "line searches, the noise model; numbers only", ()),
-    "switch": Room(3, "the criteria; numbers only", ()),
-    "vector": Room(2, "parameters as one flat vector, its dots and norms", ("kernels", "_C")),
-    "kernels": Room(
-        1, "the ops, their twins in plain PyTorch, what the package needs of torch", ("_C",)
-    ),
+    "phase": Room(5, ("objective", "curvature", "search", "switch", "vector", "kernels")),
+    "tell": Room(5, ("objective", "curvature", "search", "vector")),
+    "objective": Room(4, ("curvature", "search", "vector", "kernels")),
+    "curvature": Room(3, ("vector", "kernels")),
+    "search": Room(3, ()),
+    "switch": Room(3, ()),
+    "vector": Room(2, ("kernels", "_C")),
+    "kernels": Room(1, ("_C",)),
 }
 # Modules beside the rooms. The front door may import anything. The others import nothing of ours,
 # and anyone may import them, but for the compiled one, which is in the table.
 FRONT_DOOR, COMPILED = "__init__.py", "_C"
 FOR_ALL = ("checks.py", "_version.py")
+
+
+def rows_of_the_page() -> dict[str, list[str]]:
+    """The cells of every room's row in the page's table."""
+    rows = {}
+    for line in PAGE.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and cells[1].strip("`/") in ROOMS:
+            rows[cells[1].strip("`/")] = cells
+    return rows
+
 
 # --- who imports whom -----------------------------------------------------------------------
 
@@ -258,14 +251,14 @@ def _wrapped(words: list[str], width: float, em: float, gap: str) -> list[str]:
     return lines
 
 
-def _box(room: str, names: list[str]) -> Box:
+def _box(room: str, says: str, names: list[str]) -> Box:
     width = PLACES[room][1] - PLACES[room][0] - 24
     inside: dict[str, list[str]] = {}
     for name in names:
         folder, _, file = name.removeprefix(f"{room}/").rpartition("/")
         if file != "__init__.py":
             inside.setdefault(folder, []).append(file)
-    lives = _wrapped(ROOMS[room].lives.split(), width, SANS_EM * SMALL, " ")
+    lives = _wrapped(says.replace("`", "").split(), width, SANS_EM * SMALL, " ")
     em = MONO_EM * FILE
     files = _wrapped(inside.pop("", []), width, em, "  ")
     folders = [(name, _wrapped(f, width - 20, em, "  ")) for name, f in sorted(inside.items())]
@@ -356,8 +349,11 @@ def _legend(y: float) -> list[str]:
 
 
 def _boxes(package: Path) -> dict[str, Box]:
-    names = list(files_of(package))
-    return {room: _box(room, [name for name in names if room_of(name) == room]) for room in ROOMS}
+    names, rows = list(files_of(package)), rows_of_the_page()
+    return {
+        room: _box(room, rows[room][2], [name for name in names if room_of(name) == room])
+        for room in ROOMS
+    }
 
 
 def floors(package: Path = PACKAGE) -> dict[int, tuple[float, float]]:

@@ -1,7 +1,7 @@
 """fuse_ext: Adam first, then L-BFGS, in one optimizer, on fused kernels.
 
 FUSE (arXiv 2503.04204) for PyTorch: :class:`FusePV` (Algorithm 4) and :class:`Fuse`
-(Algorithm 3), and the two engines alone, :class:`Adam` and :class:`LBFGS`, as drop-ins for
+(Algorithm 3), and its two halves alone, :class:`Adam` and :class:`LBFGS`, as drop-ins for
 ``torch.optim``'s.
 """
 

@@ -39,6 +39,8 @@ STATE_NAMES = (
     "sets",
     "set",
 )
+# Under which names an entry keeps what rings before the present one have counted.
+BEFORE = {"accepted": "accepted_before", "skipped": "skipped_before"}
 
 
 class History:
@@ -321,6 +323,16 @@ class History:
             step,
             history_scale=self.scales,
         )
+
+
+def drop_ring(entry: dict[str, Any]) -> None:
+    """Takes the history out of a state entry; what it has counted stays (``BEFORE``)."""
+    if "scalars" in entry:
+        header = ring.read_header(entry["scalars"])
+        for name, before in BEFORE.items():
+            entry[before] = entry.get(before, 0) + int(getattr(header, name))
+    for name in STATE_NAMES:
+        entry.pop(name, None)
 
 
 def check_ring_state(entry: dict[str, Any], slots: int, flat: FlatParams) -> None:

@@ -25,8 +25,8 @@ class Header:
         direction_dot_grad: g.p, the slope along the direction.
         direction_sq: p.p.
         direction_max: max |p|.
-        accepted: Pairs accepted since the start.
-        skipped: Pairs refused by the curvature test.
+        accepted: Pairs accepted since the ring was made.
+        skipped: Pairs refused by the curvature test in that time.
         pair_cosine: s.y / (|s| |y|) of the last pair offered.
         y_dot_y: y.y of that pair, raw as the update pass left it.
         self_scaling: 1 where pairs scale the inverse Hessian before them, else 0.

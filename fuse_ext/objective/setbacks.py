@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fuse_ext.curvature.protocol import InverseHessian
+from fuse_ext.curvature.ring import BEFORE
 from fuse_ext.kernels.scalars import Header
 from fuse_ext.objective.progress import Progress
 
@@ -14,7 +15,8 @@ MOST_CUTS = 3
 SHORTEST_CUT = 15
 # Weight of the failures before the last step: four in a row, or a third of all, make 3.
 FAILING_DECAY = 0.9
-# What an entry counts since the start, for reports.
+# What an entry counts since the start, for reports; of pairs those of rings before the present
+# one, which counts its own.
 COUNTERS = (
     "n_iter",
     "func_evals",
@@ -23,6 +25,7 @@ COUNTERS = (
     "step_cuts",
     "non_finite",
     "changes",
+    *BEFORE.values(),
 )
 # The tallies are of the present: trials cut, and failed steps, the last ones weighing most.
 TALLIES = ("cuts", "failing", "bad_starts")

@@ -105,7 +105,7 @@ def default_evaluations(max_iter: int, searches: bool, evaluates_end: bool) -> i
 
 
 def check_line_search(name: str, value: Any) -> str | None:
-    """The line search's name as the engine wants it; ValueError naming the argument."""
+    """The line search's name as a step takes it; ValueError naming the argument."""
     if value is not None and not isinstance(value, str):
         raise TypeError(f"{name} must be a string or None, got {value!r}")
     try:

@@ -24,8 +24,6 @@ PASSED = ("wolfe", "approximate_wolfe")
 NOT_ROUNDING = ("slopes_disagree", "non_finite")
 # Each time that not even -g leads anywhere the first trial is cut by this factor.
 CUT = 0.1
-
-
 # Two ends of a step fit each other where the loss differs by less than this share of the change
 # from what slopes say. Half is what a cubic with its turning point at the end has.
 MISFIT = 0.5

@@ -108,8 +108,8 @@ def estimate_memory(
         dtype = opt.param_groups[0].get("moment_dtype")
         adam = Moments(flat, ops, defaultdict(dict), opt.param_groups, dtype).nbytes
     if averages:
-        engine = AveragesPhase(flat, ops, {}, size, history_dtype)
-        lbfgs, scratch = engine.nbytes, engine.workspace_nbytes
+        phase = AveragesPhase(flat, ops, {}, size, history_dtype)
+        lbfgs, scratch = phase.nbytes, phase.workspace_nbytes
     elif optimizer != "Adam":
         held: InverseHessian
         if optimizer == "FusePV" and takes_matrix(opt.param_groups[0], flat):

@@ -88,7 +88,8 @@ class FlatOptimizer(Optimizer, ABC):
         self._settle()
         super().add_param_group(param_group)
         _drop_repeats(param_group)
-        if self.__dict__.get("_flat") is None:
+        before = self.__dict__.get("_flat")
+        if before is None:
             return
         try:
             self._check_groups(self.param_groups)
@@ -96,7 +97,12 @@ class FlatOptimizer(Optimizer, ABC):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._note_group(before)
         self._adopt_state()
+
+    def _note_group(self, before: FlatParams) -> None:
+        """Does what a group added to the parameters ``before`` asks for besides."""
+        return None
 
     @abstractmethod
     def _adopt_state(self) -> None:

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from fuse_ext.checks import check_integer, check_number
 from fuse_ext.curvature.moments import MOMENTS, Moments, check_adam_state
-from fuse_ext.curvature.ring import STATE_NAMES, History
+from fuse_ext.curvature.ring import History
 from fuse_ext.kernels.hooks import without_grad
 from fuse_ext.kernels.scalars import Header
-from fuse_ext.objective.evaluations import EVALUATION_NAMES, Point
+from fuse_ext.objective.evaluations import Point
 from fuse_ext.objective.step_options import MAX_LINE_SEARCH_EVALUATIONS, StepOptions, step_options
 from fuse_ext.optim.flat_optimizer import FlatOptimizer
 from fuse_ext.optim.options import FUSE_TABLE
 from fuse_ext.phase.lbfgs.iteration import Iteration, check_lbfgs_state
 from fuse_ext.phase.lbfgs.phase import LbfgsPhase
 from fuse_ext.phase.modes import CURVATURE_TOL
+from fuse_ext.phase.succession import drop_lbfgs_state
 from fuse_ext.tell.report import Report, lbfgs_fields
 from fuse_ext.vector.flat import Closure, Part
 
@@ -162,12 +163,11 @@ class Fuse(FlatOptimizer):
         self._adam = self._lbfgs = self._grads = None
         if "history" not in self.state.get(self.flat.params[0], {}):
             return
-        if self._entry["history"].shape[2] != self.flat.numel:  # a group was added
-            for name in (*STATE_NAMES, *EVALUATION_NAMES):
-                self._entry.pop(name, None)
-        self._make_engines()
+        if self._entry["history"].shape[2] != self.flat.numel:
+            drop_lbfgs_state(self._entry)  # a group was added: curvature starts afresh
+        self._make_halves()
 
-    def _make_engines(self) -> None:
+    def _make_halves(self) -> None:
         group = self.param_groups[0]
         self._adam = Moments(self.flat, self._ops, self.state, self.param_groups)
         size, dtype = group["history_size"], group["history_dtype"]
@@ -235,12 +235,12 @@ class Fuse(FlatOptimizer):
         return point.loss
 
     def _make_ready(self) -> None:
-        """Makes the engines; anew where the user has cleared or replaced the state."""
+        """Makes the halves; anew where the user has cleared or replaced the state."""
         if self._lbfgs is None or self._lbfgs.objective.outdated(self.state):
             self._renew_layout()
             self._adopt_state()
         if self._lbfgs is None:
-            self._make_engines()
+            self._make_halves()
 
     def _lbfgs_step_length(
         self, closure: Closure | None, options: StepOptions, point: Point, header: Header | None

@@ -20,7 +20,7 @@ from fuse_ext.switch.criterion import Observation, Switchover
 from fuse_ext.switch.when import as_switchover
 from fuse_ext.tell.log import LOG, NEW_LOG, criterion_in, warn_non_finite
 from fuse_ext.tell.report import Report, report_of_phases
-from fuse_ext.vector.flat import Closure, ParamGroup
+from fuse_ext.vector.flat import Closure, FlatParams, ParamGroup
 
 
 class FusePV(FlatOptimizer):
@@ -108,11 +108,9 @@ class FusePV(FlatOptimizer):
             - "auto": averaged or same_batch, as ``line_search`` is without or with one.
         step_cap: Longest step on averages, in lengths of Adam's last step (above lr = 1e-3 of one
             with 1e-3, but not below Adam's own), in Adam's metric; nor does any element move by
-            more than so many times lr. The cap falls as steps go by, and halves where the gradient
-            jumps.
+            more than so many times lr. It falls as steps go by, and halves where g jumps.
         check_finite: Before an Adam step, check loss and gradient, and skip the step if either is
-            not finite: one read of the gradients more, 4 bytes a parameter beside 28. L-BFGS
-            always checks.
+            not finite: one more read of the gradients (4 bytes beside 28). L-BFGS always checks.
         capturable: Steps read nothing from the device, which decides instead, so that a CUDA graph
             can repeat them: one graph for each phase (docs/cuda.md). Needs ``line_search=None``,
             ``max_iter=1``, ``rtol=0`` and a criterion that looks at neither loss nor gradient; and
@@ -323,7 +321,7 @@ class FusePV(FlatOptimizer):
         if self._phase is None:  # the switch at once, taken back before the first step
             self._log["switches"] += 1
         self._phase = None
-        succession.drop_lbfgs_state(self._ground())
+        succession.drop_lbfgs_state(self._entry)
         self._begin_adam()
         self._log.update(phase_steps=0, phase_epochs=0)
 
@@ -395,12 +393,14 @@ class FusePV(FlatOptimizer):
         self._switch.reset() if criterion is None else self._switch.load_state_dict(criterion)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch, in either phase.
+        """As in torch, in either phase; a ``history_size`` that was not given counts anew.
 
         In the L-BFGS phase the curvature starts afresh; on averages Adam takes over again, since
         it has to find the new parameters' metric.
         """
-        averaged = isinstance(self._phase, AveragesPhase)
         super().add_param_group(param_group)
-        if averaged:
+
+    def _note_group(self, before: FlatParams) -> None:
+        if isinstance(self._phase, AveragesPhase):
             self.switch_back()
+        modes.fill_in_anew([self.defaults, *self.param_groups], before, self.flat, self._unsaid)

@@ -16,6 +16,7 @@ from fuse_ext.phase.lbfgs.iteration import check_lbfgs_state
 from fuse_ext.phase.lbfgs.phase import LbfgsPhase, make_lbfgs
 from fuse_ext.phase.modes import check_capturable
 from fuse_ext.phase.protocol import Call
+from fuse_ext.phase.succession import drop_lbfgs_state
 from fuse_ext.phase.told import shared_lr
 from fuse_ext.tell.report import Report, lbfgs_fields
 from fuse_ext.vector.flat import Closure
@@ -138,9 +139,11 @@ class LBFGS(FlatOptimizer):
         if not entry:
             return
         history = entry.get("history")
-        if history is None or history.shape[2] != self.flat.numel:
-            del self.state[first]  # a group was added: start afresh
+        if history is None:
+            del self.state[first]
             return
+        if history.shape[2] != self.flat.numel:
+            drop_lbfgs_state(entry)  # a group was added: curvature starts afresh
         self._phase = self._make_phase()
 
     def _make_phase(self) -> LbfgsPhase | DevicePhase:

@@ -93,6 +93,24 @@ def fill_in_groups(
                 group[name] = now[name]
 
 
+def fill_in_anew(
+    groups: list[ParamGroup], before: FlatParams, flat: FlatParams, unsaid: set[str]
+) -> None:
+    """As :func:`fill_in_groups`, where a group has joined the parameters ``before``.
+
+    Numbers for one function stay numbers for one function, found or promised.
+    """
+    promised = bool(groups[0]["deterministic"])
+    kinds = [
+        (_numbers(groups[0], before, known), _numbers(groups[0], flat, known))
+        for known in (promised, not promised)
+    ]
+    for group in groups:
+        for name in unsaid:
+            now = (new[name] for last, new in kinds if group[name] == last[name])
+            group[name] = next(now, group[name])
+
+
 def _numbers(group: ParamGroup, flat: FlatParams, one_function: bool) -> dict[str, Any]:
     """Pairs and curvature test where nothing is said."""
     size = LEAST_PAIRS

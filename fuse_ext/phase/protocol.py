@@ -1,7 +1,8 @@
 """What a phase is: it is asked for a step, does it, and tells in one small result what it did.
 
-An optimizer holds one phase (Fuse two engines of phases) and says what to do between steps; how a
-step is made is the phase's affair alone.
+FusePV holds one phase and says what to do between steps; how a step is made is the phase's affair
+alone. The other optimizers hold what a phase is made of: Adam its ``Moments``, Fuse ``Moments`` and
+an ``Iteration``; LBFGS holds a phase of ``phase/lbfgs/``.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from fuse_ext.curvature.dense import MATRIX_NAMES
 from fuse_ext.curvature.moments import MOMENTS, check_adam_state
-from fuse_ext.curvature.ring import STATE_NAMES
+from fuse_ext.curvature.ring import drop_ring
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.objective.setbacks import COUNTERS
 from fuse_ext.objective.step_options import mixed_signs
@@ -15,7 +15,7 @@ from fuse_ext.phase.adam import AdamPhase
 from fuse_ext.phase.averages import AVERAGED_NAMES, VECTORS, AveragesPhase, check_averaged_state
 from fuse_ext.phase.lbfgs.device import DevicePhase
 from fuse_ext.phase.lbfgs.device import settle as settle_entry
-from fuse_ext.phase.lbfgs.iteration import ENGINE_NAMES, check_lbfgs_state
+from fuse_ext.phase.lbfgs.iteration import ITERATION_NAMES, check_lbfgs_state
 from fuse_ext.phase.lbfgs.phase import LbfgsPhase, make_lbfgs
 from fuse_ext.phase.modes import (
     ADAM,
@@ -31,8 +31,8 @@ from fuse_ext.phase.protocol import QuasiNewton
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
 AnyPhase: TypeAlias = AdamPhase | QuasiNewton
-# What the L-BFGS phase gives up when it ends: all that it holds but the counters.
-_HELD = *STATE_NAMES, *MATRIX_NAMES, *ENGINE_NAMES, *AVERAGED_NAMES, *Watch.NAMES, "batch_id"
+# What the L-BFGS phase gives up beside its ring when it ends: all that it holds but the counters.
+_HELD = *MATRIX_NAMES, *ITERATION_NAMES, *AVERAGED_NAMES, *Watch.NAMES, "batch_id"
 _GIVEN_UP = {*_HELD} - {*COUNTERS}
 
 
@@ -90,7 +90,7 @@ def adopted(ground: Ground, phase: str) -> AnyPhase | None:
     if "history" not in entry:
         return None
     if entry["history"].shape[2] != flat.numel:
-        drop_lbfgs_state(ground)  # a group was added: curvature starts afresh
+        drop_lbfgs_state(entry)  # a group was added: curvature starts afresh
     return ground.averages() if VECTORS[0] in entry else ground.lbfgs()
 
 
@@ -116,7 +116,7 @@ def successor(ground: Ground, before: AnyPhase | None, log: dict[str, Any]) -> Q
 
 def found_one_function(ground: Ground) -> LbfgsPhase | DevicePhase:
     """The phase that follows averages which turn out not to be needed."""
-    drop_lbfgs_state(ground)
+    drop_lbfgs_state(ground.entry)
     phase = ground.lbfgs(one_function=True)
     ground.entry["agreed"] = 1.0  # as it was seen at one point
     return phase
@@ -138,11 +138,12 @@ def drop_adam_state(ground: Ground) -> None:
             del ground.state[param]
 
 
-def drop_lbfgs_state(ground: Ground) -> None:
-    """Gives up what L-BFGS knows; what it has counted stays."""
-    settle_entry(ground.entry)
+def drop_lbfgs_state(entry: dict[str, Any]) -> None:
+    """Takes what L-BFGS knows out of a state entry; what it has counted stays."""
+    settle_entry(entry)
+    drop_ring(entry)
     for name in _GIVEN_UP:
-        ground.entry.pop(name, None)
+        entry.pop(name, None)
 
 
 def check_phase_state(
@@ -168,5 +169,7 @@ def check_phase_state(
         if "history" in first and VECTORS[0] not in first:
             check_signs([{**defaults, **group} for group in groups])
     else:  # torch.optim.Adam's checkpoints have no phase and are welcome
-        moments = {name: value for name, value in first.items() if name not in (own, *ENGINE_NAMES)}
+        moments = {
+            name: value for name, value in first.items() if name not in (own, *ITERATION_NAMES)
+        }
         check_adam_state({**state, keys[0]: moments}, flat.params, keys)

@@ -16,10 +16,12 @@ class Observation:
     """What a criterion sees after one Adam step.
 
     Attributes:
-        step: Adam steps taken so far, this one included (1 after the first).
-        epoch: Epochs finished so far.
+        step: Adam steps since Adam began or was last returned to, this one included (1 after the
+            first).
+        epoch: Epochs finished in that time.
         loss: The loss the step began with; None where it was not computed.
-        grad_norm_sq: Squared Euclidean norm of the gradient the step used; None where it was not
+        grad_norm_sq: Squared Euclidean norm of the loss's gradient, without ``weight_decay``'s
+            L2 term and, under GradScaler, without the scaler's factor; None where it was not
             computed.
         params: The parameters after the step.
     """

@@ -15,8 +15,9 @@ class GradNorm(MeanCriterion):
 
     Args:
         zeta: The bound; >= 0.
-        window: None takes the mean over all steps since the start, as Eq. 3 is printed, in which
-            the first gradients weigh for long; an integer over the last that many steps.
+        window: None takes the mean over all steps since Adam began or was returned to, as Eq. 3
+            is printed, in which the first gradients weigh for long; an integer over the last that
+            many steps.
     """
 
     needs_grad_norm = True

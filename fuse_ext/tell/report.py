@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from fuse_ext.curvature.protocol import InverseHessian
+from fuse_ext.curvature.ring import BEFORE
 from fuse_ext.objective.progress import CONVERGED, Progress
 from fuse_ext.search.noise import Precision
 
@@ -42,13 +43,13 @@ class Report:
         phase: "adam" or "lbfgs" ("fuse" for the blend).
         adam_steps: Adam steps taken.
         lbfgs_iterations: L-BFGS iterations begun.
-        switch_step: Adam steps before the switch, or None.
+        switch_step: Adam steps before the last switch, or None.
         switch_reason: Why it switched; empty before.
         evaluations: Calls of the closure.
         curvature: "pairs" or "dense", as L-BFGS keeps it; empty in the Adam phase.
         pairs_held: Curvature pairs in the history, or seen by the matrix since it began.
         pairs_accepted: Pairs accepted so far.
-        pairs_skipped: Pairs refused by the curvature test.
+        pairs_skipped: Pairs refused by the curvature test so far.
         history_resets: Times the history was dropped: the direction did not descend, no acceptable
             step was found along it, or, on averages, the gradient had jumped.
         step_cuts: Times the next step along -g was made shorter, since none was found.
@@ -112,6 +113,8 @@ def lbfgs_fields(phase: Telling | None, entry: dict[str, Any]) -> dict[str, Any]
         "function_changes": entry.get("changes", 0),
         "line_search_failures": entry.get("line_search_failures", 0),
         "non_finite": entry.get("non_finite", 0),
+        "pairs_accepted": entry.get(BEFORE["accepted"], 0),
+        "pairs_skipped": entry.get(BEFORE["skipped"], 0),
     }
     if phase is None:
         return counted
@@ -120,8 +123,8 @@ def lbfgs_fields(phase: Telling | None, entry: dict[str, Any]) -> dict[str, Any]
         **counted,
         "curvature": phase.history.kind,
         "pairs_held": int(header.count),
-        "pairs_accepted": int(header.accepted),
-        "pairs_skipped": int(header.skipped),
+        "pairs_accepted": counted["pairs_accepted"] + int(header.accepted),
+        "pairs_skipped": counted["pairs_skipped"] + int(header.skipped),
         "step_length": phase.progress.step_length,
         "line_search": phase.progress.line_search,
         "loss_noise": phase.precision.noise,

@@ -122,7 +122,7 @@ class Ring:
     """A history and its scalars.
 
     Attributes:
-        history: [2, slots, numel], rows apart as the engine has them.
+        history: [2, slots, numel], rows apart as the ring has them.
         scalars: As in csrc/two_loop.h.
         grad_prev: The previous gradient, or None where it is the open slot's Y row.
         history_scale: [2, slots, blocks] beside an int8 history (curvature/test_int8_history.py).

@@ -139,7 +139,8 @@ def test_default_history_size(options: dict[str, Any], numel: int, expected: int
     optimizer = make(numel, **options)
     assert optimizer.param_groups[0]["history_size"] == expected
     optimizer.add_param_group({"params": [torch.empty(3, device="meta")]})
-    assert optimizer.param_groups[1]["history_size"] == expected
+    whole = make(numel + 3, **options).param_groups[0]["history_size"]
+    assert [group["history_size"] for group in optimizer.param_groups] == [whole, whole]
     size = options.pop("history_size", None)
     estimate = fuse_ext.estimate_memory(numel, history_size=size, deterministic=True)
     if options == {"deterministic": True}:

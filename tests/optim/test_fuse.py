@@ -310,7 +310,7 @@ def test_a_group_added_on_the_way_keeps_adams_moments():
     moments = frozen(optimizer.state[params[0]]["exp_avg"])
     optimizer.add_param_group({"params": params[2:]})
     assert frozen(optimizer.state[params[0]]["exp_avg"]) == moments
-    assert optimizer.report().pairs_held == 0
+    assert (optimizer.report().pairs_held, optimizer.report().pairs_accepted) == (0, 4)
     losses = [optimizer.step(closure_of(optimizer, params)).item() for _ in range(20)]
     assert losses[-1] < losses[0]
     assert optimizer.state[params[0]]["step"] == 24

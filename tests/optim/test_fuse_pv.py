@@ -1,4 +1,4 @@
-"""FusePV: both phases against their engines, the report, bad options, what it is for."""
+"""FusePV: both phases beside Adam and LBFGS alone, the report, bad options, what it is for."""
 
 from __future__ import annotations
 

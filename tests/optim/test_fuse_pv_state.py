@@ -390,13 +390,18 @@ def test_a_group_may_join_in_the_lbfgs_phase(deterministic: bool) -> None:
     late = Late(deterministic=deterministic, **search)
     late.step(12)
     optimizer = late.fit.optimizer
-    iterations = optimizer.report().lbfgs_iterations
+    before = optimizer.report()
+    accepted = before.pairs_accepted
     optimizer.add_param_group({"params": [late.extra]})
     assert optimizer.phase == "lbfgs"
     report = optimizer.report()
-    assert (report.pairs_held, report.lbfgs_iterations) == (0, iterations)
+    assert (report.pairs_held, report.lbfgs_iterations) == (0, before.lbfgs_iterations)
+    assert report.pairs_accepted == accepted >= before.pairs_held > 0
+    assert report.pairs_skipped == before.pairs_skipped
     assert report.switch_step == SWITCH_AT
-    late.step(30)
+    late.step(2)
+    assert optimizer.report().pairs_accepted + optimizer.report().pairs_skipped > accepted
+    late.step(28)
     torch.testing.assert_close(late.extra.detach(), torch.full((2,), 3.0), rtol=1e-2, atol=0.0)
     saved = copy.deepcopy(optimizer.state_dict())
     assert {group["phase"] for group in saved["param_groups"]} == {"lbfgs"}
@@ -405,6 +410,7 @@ def test_a_group_may_join_in_the_lbfgs_phase(deterministic: bool) -> None:
     again.fit.optimizer.add_param_group({"params": [again.extra]})
     again.fit.optimizer.load_state_dict(saved)
     assert again.fit.optimizer.report().pairs_held == 3
+    assert again.fit.optimizer.report().pairs_accepted == optimizer.report().pairs_accepted
 
 
 @pytest.mark.parametrize("steps", [3, 9])

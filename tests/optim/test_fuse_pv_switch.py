@@ -171,9 +171,12 @@ def test_switching_by_hand() -> None:
     assert {group["phase"] for group in optimizer.param_groups} == {"lbfgs"}
     assert optimizer.report().switch_reason == "switch_now() was called"
     fit.step(5)
+    accepted = optimizer.report().pairs_accepted
+    assert accepted > 0
     optimizer.switch_back()
     assert optimizer.phase == "adam"
     assert optimizer.report().pairs_held == 0
+    assert optimizer.report().pairs_accepted == accepted
     # Moments and criterion begin anew: this is Adam from here.
     adam = Fit(Adam, lr=1e-2)
     adam.load(fit.flat)
@@ -184,8 +187,8 @@ def test_switching_by_hand() -> None:
     report = optimizer.report()
     assert (report.phase, report.adam_steps, report.switch_step) == ("lbfgs", 6, 6)
     assert report.switch_reason == "step 4 >= n=4"
-    # And so does the curvature.
-    assert report.pairs_held == report.pairs_accepted == 0
+    # And so does the curvature; what was counted stays.
+    assert (report.pairs_held, report.pairs_accepted) == (0, accepted)
     fit.step(3)
     assert optimizer.report().pairs_held == 3
     assert optimizer.report().lbfgs_iterations == 8

@@ -454,8 +454,10 @@ def test_a_new_group_gets_adam_first() -> None:
     opt = FusePV(problem.params, lr=0.02, switch=10, pairs="averaged")
     for _ in range(40):
         opt.step(problem)
+    accepted = opt.report().pairs_accepted
     opt.add_param_group({"params": [late], "lr": 0.01})
     assert opt.phase == "adam"
+    assert opt.report().pairs_accepted == accepted > 0
     for k in range(60):
         problem()
         late.grad = 2.0 * late.detach()

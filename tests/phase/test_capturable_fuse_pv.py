@@ -168,9 +168,11 @@ def test_back_and_forth() -> None:
             optimizer.step(bowl.closure)
         assert len(switched) == 2
         assert optimizer.report().adam_steps == 12
-        results.append((bowl.place(), optimizer.report().lbfgs_iterations))
+        report = optimizer.report()
+        results.append((bowl.place(), report.lbfgs_iterations, report.pairs_accepted))
     assert torch.equal(results[0][0], results[1][0])
     assert results[0][1] == results[1][1] == 12
+    assert results[0][2] == results[1][2] > report.pairs_held  # of both rings
 
 
 def scaled(optimizer: FusePV, bowl: Bowl, bad: bool) -> None:

@@ -165,7 +165,17 @@ def test_a_group_that_is_added_later_agrees_with_the_others() -> None:
         extra = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         each.optimizer.add_param_group({"params": [extra]})
         sizes = {group["history_size"] for group in each.optimizer.param_groups}
-        assert sizes == {run.optimizer.param_groups[0]["history_size"]} != {10}
+        assert sizes == {each.optimizer.flat.numel} != {10}
+        each.step(20)  # the ring is as large
+        assert each.optimizer.state_dict()["state"][0]["history"].shape[1] == sizes.pop() + 1
+
+
+@pytest.mark.parametrize("steps", [0, 20, 70])
+def test_pairs_that_were_asked_for_stay_where_a_group_is_added(steps: int) -> None:
+    run = Regression(deterministic=True, history_size=20, switch=50)
+    run.step(steps)
+    run.optimizer.add_param_group({"params": [torch.zeros(2, requires_grad=True)]})
+    assert [group["history_size"] for group in run.optimizer.param_groups] == [20, 20]
 
 
 @pytest.mark.parametrize("steps", [56, 120])

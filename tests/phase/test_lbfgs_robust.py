@@ -342,7 +342,12 @@ def test_a_group_added_later_starts_the_curvature_afresh() -> None:
 
     for _ in range(5):
         optimizer.step(mine.closure)
+    before = optimizer.report()
     optimizer.add_param_group({"params": [late], "weight_decay": 0.0})
+    after = optimizer.report()
+    assert (before.pairs_held > 0, after.pairs_held) == (True, 0)
+    for name in ("pairs_accepted", "pairs_skipped", "evaluations", "lbfgs_iterations"):
+        assert getattr(after, name) == getattr(before, name), name
     for _ in range(60):
         optimizer.step(closure)
     assert mine.gap < 1e-9

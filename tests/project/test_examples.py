@@ -7,9 +7,11 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("matplotlib", reason="the examples need the extra 'demo'")
 pytest.importorskip("tqdm", reason="the examples need the extra 'demo'")
@@ -60,6 +62,62 @@ def test_functions(tmp_path: Path) -> None:
     # Nobody leaves Rastrigin's local minimum.
     assert results["Rastrigin", "FusePV"] == pytest.approx(8.0, abs=0.1)
     assert (tmp_path / "functions.png").read_bytes().startswith(PNG)
+
+
+def test_resampling(tmp_path: Path) -> None:
+    output = run_script("resampling.py", "--quick", "--out", str(tmp_path))
+    table = rows(output)
+    assert [row[0] for row in table] == [
+        "fixed points",
+        "uniform, drawn anew",
+        "adaptive, drawn anew",
+        "adaptive, weights too",
+    ]
+    for row in table:
+        assert 0.0 < float(row[1]) < 1.5, row
+        assert (row[4] == "1") == (row[0] != "adaptive, weights too"), row
+    assert (tmp_path / "resampling.png").read_bytes().startswith(PNG)
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What is there to copy from the example."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return runpy.run_path(str(EXAMPLES / "resampling.py"))
+
+
+def test_points_go_where_the_residual_is(recipe: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+
+    def residual(at: Tensor) -> Tensor:
+        return (at[:, 0] > 0.9).double()  # on a tenth of them
+
+    points = recipe["Resample"](lambda n: torch.rand(n, 1), 200, 10, residual, floor=1.0)
+    first = points.points
+    for step in range(10):
+        points.renew(step)
+    assert points.points is first and points.version == 0
+    points.renew(10)
+    assert points.version == 1 and points.points.shape == first.shape
+    # 1 / 0.1 + 1 there and 1 elsewhere: 11 of 20 points.
+    assert float(residual(points.points).mean()) == pytest.approx(0.55, abs=0.1)
+    assert len(points.points.unique()) == 200
+
+
+def test_weights_make_gradients_equally_long(recipe: dict[str, Any]) -> None:
+    x = torch.ones(3, requires_grad=True)
+
+    def losses() -> tuple[Tensor, Tensor]:
+        return 4.0 * x.square().sum(), x.square().sum()
+
+    balance = recipe["Balance"](losses, [x], every=2, memory=0.5, most=5.0)
+    for step, expected in enumerate((1.0, 1.0, 2.5, 2.5, 3.25)):
+        balance.renew(step)
+        assert balance.weight == pytest.approx(expected)
+    assert balance.version == 2
+    balance = recipe["Balance"](losses, [x], every=1, memory=0.0, most=3.0)
+    balance.renew(1)
+    assert balance.weight == 3.0
 
 
 def train_minibatch(monkeypatch: pytest.MonkeyPatch, out: Path, *args: str) -> dict[str, object]:

@@ -29,7 +29,7 @@ def make(name: str, **options) -> LineSearch:
 
 
 def drive(search: LineSearch, phi: Phi, t0: float) -> tuple[list[Trial], LineSearchResult]:
-    """Run a search as an engine would, holding one saved point besides the current one."""
+    """Run a search as a step does, holding one saved point besides the current one."""
     f0, slope0 = phi(0.0)
     trials: list[Trial] = []
     saved: Trial = (0.0, f0, slope0)

@@ -29,7 +29,7 @@ from fuse_ext.vector.flat import Closure, FlatParams
 # So many starts in a row that are not finite may be the fault of batches.
 BAD_BATCHES = 3
 # What an entry holds of it besides the history's tensors.
-ENGINE_NAMES = (*EVALUATION_NAMES, *COUNTERS, *TALLIES, *PRECISION_NAMES)
+ITERATION_NAMES = (*EVALUATION_NAMES, *COUNTERS, *TALLIES, *PRECISION_NAMES)
 
 
 class Iteration:
