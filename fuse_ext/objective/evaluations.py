@@ -172,10 +172,8 @@ class Evaluations:
         self.function.begin_step()
         moved = self._moved_since(options)
         if moved:  # x or g changed by more than the step
-            self.drop_pair()
+            self._begin_function()
             self.function.leave()
-            self.precision.forget_least()
-            self._entry["settled"] = ""
         memory = self._memory if closure is not None and options.deterministic else None
         distrusts, self._distrusts = options.seen and self._distrusts, False
         self.remembered = False
@@ -205,9 +203,7 @@ class Evaluations:
         same = self._as_before(point, options)
         if same is False:
             self._entry["changes"] += options.deterministic
-            self.drop_pair()
-            self.precision.forget_least()
-            self._entry["settled"] = ""
+            self._begin_function()
         elif self.settled and self._settled_with not in (None, options):
             self._entry["settled"] = ""
         self.precision.begin(point.value)
@@ -239,9 +235,7 @@ class Evaluations:
         self.remembered = False
         if again.finite and self._as_before(again, options) is not False:
             return again
-        self.drop_pair()
-        self.precision.forget_least()
-        self._entry["settled"] = ""
+        self._begin_function()
         self._entry["changes"] += 1
         if again.finite:
             self.precision.begin(again.value)
@@ -314,11 +308,18 @@ class Evaluations:
         return self._arrived is not None and self._arrived[0] == self.flat.places()
 
     def begin_batch(self, batch_id: int | str | None) -> None:
-        """Gives up what is of another batch: a pair in waiting, an evaluation remembered."""
+        """The next step is on another batch."""
         self._entry["batch_id"] = batch_id
-        self.drop_pair()
+        self.new_objective()
+
+    def new_objective(self) -> None:
+        """Gives up what is of another function: a pair in waiting, an evaluation remembered."""
+        self._begin_function()
         self._memory = None
         self.function.leave()
+
+    def _begin_function(self) -> None:
+        self.drop_pair()
         self.precision.forget_least()
         self._entry["settled"] = ""
 

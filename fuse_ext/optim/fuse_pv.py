@@ -225,8 +225,8 @@ class FusePV(FlatOptimizer):
                 on averages or with a fixed step and ``max_iter=1``.
             loss: The loss of the gradients at hand, for a criterion that needs it, where there is
                 no closure.
-            batch_id: What batch this is. Without averages, a pair that awaits its second gradient
-                and an evaluation remembered (``deterministic``) are dropped when it changes.
+            batch_id: What batch this is. Without averages a change of it is as
+                :meth:`new_objective`.
             pair_closure: Like ``closure``, on the sample that the pair's two gradients are to be
                 of: the overlap of this batch and the next (multi-batch L-BFGS), or a larger one.
                 Called before and after an L-BFGS step without averages; not with ``max_iter`` > 1.

@@ -138,6 +138,9 @@ class Phase(Protocol):
     def outdated(self, state: dict[Any, Any]) -> bool:
         """Whether the user has cleared or replaced ``Optimizer.state``."""
 
+    def new_objective(self) -> None:
+        """The closure is another function from the next step on."""
+
     @property
     def nbytes(self) -> int:
         """Bytes of state held."""

@@ -70,6 +70,11 @@ class LbfgsPhase:
         """Counts a step that was not taken for an infinite gradient."""
         self.iteration.setbacks.count_non_finite()
 
+    def new_objective(self) -> None:
+        """The closure is another function from the next step on: the pairs stay, no more."""
+        self.iteration.objective.new_objective()
+        self.iteration.setbacks.begin_anew()
+
     def settle(self, log: dict[str, Any]) -> None:
         """The host has counted everything itself."""
 
