@@ -168,6 +168,15 @@ class History:
         """From now on each pair scales the inverse Hessian before it (csrc/two_loop.h)."""
         self.scalars[ring.index("self_scaling", self.slots)] = 1.0
 
+    def stop_scaling(self) -> None:
+        """From now on they do not, nor do those held; the newest one's scale is the initial one."""
+        scalars, slots = self.scalars, self.slots
+        scalars[ring.index("self_scaling", slots)] = 0.0
+        ring.array(scalars, "growth", slots).zero_()
+        for i in ring.held_slots(scalars, slots)[:1]:
+            ratio = [ring.array(scalars, name, slots)[i, i] for name in ("gram_sy", "gram_yy")]
+            scalars[ring.index("gamma", slots)] = ratio[0] / ratio[1]
+
     def reset(self) -> None:
         """Forgets all pairs; the counters stay."""
         for name in ("count", "gamma", "usable"):
@@ -319,6 +328,17 @@ class History:
             step,
             history_scale=self.scales,
         )
+
+
+def enlarge(entry: dict[str, Any], slots: int) -> None:
+    """Makes room for more pairs in a state entry that holds a ring; the pairs stay."""
+    kept = ring.in_order(entry["scalars"], entry["history"].shape[1])
+    entry["scalars"] = ring.with_more_slots(entry["scalars"], entry["history"].shape[1], slots)
+    for name in ("history", "history_scale"):
+        if name in entry:
+            old = entry[name]
+            entry[name] = old.new_zeros(2, slots, old.shape[2])
+            entry[name][:, : len(kept)] = old[:, kept]
 
 
 def check_ring_state(entry: dict[str, Any], slots: int, flat: FlatParams) -> None:

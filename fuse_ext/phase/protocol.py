@@ -111,6 +111,7 @@ class Outcome(NamedTuple):
         failing: So many searches fail that another phase should go on.
         contradicted: Steps do not begin as the ones before ended: no function, but batches.
         one_function: What looked like batches is one function; the step was not taken.
+        believed: From this step on the closure is taken for one function, though not promised.
     """
 
     loss: Any
@@ -120,6 +121,7 @@ class Outcome(NamedTuple):
     failing: bool = False
     contradicted: bool = False
     one_function: bool = False
+    believed: bool = False
 
 
 class Phase(Protocol):

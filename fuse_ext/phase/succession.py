@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, TypeAlias
 
 from fuse_ext.curvature.moments import MOMENTS, check_adam_state
-from fuse_ext.curvature.ring import STATE_NAMES
+from fuse_ext.curvature.ring import STATE_NAMES, enlarge
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.objective.setbacks import COUNTERS
 from fuse_ext.objective.step_options import mixed_signs
@@ -24,6 +24,8 @@ from fuse_ext.phase.modes import (
     check_signs,
     finds_out,
     self_scales,
+    watches_searches,
+    will_scale,
 )
 from fuse_ext.phase.protocol import QuasiNewton
 from fuse_ext.vector.flat import FlatParams, ParamGroup
@@ -61,7 +63,7 @@ class Ground(NamedTuple):
     def lbfgs(self, self_scaling: bool) -> LbfgsPhase | DevicePhase:
         """L-BFGS on one function or one batch, with whatever history the entry holds."""
         group = self.groups[0]
-        watches = finds_out(group)
+        watches = watches_searches(group)
         return make_lbfgs(self.flat, self.ops, self.entry, group, self_scaling, watches)
 
     def averages(self) -> AveragesPhase:
@@ -85,8 +87,10 @@ def adopted(ground: Ground, phase: str) -> AnyPhase | None:
     return ground.averages() if VECTORS[0] in entry else ground.lbfgs(self_scales(ground.groups[0]))
 
 
-def successor(ground: Ground, before: AnyPhase | None, log: dict[str, Any]) -> QuasiNewton:
-    """The phase that follows Adam.
+def successor(
+    ground: Ground, before: AnyPhase | None, log: dict[str, Any], unsaid: set[str]
+) -> QuasiNewton:
+    """The phase that follows Adam; ``unsaid`` are the options that the constructor has filled in.
 
     Raises:
         RuntimeError: Averages are asked for, and Adam has left none.
@@ -102,7 +106,8 @@ def successor(ground: Ground, before: AnyPhase | None, log: dict[str, Any]) -> Q
     if groups[0]["pairs"] == AVERAGED:
         raise RuntimeError("pairs='averaged' needs Adam's moments: take an Adam step first")
     check_signs(groups)
-    return ground.lbfgs(self_scales(groups[0]))
+    scales = self_scales(groups[0]) or will_scale(groups[0], ground.flat, unsaid)
+    return ground.lbfgs(scales)
 
 
 def found_one_function(ground: Ground) -> LbfgsPhase | DevicePhase:
@@ -111,6 +116,16 @@ def found_one_function(ground: Ground) -> LbfgsPhase | DevicePhase:
     phase = ground.lbfgs(self_scales({**ground.groups[0], "deterministic": True}))
     ground.entry["agreed"] = 1.0  # as it was seen at one point
     return phase
+
+
+def grown(ground: Ground, phase: AnyPhase | None) -> AnyPhase | None:
+    """The phase with room for as many pairs as its closure deserves, seen to be one function."""
+    entry, group = ground.entry, ground.groups[0]
+    slots = group["history_size"] + 1
+    if entry["history"].shape[1] >= slots:
+        return phase
+    enlarge(entry, slots)
+    return ground.lbfgs(False)  # it scales itself already, or never will
 
 
 def settle(phase: AnyPhase | None, entry: dict[str, Any], log: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ import torch
 from regression_cases import CHANGES, POINTS, Regression, new_points, new_targets
 from torch import Tensor
 
-from fuse_ext import FusePV
+from fuse_ext import AtOnce, FusePV
+from fuse_ext.kernels import scalars as ring
 
 
 def test_it_does_all_that_a_promise_would_have_made_it_do() -> None:
@@ -143,3 +144,47 @@ def test_an_error_when_the_start_is_looked_at_again_can_be_retried() -> None:
     for each in (run, spared):
         each.step(10)
     assert torch.equal(run.flat, spared.flat)
+
+
+@pytest.mark.parametrize("search", [{}, {"line_search": "strong_wolfe"}, {"line_search": "armijo"}])
+def test_at_once_it_is_found_out_as_well(search: dict[str, str]) -> None:
+    """One evaluation an iteration and as many pairs as the promise would have given."""
+    said = Regression(switch=AtOnce(), deterministic=True, **search)
+    unsaid = Regression(switch=AtOnce(), **search)
+    for run in (said, unsaid):
+        while run.calls < 600:
+            run.step()
+    ours, theirs = (run.optimizer.param_groups[0] for run in (unsaid, said))
+    assert ours["history_size"] == theirs["history_size"] > 10
+    assert ours["curvature_tol"] == 1e-8
+    assert unsaid.value() <= 3 * said.value()
+    report, promised = unsaid.optimizer.report(), said.optimizer.report()
+    assert report.pairs_held == unsaid.flat.numel()
+    assert report.lbfgs_iterations >= 0.9 * promised.lbfgs_iterations
+    assert (report.function_changes, report.fallbacks) == (0, 0)
+
+
+def test_at_once_what_was_said_stays() -> None:
+    run = Regression(switch=AtOnce(), history_size=12, curvature_tol=1e-3)
+    run.step(60)
+    group = run.optimizer.param_groups[0]
+    assert (group["history_size"], group["curvature_tol"]) == (12, 1e-3)
+    assert run.calls < 100
+
+
+@pytest.mark.parametrize("search", [{}, {"line_search": "strong_wolfe"}])
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_at_once_batches_do_not_get_what_one_function_gets(
+    search: dict[str, str], times: int
+) -> None:
+    run = Regression(switch=AtOnce(), **search)
+    everything, generator = run.x, torch.Generator().manual_seed(1)
+    for _ in range(60 // times):
+        run.x = everything[torch.randperm(POINTS, generator=generator)[:10]]
+        run.step(times)
+    group, entry = run.optimizer.param_groups[0], run.optimizer.state[run.params[0]]
+    assert (group["history_size"], group["curvature_tol"]) == (10, 1e-4)
+    if search:
+        assert not ring.read_header(entry["scalars"]).self_scaling
+    else:
+        assert run.optimizer.report().fallbacks == 1
