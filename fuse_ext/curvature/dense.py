@@ -26,6 +26,7 @@ from fuse_ext.kernels.scalars import (
     matrix_place,
     matrix_size,
 )
+from fuse_ext.kernels.scalars import index as scalar_index
 from fuse_ext.vector.flat import FlatParams, Part
 from fuse_ext.vector.gradients import GradStats, effective_gradient
 
@@ -182,6 +183,20 @@ class DenseMatrix:
         self._put("known", 0.0)
         self._put("exact", 0.0)
         self._direction(y, None, 1.0, curvature_tol)
+
+    def take_over(self, ring: History) -> None:
+        """Begins with a ring's pairs and the step that it was on; what they count, it has counted.
+
+        With BFGS for those pairs, as in :meth:`offer`.
+        """
+        self.enter(ring.part)
+        direction, grad_prev = ring.waiting()
+        for s, y in ring.pairs():
+            self.offer(s, y, 0.0)
+        for name in ("accepted", "skipped"):
+            self._ring.scalars[scalar_index(name, _SLOTS)] = 0.0
+        self._ring.rows[0, 0].copy_(direction)
+        self.set_grad_prev(grad_prev)
 
     def set_grad_prev(self, grad: Tensor) -> None:
         """See :meth:`History.set_grad_prev`; the step's direction stays."""

@@ -11,6 +11,9 @@ from torch import Tensor
 from fuse_ext.curvature.moments import MOMENTS, Moments
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
+# From this lr on the cap does not grow with Adam's steps, until it has come down to their length.
+LARGEST_LR = 1e-3
+
 
 class AdamLegacy(NamedTuple):
     """What Adam leaves to the phase after it, beside two vectors.
@@ -90,3 +93,15 @@ def renew(root: Tensor, average: Tensor, grad: Tensor, spare: Tensor) -> None:
     torch.sqrt(spare, out=root)
     average.div_(root)
     grad.div_(root)
+
+
+def reduced(step_cap: float, share: float) -> float:
+    """This share of the cap, but not less than the length of Adam's last step."""
+    return max(step_cap * share, min(step_cap, 1.0))
+
+
+def longest(step_cap: float, lr: float) -> float:
+    """The first step's cap in lengths of Adam's last step, at whose lr it was made."""
+    if lr <= LARGEST_LR:
+        return step_cap
+    return min(step_cap, max(1.0, step_cap * LARGEST_LR / lr))

@@ -18,7 +18,7 @@ from fuse_ext.kernels import scalars as ring
 from fuse_ext.kernels.bound_ops import BoundOps, bind
 from fuse_ext.kernels.fixed_step import PLACES
 from fuse_ext.kernels.ops import Ops
-from fuse_ext.kernels.reference.memory import SCALE_BLOCK
+from fuse_ext.kernels.reference.memory import SCALE_BLOCK, Rows
 from fuse_ext.kernels.scalars import Header
 from fuse_ext.vector.flat import MOST_PARTS, FlatParams, Part, memory_order
 from fuse_ext.vector.gradients import GradStats
@@ -172,6 +172,15 @@ class History:
         """From now on each pair scales the inverse Hessian before it (csrc/two_loop.h)."""
         self.scalars[ring.index("self_scaling", self.slots)] = 1.0
 
+    def stop_scaling(self) -> None:
+        """From now on they do not, nor do those held; the newest one's scale is the initial one."""
+        scalars, slots = self.scalars, self.slots
+        scalars[ring.index("self_scaling", slots)] = 0.0
+        ring.array(scalars, "growth", slots).zero_()
+        for i in ring.held_slots(scalars, slots)[:1]:
+            ratio = [ring.array(scalars, name, slots)[i, i] for name in ("gram_sy", "gram_yy")]
+            scalars[ring.index("gamma", slots)] = ratio[0] / ratio[1]
+
     def reset(self) -> None:
         """Forgets all pairs; the counters stay."""
         for name in ("count", "gamma", "usable"):
@@ -298,6 +307,19 @@ class History:
         self._grad_prev().zero_()
         self.update([y], [], False, 1.0, curvature_tol)
 
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Copies of s and y of the usable pairs, oldest first, in the state's dtype."""
+        rows = Rows(self.rows, self.scales, self._flat.dtype)
+        scale = ring.array(self.scalars, "row_scale", self.slots).tolist()
+        slots = reversed(ring.usable_slots(self.scalars, self.slots))
+        return [(rows.read(0, i) * scale[i], rows.read(1, i).clone()) for i in slots]
+
+    def waiting(self) -> tuple[Tensor, Tensor]:
+        """Copies of the direction, and of the gradient where it began."""
+        rows = Rows(self.rows, self.scales, self._flat.dtype)
+        direction = rows.read(0, int(self.header().open))
+        return direction.clone(), self._grad_prev().clone()
+
     def set_grad_prev(self, grad: Tensor) -> None:
         """Puts another gradient in the place of the one that y will be taken from."""
         self._grad_prev().copy_(grad)
@@ -333,6 +355,17 @@ def drop_ring(entry: dict[str, Any]) -> None:
             entry[before] = entry.get(before, 0) + int(getattr(header, name))
     for name in STATE_NAMES:
         entry.pop(name, None)
+
+
+def enlarge(entry: dict[str, Any], slots: int) -> None:
+    """Makes room for more pairs in a state entry that holds a ring; the pairs stay."""
+    kept = ring.in_order(entry["scalars"], entry["history"].shape[1])
+    entry["scalars"] = ring.with_more_slots(entry["scalars"], entry["history"].shape[1], slots)
+    for name in ("history", "history_scale"):
+        if name in entry:
+            old = entry[name]
+            entry[name] = old.new_zeros(2, slots, old.shape[2])
+            entry[name][:, : len(kept)] = old[:, kept]
 
 
 def check_ring_state(entry: dict[str, Any], slots: int, flat: FlatParams) -> None:

@@ -72,6 +72,28 @@ def with_sets(scalars: Tensor, slots: int) -> Tensor:
     return scalars
 
 
+def with_more_slots(scalars: Tensor, slots: int, more: int) -> Tensor:
+    """Scalars for a ring of ``more`` slots: the pairs held from slot 0 on, and the open one."""
+    kept, wider = in_order(scalars, slots), new_scalars(more, scalars.device)
+    wider[: layout(slots)["row_scale"][0]] = scalars[: layout(slots)["row_scale"][0]]  # type: ignore[index]
+    wider[index("open", more)] = len(kept) - 1
+    for name, place in layout(slots).items():
+        if isinstance(place, tuple):
+            old, new = array(scalars, name, slots), array(wider, name, more)
+            if old.dim() == 2:
+                new[: len(kept), : len(kept)] = old[kept][:, kept]
+            elif len(old) == slots:
+                new[: len(kept)] = old[kept]
+            else:
+                new.copy_(old)
+    return wider
+
+
+def in_order(scalars: Tensor, slots: int) -> list[int]:
+    """The slots of all pairs, oldest first, and the open one."""
+    return [*reversed(held_slots(scalars, slots)), int(read_header(scalars).open)]
+
+
 def index(name: str, slots: int) -> int:
     """Where the scalar ``name`` lies."""
     place = layout(slots)[name]

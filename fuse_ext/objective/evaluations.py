@@ -51,6 +51,18 @@ class Point(NamedTuple):
         return Values(self.value, self.stats.square, self.stats.abs_sum)
 
 
+class FunctionChanged(Exception):
+    """The closure is another function than when the step's start was remembered.
+
+    Args:
+        point: What it gives where the step begins, and the parameters are again.
+    """
+
+    def __init__(self, point: Point) -> None:
+        super().__init__("the closure is another function than before")
+        self.point = point
+
+
 class Memory(NamedTuple):
     """Where a deterministic closure was evaluated last, for the next step to begin with.
 
@@ -88,7 +100,7 @@ class Evaluations:
         self.function = OneFunction(entry)
         entry.setdefault("pair_step", None)
         entry.setdefault("settled", "")
-        # Whether the step under way began with a point that was remembered.
+        # Whether the step under way stands on a point that was remembered and not evaluated since.
         self.remembered = False
         self.left = 0  # evaluations that the step under way may still make
         self._memory: Memory | None = None
@@ -161,15 +173,15 @@ class Evaluations:
         self.function.begin_step()
         moved = self._moved_since(options)
         if moved:  # x or g changed by more than the step
-            self.drop_pair()
+            self._begin_function()
             self.function.leave()
-            self.precision.forget_least()
-            self._entry["settled"] = ""
         memory = self._memory if closure is not None and options.deterministic else None
         distrusts, self._distrusts = options.seen and self._distrusts, False
         self.remembered = False
         if memory is not None and not moved and not self.settled and not distrusts:
-            self.remembered = memory.holds(self.flat)
+            # A step calls the closure at least once: the start, where there will be no trial.
+            idle = options.lr == 0.0 or memory.point.stats.abs_max <= options.tolerance_grad
+            self.remembered = not idle and memory.holds(self.flat)
             if self.remembered:
                 self.precision.spend()
                 return memory.point
@@ -191,10 +203,8 @@ class Evaluations:
         """Holds where a step begins against where the last one ended."""
         same = self._as_before(point, options)
         if same is False:
-            self._entry["changes"] += options.seen
-            self.drop_pair()
-            self.precision.forget_least()
-            self._entry["settled"] = ""
+            self._entry["changes"] += options.deterministic
+            self._begin_function()
         elif self.settled and self._settled_with not in (None, options):
             self._entry["settled"] = ""
         self.precision.begin(point.value)
@@ -214,27 +224,33 @@ class Evaluations:
         ask = self.function.compare if promised else self.function.meet
         return ask(point.values, point.part.absent, self.precision.noise)
 
-    def look_again(self, closure: Closure, options: StepOptions) -> Point | None:
-        """Evaluates where the step began from memory; the point, if it is another function's now.
+    def look_again(self, closure: Closure, options: StepOptions) -> Point:
+        """Evaluates where the step began from memory; the step's budget has counted that.
 
-        None where it is as remembered, which counts as much as a step that begins so.
+        Where it is as remembered that counts as much as a step that begins so.
+
+        Raises:
+            FunctionChanged: It is not.
         """
         again = self.look(closure, options, False)
         self.remembered = False
-        same = self._as_before(again, options)
-        if again.finite and same is not False:
-            return None
-        self.drop_pair()
-        self.precision.forget_least()
-        self._entry["settled"] = ""
+        if again.finite and self._as_before(again, options) is not False:
+            return again
+        self._begin_function()
         self._entry["changes"] += 1
         if again.finite:
             self.precision.begin(again.value)
-        return again
+        raise FunctionChanged(again)
 
     def is_one_function(self, options: StepOptions) -> bool:
         """Whether two calls of the closure may be compared: promised or, with a search, seen."""
         return options.deterministic or (options.line_search is not None and self.function.known)
+
+    def at_floor(self, here: Point, options: StepOptions) -> bool:
+        """Whether one function has long stopped to fall, all but for its rounding."""
+        if here.loss is None or not self.is_one_function(options):
+            return False
+        return self.precision.at_floor(here.value, here.stats.square)
 
     def settle_at(self, point: Point, options: StepOptions, reason: str) -> None:
         """Nothing can be done from this point, where the parameters stand, on this function.
@@ -293,11 +309,18 @@ class Evaluations:
         return self._arrived is not None and self._arrived[0] == self.flat.places()
 
     def begin_batch(self, batch_id: int | str | None) -> None:
-        """Gives up what is of another batch: a pair in waiting, an evaluation remembered."""
+        """The next step is on another batch."""
         self._entry["batch_id"] = batch_id
-        self.drop_pair()
+        self.new_objective()
+
+    def new_objective(self) -> None:
+        """Gives up what is of another function: a pair in waiting, an evaluation remembered."""
+        self._begin_function()
         self._memory = None
         self.function.leave()
+
+    def _begin_function(self) -> None:
+        self.drop_pair()
         self.precision.forget_least()
         self._entry["settled"] = ""
 

@@ -30,6 +30,24 @@ class Progress:
     step_length: float = 0.0
     line_search: str = "none"
 
+    def ends_after(
+        self,
+        options: StepOptions,
+        before: float,
+        here: float | None,
+        largest_gradient: float,
+        longest_step: float,
+        last: bool,
+    ) -> bool:
+        """Whether :func:`after_iteration` finds a reason to stop, which is noted.
+
+        In the last iteration that is "max_iter", but for what tells a loop to end.
+        """
+        reason = after_iteration(options, before, here, largest_gradient, longest_step)
+        if reason and not (last and reason not in ("gradient", "progress")):
+            self.reason = reason
+        return bool(reason)
+
 
 def after_iteration(
     options: StepOptions,

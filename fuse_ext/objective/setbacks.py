@@ -67,6 +67,10 @@ class Setbacks:
         """A decaying count of the steps that led nowhere, though rounding did not hide the way."""
         self._entry["failing"] = FAILING_DECAY * self._entry["failing"] + failed
 
+    def begin_anew(self) -> None:
+        """What led nowhere on one function says nothing of another."""
+        self._entry.update(cuts=0, failing=0)
+
     @property
     def failing(self) -> float:
         """That count."""

@@ -29,18 +29,6 @@ CUT = 0.1
 MISFIT = 0.5
 
 
-class FunctionChanged(Exception):
-    """The closure is another function than when the step's start was remembered.
-
-    Args:
-        point: What it gives where the step begins, and the parameters are again.
-    """
-
-    def __init__(self, point: Point) -> None:
-        super().__init__("the closure is another function than before")
-        self.point = point
-
-
 class Trials:
     """Moves the parameters along the direction and evaluates there.
 
@@ -128,8 +116,8 @@ class Trials:
                         self._save_grads(at.grads)
                     if trial is not None:
                         at.grads.clear()
-                    doubts = options.seen and self.objective.remembered
-                    if doubts and not self._fits(point, header, here, at):
+                    remembered = self.objective.remembered
+                    if remembered and not self._fits(point, header, here, at):
                         ended = trial is None and search.result.is_last
                         at = self._look_back(closure, options, here, at, ended)
             except BaseException:
@@ -147,6 +135,23 @@ class Trials:
             self.objective.trust(result.step * -header.direction_dot_grad, point)
         return result, at, best
 
+    def end(
+        self, closure: Closure, options: StepOptions, point: Point, header: Header, step: float
+    ) -> Point:
+        """Evaluates the end of a step of fixed length; the start again where that does not fit.
+
+        Raises:
+            FunctionChanged: The start was remembered, and belongs to another function.
+        """
+        if not self.objective.remembered:
+            return self.objective.evaluate(closure, options, False)
+        at = self.objective.evaluate(closure, options, True)
+        if at.part.absent != self._history.part.absent:  # these are not all the gradients
+            return self.objective.look(closure, options, False)
+        if at.loss is None or self._fits(point, header, step, at):
+            return at
+        return self._look_back(closure, options, step, at, True)
+
     def _fits(self, point: Point, header: Header, step: float, at: Point) -> bool:
         """Whether a trial can be of the function that was remembered where the step began.
 
@@ -156,22 +161,22 @@ class Trials:
         rise, slopes = at.value - point.value, (header.direction_dot_grad, at.stats.slope)
         expected = 0.5 * step * sum(slopes)
         scale = max(abs(rise), *(abs(step * slope) for slope in slopes))
-        noise = 2.0 * self.objective.precision.noise * abs(point.value)
-        return bool(abs(rise - expected) <= MISFIT * scale + noise)
+        precision = self.objective.precision
+        # A loss that is nothing but rounding may be any other; another function's has digits.
+        share = 1.0 if precision.without_digits(point.value) else 2.0 * precision.noise
+        return bool(abs(rise - expected) <= MISFIT * scale + share * abs(point.value))
 
     def _look_back(
         self, closure: Closure, options: StepOptions, step: float, at: Point, ended: bool
     ) -> Point:
-        """Evaluates the start again, which was remembered; raises where it is another function.
+        """Evaluates the start again, which was remembered; FunctionChanged where it is another's.
 
         Leaves the parameters there, or at ``step`` again where the search has ended.
         """
         if ended:
             self._save_grads(at.grads)
         self._history.move(self.origin(), 0.0, save=False)
-        changed = self.objective.look_again(closure, options)
-        if changed is not None:
-            raise FunctionChanged(changed)
+        self.objective.look_again(closure, options)
         if not ended:
             return at
         self._history.move(self.origin(), step, save=False)

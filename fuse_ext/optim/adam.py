@@ -102,7 +102,7 @@ class Adam(FlatOptimizer):
         self._table.check(defaults)
         if fused and foreach:
             raise RuntimeError("fused=True and foreach=True exclude each other")
-        self._phase: Moments | None = None
+        self._moments: Moments | None = None
         super().__init__(params, defaults, backend)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -121,9 +121,9 @@ class Adam(FlatOptimizer):
                 )
 
     def _adopt_state(self) -> None:
-        self._phase = self._make_phase() if self.state else None
+        self._moments = self._make_moments() if self.state else None
 
-    def _make_phase(self) -> Moments:
+    def _make_moments(self) -> Moments:
         return make_moments(self.flat, self._ops, self.state, self.param_groups)
 
     @without_grad
@@ -139,14 +139,14 @@ class Adam(FlatOptimizer):
         loss = None
         if closure is not None:
             loss = with_grad(closure)
-        phase = self._phase
-        if phase is None or phase.outdated(self.state):
+        moments = self._moments
+        if moments is None or moments.outdated(self.state):
             self._renew_layout()
             self._check_fused()
             check_adam_state(self.state, self.flat.params, self.flat.params, "state")
-            phase = self._phase = self._make_phase()
+            moments = self._moments = self._make_moments()
         # GradScaler sets these two around the call.
-        phase.step(
+        moments.step(
             self.param_groups,
             getattr(self, "grad_scale", None),
             getattr(self, "found_inf", None),
@@ -159,4 +159,4 @@ class Adam(FlatOptimizer):
 
         It is read from the device.
         """
-        return self._phase.grad_norm_sq if self._phase else 0.0
+        return self._moments.grad_norm_sq if self._moments else 0.0

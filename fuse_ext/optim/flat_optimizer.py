@@ -14,6 +14,7 @@ from fuse_ext.curvature.moments import check_moments_fit
 from fuse_ext.kernels import hooks, ops
 from fuse_ext.objective.step_options import default_evaluations
 from fuse_ext.optim.options import Table
+from fuse_ext.phase.protocol import Phase
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
 
@@ -26,6 +27,7 @@ class FlatOptimizer(Optimizer, ABC):
     """
 
     _table: ClassVar[Table]
+    _phase: Phase | None = None
 
     # torch calls it on ``step`` when the first object of a class is made.
     profile_hook_step = staticmethod(hooks.noticed)
@@ -103,6 +105,18 @@ class FlatOptimizer(Optimizer, ABC):
     def _note_group(self, before: FlatParams) -> None:
         """Does what a group added to the parameters ``before`` asks for besides."""
         return None
+
+    def new_objective(self) -> None:
+        """Says that the closure is another function from the next step on.
+
+        To be called where collocation points are drawn anew, data, targets or the loss's weights
+        change, as often as they do. What is known of the curvature stays; an evaluation that is
+        remembered goes, no pair mixes two functions, and a run that had nothing left to gain goes
+        on. In the Adam phase it has no effect. (Unsaid, a change is noticed where a trial does
+        not fit what is remembered, which costs up to two evaluations more.)
+        """
+        if self._phase is not None:
+            self._phase.new_objective()
 
     @abstractmethod
     def _adopt_state(self) -> None:

@@ -304,6 +304,14 @@ class Fuse(FlatOptimizer):
         still = all(float(g["lr"]) == 0.0 for g in groups if float(g["lbfgs_lr"]) == 0.0)
         return step_options(self.flat, groups, lrs, "line_search", same_batch, zero_freezes=still)
 
+    def new_objective(self) -> None:
+        """Says that the closure is another function from the next step on.
+
+        The pair that awaits its second gradient (``deterministic``) goes; all else stays.
+        """
+        if self._lbfgs is not None:
+            self._lbfgs.objective.new_objective()
+
     def report(self) -> Report:
         """What was done, and why."""
         if self._lbfgs is None or self._adam is None or self._lbfgs.objective.outdated(self.state):

@@ -67,7 +67,7 @@ class FusePV(FlatOptimizer):
         dense_update: The matrix's: "broyden", the self-scaled Broyden update, or "bfgs".
         history_size: m, the curvature pairs kept; None for 10 or, if ``deterministic`` or found out
             to be so, as many as fit 64 MiB, at most 500 and the number of parameters, but at least
-            10. (They cost time as well: 4 m d reads an iteration.)
+            10. (They cost 4 m d reads an iteration.)
         history_dtype: Storage of the pairs: torch.bfloat16 halves it, torch.int8 quarters it.
         line_search: "approximate_wolfe" (which goes on by slopes where noise or rounding hides
             the loss's decrease, and is strong Wolfe elsewhere), "strong_wolfe", "armijo", None
@@ -83,18 +83,18 @@ class FusePV(FlatOptimizer):
         curvature_tol: Pairs need s.y > curvature_tol \|s\| \|y\|; None for 1e-8 if
             ``deterministic`` or found out to be so, else 1e-4.
         self_scaling: Before each pair divide the inverse Hessian by min(1, s.y / s.B s), and begin
-            with the oldest pair's scale instead of the newest one's (self-scaling BFGS of Oren and
-            Luenberger, and Al-Baali; a matrix by Al-Baali's tau). It costs nothing, and pays in
-            long runs on one function. None: with a matrix, and where the closure is the same
-            function at every call, there is a line search, and m is at least 100.
+            with the oldest pair's scale instead of the newest one's (Oren, Luenberger, Al-Baali; a
+            matrix by Al-Baali's tau). It pays in long runs on one function. None: with a matrix,
+            and on one function with a line search and m of at least 100.
         deterministic: True is a promise that the closure is the same function at every call (full
             batch, no dropout). A step then begins with the last step's final evaluation, unless
             parameters or gradients were touched in between: about one evaluation an iteration
-            instead of two. False: it is not. None: where it decides anything, find out: the first
-            L-BFGS step does not move, and the second sees whether the closure gives the same loss
-            and gradient again. If so all is as if promised, but where a trial does not fit what is
-            remembered the start is evaluated again: another function is noticed within a step. If
-            that is so time and again it was none: Adam takes over, and averages after it.
+            instead of two. Where a trial does not fit what is remembered the start is evaluated
+            again, so that another function is noticed within a step. False: it is not. None: find
+            out. On averages the first step does not move, and the second sees whether the closure
+            gives the same loss and gradient again; with a line search a step's start is held
+            against the last one's end. If they agree all is as if promised. If they do not, time
+            and again, Adam takes over where nothing was said of searches, and averages after it.
         pairs: How curvature pairs are made, so that none mixes two batches.
 
             - "averaged": of two successive means over 10 batches each, with a step on the
@@ -115,15 +115,14 @@ class FusePV(FlatOptimizer):
             can repeat them: one graph for each phase (docs/cuda.md). Needs ``line_search=None``,
             ``max_iter=1``, ``rtol=0`` and a criterion that looks at neither loss nor gradient; and
             ``lr``, where it is a tensor, is one for all groups in the L-BFGS phase. The criterion
-            counts calls of ``step``, and there is no return to Adam where L-BFGS fails.
+            counts calls of ``step``, and Adam does not take over where L-BFGS fails.
         on_switch: Called with the optimizer after each switch to L-BFGS.
         backend: "auto", "native" (C++) or "reference" (plain PyTorch).
 
     Attributes:
         phase: "adam" or "lbfgs"; also in every parameter group, and saved with it.
 
-    Memory: Adam 8 bytes a parameter, 4 with bfloat16 moments; L-BFGS 4 (2 m + 2), about half with a
-    bfloat16 history, and 24 more on averages.
+    Memory: Adam 8 bytes a parameter; L-BFGS 4 (2 m + 2), and 24 more on averages.
 
     Raises:
         ValueError, TypeError: An option out of range, or parameters that cannot share one vector.
@@ -191,7 +190,7 @@ class FusePV(FlatOptimizer):
 
     @property
     def phase(self) -> str:
-        """Either "adam" or "lbfgs"."""
+        """As in the groups."""
         return str(self.param_groups[0]["phase"])
 
     @property
@@ -230,8 +229,8 @@ class FusePV(FlatOptimizer):
                 on averages or with a fixed step and ``max_iter=1``.
             loss: The loss of the gradients at hand, for a criterion that needs it, where there is
                 no closure.
-            batch_id: What batch this is. Without averages, a pair that awaits its second gradient
-                and an evaluation remembered (``deterministic``) are dropped when it changes.
+            batch_id: What batch this is. Without averages a change of it is as
+                :meth:`new_objective`.
             pair_closure: Like ``closure``, on the sample that the pair's two gradients are to be
                 of: the overlap of this batch and the next (multi-batch L-BFGS), or a larger one.
                 Called before and after an L-BFGS step without averages; not with ``max_iter`` > 1.
@@ -258,13 +257,13 @@ class FusePV(FlatOptimizer):
             self._fill_in(found=True)
             self._phase = phase = succession.found_one_function(self._ground())
             outcome = phase.step(call.taken_over(outcome.loss))
+        if outcome.believed:
+            self._fill_in(found=True)
+            self._phase = succession.grown(self._ground(), self._phase)
         return self._follow(outcome)
 
     def _follow(self, outcome: Outcome) -> Any:
-        """Asks the criterion, and leaves L-BFGS where it fails or has taken batches for a function.
-
-        On one function it stays: but for noise no step has made the loss any worse.
-        """
+        """Asks the criterion; leaves L-BFGS where it fails or has taken batches for a function."""
         if outcome.refused:
             warn_non_finite(self)
         if outcome.observed is not None and self._switch.observe(outcome.observed):
@@ -303,7 +302,7 @@ class FusePV(FlatOptimizer):
     def _begin_lbfgs(self, reason: str) -> succession.AnyPhase:
         self._settle()
         log = self._log
-        phase = succession.successor(self._ground(), self._phase, log)
+        phase = succession.successor(self._ground(), self._phase, log, self._unsaid)
         log["switches"] += 1
         log["switch_step"], log["switch_reason"] = log["adam_steps"], reason
         succession.drop_adam_state(self._ground())

@@ -74,6 +74,9 @@ class AdamPhase:
         """Bytes of state held."""
         return 0 if self.moments is None else self.moments.nbytes
 
+    def new_objective(self) -> None:
+        """Adam goes on: its averages forget by themselves."""
+
     def settle(self, log: dict[str, Any]) -> None:
         """Brings to the log what the device has counted."""
         if self._counted is not None:

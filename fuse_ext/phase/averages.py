@@ -39,7 +39,7 @@ from torch import Tensor
 
 from fuse_ext.checks import loss_value
 from fuse_ext.curvature.block_pairs import BLOCK_VECTORS, BlockPairs
-from fuse_ext.curvature.metric import legacy, renew
+from fuse_ext.curvature.metric import legacy, longest, reduced, renew
 from fuse_ext.curvature.moments import Moments
 from fuse_ext.curvature.ring import History
 from fuse_ext.kernels.hooks import with_grad
@@ -54,8 +54,6 @@ from fuse_ext.phase.protocol import Call, Outcome
 from fuse_ext.search.noise import Precision
 from fuse_ext.vector.flat import FlatParams, ParamGroup, Part, memory_order
 
-# From this lr on the cap does not grow with Adam's steps, until it has come down to their length.
-LARGEST_LR = 1e-3
 # Where Adam has seen next to no gradient D is this much of its mean: what wakes up later must not
 # take steps beyond all measure.
 LEAST_METRIC = 1e-3
@@ -184,6 +182,12 @@ class AveragesPhase:
     def workspace_nbytes(self) -> int:
         """Bytes of scratch vectors held between steps (not part of the state)."""
         return self._step.nbytes + self._scratch.nbytes
+
+    def new_objective(self) -> None:
+        """The closure is another function from the next step on: no two blocks are compared."""
+        self._blocks.restart()
+        if self._watch.on:
+            self._watch.begin()
 
     @property
     def nbytes(self) -> int:
@@ -385,15 +389,3 @@ class AveragesPhase:
         if options.lr_scale:
             torch._foreach_mul_(pieces, part.pick(options.lr_scale))
         torch._foreach_add_(part.params, pieces)
-
-
-def reduced(step_cap: float, share: float) -> float:
-    """This share of the cap, but not less than the length of Adam's last step."""
-    return max(step_cap * share, min(step_cap, 1.0))
-
-
-def longest(step_cap: float, lr: float) -> float:
-    """The first step's cap in lengths of Adam's last step, at whose lr it was made."""
-    if lr <= LARGEST_LR:
-        return step_cap
-    return min(step_cap, max(1.0, step_cap * LARGEST_LR / lr))

@@ -49,6 +49,11 @@ def finds_out(group: ParamGroup) -> bool:
     return averages(group) and group["pairs"] == AUTO and group["deterministic"] is None
 
 
+def watches_searches(group: ParamGroup) -> bool:
+    """Whether steps with a line search are held against each other to learn the same."""
+    return group["deterministic"] is None
+
+
 def default_switch(group: ParamGroup) -> Switchover:
     """When to leave Adam if nothing is said."""
     if averages(group):
@@ -143,6 +148,20 @@ def self_scales(group: ParamGroup) -> bool:
     if group["self_scaling"] is not None:
         return bool(group["self_scaling"])
     return may_scale(group) and group["history_size"] >= SCALING_PAIRS
+
+
+def will_scale(group: ParamGroup, flat: FlatParams, unsaid: set[str]) -> bool:
+    """Whether L-BFGS would scale itself if its closure were found to be one function.
+
+    With one iteration a step its first pair alone is made before the second call tells, and that
+    one scales nothing.
+    """
+    if group["deterministic"] is not None or group["max_iter"] != 1:
+        return False
+    found = {**group, "deterministic": True}
+    if "history_size" in unsaid:
+        found["history_size"] = _numbers(group, flat, True)["history_size"]
+    return self_scales(found)
 
 
 def check_signs(groups: list[ParamGroup]) -> None:

@@ -112,6 +112,7 @@ class Outcome(NamedTuple):
         failing: So many searches fail that another phase should go on.
         contradicted: Steps do not begin as the ones before ended: no function, but batches.
         one_function: What looked like batches is one function; the step was not taken.
+        believed: From this step on the closure is taken for one function, though not promised.
     """
 
     loss: Any
@@ -121,6 +122,7 @@ class Outcome(NamedTuple):
     failing: bool = False
     contradicted: bool = False
     one_function: bool = False
+    believed: bool = False
 
 
 class Phase(Protocol):
@@ -138,6 +140,9 @@ class Phase(Protocol):
 
     def outdated(self, state: dict[Any, Any]) -> bool:
         """Whether the user has cleared or replaced ``Optimizer.state``."""
+
+    def new_objective(self) -> None:
+        """The closure is another function from the next step on."""
 
     @property
     def nbytes(self) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeAlias
 
-from fuse_ext.curvature.dense import MATRIX_NAMES
+from fuse_ext.curvature.dense import MATRIX_NAMES, DenseMatrix
 from fuse_ext.curvature.moments import MOMENTS, check_adam_state
-from fuse_ext.curvature.ring import drop_ring
+from fuse_ext.curvature.ring import History, drop_ring, enlarge
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.objective.setbacks import COUNTERS
 from fuse_ext.objective.step_options import mixed_signs
@@ -26,6 +26,8 @@ from fuse_ext.phase.modes import (
     finds_out,
     self_scales,
     takes_matrix,
+    watches_searches,
+    will_scale,
 )
 from fuse_ext.phase.protocol import QuasiNewton
 from fuse_ext.vector.flat import FlatParams, ParamGroup
@@ -61,16 +63,18 @@ class Ground(NamedTuple):
         """Adam, with whatever moments the state holds."""
         return AdamPhase(self.flat, self.ops, self.state, self.groups)
 
-    def lbfgs(self, one_function: bool = False) -> LbfgsPhase | DevicePhase:
+    def lbfgs(
+        self, one_function: bool = False, self_scaling: bool = False
+    ) -> LbfgsPhase | DevicePhase:
         """L-BFGS on one function or one batch, with whatever curvature the entry holds.
 
-        ``one_function``: that it is has been found out.
+        ``one_function``: that it is has been found out. ``self_scaling``: pairs scale in any case.
         """
         group = self.groups[0]
-        watches = finds_out(group)
         known = {**group, "deterministic": True} if one_function else group
         dense = takes_matrix(known, self.flat)
-        scales = self_scales(known)
+        scales = self_scaling or self_scales(known)
+        watches = watches_searches(group)
         return make_lbfgs(self.flat, self.ops, self.entry, group, scales, watches, dense)
 
     def averages(self) -> AveragesPhase:
@@ -94,8 +98,10 @@ def adopted(ground: Ground, phase: str) -> AnyPhase | None:
     return ground.averages() if VECTORS[0] in entry else ground.lbfgs()
 
 
-def successor(ground: Ground, before: AnyPhase | None, log: dict[str, Any]) -> QuasiNewton:
-    """The phase that follows Adam.
+def successor(
+    ground: Ground, before: AnyPhase | None, log: dict[str, Any], unsaid: set[str]
+) -> QuasiNewton:
+    """The phase that follows Adam; ``unsaid`` are the options that the constructor has filled in.
 
     Raises:
         RuntimeError: Averages are asked for, and Adam has left none.
@@ -111,7 +117,7 @@ def successor(ground: Ground, before: AnyPhase | None, log: dict[str, Any]) -> Q
     if groups[0]["pairs"] == AVERAGED:
         raise RuntimeError("pairs='averaged' needs Adam's moments: take an Adam step first")
     check_signs(groups)
-    return ground.lbfgs()
+    return ground.lbfgs(self_scaling=will_scale(groups[0], ground.flat, unsaid))
 
 
 def found_one_function(ground: Ground) -> LbfgsPhase | DevicePhase:
@@ -120,6 +126,28 @@ def found_one_function(ground: Ground) -> LbfgsPhase | DevicePhase:
     phase = ground.lbfgs(one_function=True)
     ground.entry["agreed"] = 1.0  # as it was seen at one point
     return phase
+
+
+def grown(ground: Ground, phase: AnyPhase | None) -> AnyPhase | None:
+    """The phase with the curvature that its closure deserves, seen to be one function.
+
+    That is a matrix, which takes over the pairs, or room for more of them.
+    """
+    entry, group = ground.entry, ground.groups[0]
+    slots = group["history_size"] + 1
+    if takes_matrix({**group, "deterministic": True}, ground.flat):
+        assert isinstance(phase, LbfgsPhase)
+        ring = phase.history
+        if isinstance(ring, History):
+            drop_ring(entry)
+            phase = ground.lbfgs(one_function=True)
+            assert isinstance(phase.history, DenseMatrix)
+            phase.history.take_over(ring)
+        return phase
+    if entry["history"].shape[1] >= slots:
+        return phase
+    enlarge(entry, slots)
+    return ground.lbfgs()  # it scales itself already, or never will
 
 
 def settle(phase: AnyPhase | None, entry: dict[str, Any], log: dict[str, Any]) -> None:

@@ -15,6 +15,8 @@ LEAST_SQUARE = 1e-8
 # Starts that contradict count less and less from step to step. Two in three, or every second one
 # for some steps, are batches; new points every so often are not.
 FORGETTING, MOST_OTHERS = 0.9, 2.0
+# What is left of one of them some 20 steps later.
+LEAST_OTHERS = 0.1
 # Agreements after which a step begins with what it remembers. A batch that is used twice or three
 # times in a row does not get so far without a contradiction.
 SURE = 4.0
@@ -129,9 +131,19 @@ class OneFunction:
         return self._contradicted >= MOST_OTHERS
 
     @property
+    def looks_like_batches(self) -> bool:
+        """Whether starts have contradicted before it was sure."""
+        return self._agreed < SURE and self._contradicted > 0.0
+
+    @property
     def sure(self) -> bool:
         """Whether it has been seen so often that a step need not look at its start again."""
         return self.known and self._agreed >= SURE
+
+    @property
+    def undisputed(self) -> bool:
+        """Whether that was contradicted neither before nor, for long, since."""
+        return self.sure and self._contradicted < LEAST_OTHERS
 
     @property
     def known(self) -> bool:

@@ -77,6 +77,7 @@ def test_with_the_switch_at_once_it_is_lbfgs(
 ) -> None:
     common = {"history_size": 6, "tolerance_grad": 0.0, "tolerance_change": 0.0, **options}
     common = {"curvature_tol": 1e-4, "max_iter": 1, "max_eval": 25, "backend": backend, **common}
+    common.setdefault("deterministic", False)  # FusePV would find out
     # LBFGS does not evaluate after its last fixed step: torch's does not.
     fuse = Fit(
         switch=AtOnce(), lbfgs_lr=0.3, line_search=line_search, pairs="consecutive", **common

@@ -16,15 +16,13 @@ from torch import Tensor
 
 from fuse_ext import FusePV, Never
 from fuse_ext.curvature.block_pairs import BLOCK, DAMPING, damp
+from fuse_ext.curvature.metric import LARGEST_LR, longest, reduced
 from fuse_ext.phase import averages as averaged
 from fuse_ext.phase.averages import (
     CAP_DECAY,
     JUMP,
-    LARGEST_LR,
     REACH,
     RETREAT,
-    longest,
-    reduced,
 )
 
 BACKENDS = ("native", "reference")

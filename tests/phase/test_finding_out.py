@@ -4,56 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from regression_cases import CHANGES, POINTS, Regression, new_points, new_targets
 from torch import Tensor
 
-from fuse_ext import FusePV
-
-POINTS, HIDDEN = 60, 24
-
-
-class Regression:
-    """A tanh network on a curve, whose points or targets can change; counts calls."""
-
-    def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*size: int) -> Tensor:
-            return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
-
-        self.params = [normal(HIDDEN, 1), normal(HIDDEN), normal(HIDDEN), normal(1)]
-        for param in self.params:
-            param.mul_(0.5).requires_grad_()
-        self.x = torch.linspace(-2, 2, POINTS, dtype=dtype)[:, None]
-        self.shift, self.constant, self.calls = 0.0, 0.0, 0
-        self.optimizer = FusePV(self.params, lr=1e-2, **options)
-
-    def loss(self) -> Tensor:
-        w, b, v, c = self.params
-        y = torch.sin(3 * self.x[:, 0] + self.shift)
-        return (torch.tanh(self.x @ w.T + b) @ v + c - y).square().mean() + self.constant
-
-    def closure(self) -> Tensor:
-        self.calls += 1
-        self.optimizer.zero_grad()
-        loss = self.loss()
-        loss.backward()
-        return loss.detach()
-
-    def step(self, steps: int = 1) -> None:
-        for _ in range(steps):
-            self.optimizer.step(self.closure)
-
-    def value(self) -> float:
-        with torch.no_grad():
-            return float(self.loss())
-
-    @property
-    def flat(self) -> Tensor:
-        return torch.cat([p.detach().reshape(-1) for p in self.params])
+from fuse_ext import AtOnce, FusePV
+from fuse_ext.kernels import scalars as ring
 
 
 def test_it_does_all_that_a_promise_would_have_made_it_do() -> None:
@@ -89,23 +47,7 @@ def test_what_a_group_says_stays() -> None:
     assert run.optimizer.param_groups[0]["history_size"] == 20
 
 
-def new_targets(run: Regression) -> None:
-    run.shift += 0.7
-
-
-def new_points(run: Regression) -> None:
-    run.x = run.x + 0.013
-
-
-def new_constant(run: Regression) -> None:
-    run.constant += 1.0
-
-
-def moved_by_hand(run: Regression) -> None:
-    run.params[0].data.add_(0.5)  # a write that autograd does not count
-
-
-@pytest.mark.parametrize("change", [new_targets, new_points, new_constant, moved_by_hand])
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_noticed_within_a_step(change: Callable[[Regression], None]) -> None:
     """No step ends above where it began on the function as it is now, and it goes on."""
     run = Regression()
@@ -212,3 +154,47 @@ def test_an_error_when_the_start_is_looked_at_again_can_be_retried() -> None:
     for each in (run, spared):
         each.step(10)
     assert torch.equal(run.flat, spared.flat)
+
+
+@pytest.mark.parametrize("search", [{}, {"line_search": "strong_wolfe"}, {"line_search": "armijo"}])
+def test_at_once_it_is_found_out_as_well(search: dict[str, str]) -> None:
+    """One evaluation an iteration and as many pairs as the promise would have given."""
+    said = Regression(switch=AtOnce(), deterministic=True, **search)
+    unsaid = Regression(switch=AtOnce(), **search)
+    for run in (said, unsaid):
+        while run.calls < 600:
+            run.step()
+    ours, theirs = (run.optimizer.param_groups[0] for run in (unsaid, said))
+    assert ours["history_size"] == theirs["history_size"] > 10
+    assert ours["curvature_tol"] == 1e-8
+    assert unsaid.value() <= 3 * said.value()
+    report, promised = unsaid.optimizer.report(), said.optimizer.report()
+    assert report.pairs_held == unsaid.flat.numel()
+    assert report.lbfgs_iterations >= 0.9 * promised.lbfgs_iterations
+    assert (report.function_changes, report.fallbacks) == (0, 0)
+
+
+def test_at_once_what_was_said_stays() -> None:
+    run = Regression(switch=AtOnce(), history_size=12, curvature_tol=1e-3)
+    run.step(60)
+    group = run.optimizer.param_groups[0]
+    assert (group["history_size"], group["curvature_tol"]) == (12, 1e-3)
+    assert run.calls < 100
+
+
+@pytest.mark.parametrize("search", [{}, {"line_search": "strong_wolfe"}])
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_at_once_batches_do_not_get_what_one_function_gets(
+    search: dict[str, str], times: int
+) -> None:
+    run = Regression(switch=AtOnce(), **search)
+    everything, generator = run.x, torch.Generator().manual_seed(1)
+    for _ in range(60 // times):
+        run.x = everything[torch.randperm(POINTS, generator=generator)[:10]]
+        run.step(times)
+    group, entry = run.optimizer.param_groups[0], run.optimizer.state[run.params[0]]
+    assert (group["history_size"], group["curvature_tol"]) == (10, 1e-4)
+    if search:
+        assert not ring.read_header(entry["scalars"]).self_scaling
+    else:
+        assert run.optimizer.report().fallbacks == 1

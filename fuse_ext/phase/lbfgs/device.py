@@ -97,6 +97,10 @@ class DevicePhase:
         """Whether the user has cleared or replaced ``Optimizer.state``."""
         return state.get(self._flat.params[0]) is not self.entry
 
+    def new_objective(self) -> None:
+        """The closure is another function from the next step on: no pair mixes the two."""
+        self._drop_waiting()
+
     @property
     def nbytes(self) -> int:
         """Bytes of state held."""

@@ -15,13 +15,14 @@ from fuse_ext.kernels.scalars import Header
 from fuse_ext.objective.evaluations import (
     EVALUATION_NAMES,
     Evaluations,
+    FunctionChanged,
     Point,
     check_evaluation_state,
 )
-from fuse_ext.objective.progress import Progress, after_iteration
+from fuse_ext.objective.progress import Progress
 from fuse_ext.objective.setbacks import COUNTERS, MOST_CUTS, SHORTEST_CUT, TALLIES, Setbacks
 from fuse_ext.objective.step_options import MAX_LINE_SEARCH_EVALUATIONS, StepOptions
-from fuse_ext.objective.trials import FunctionChanged, Trials
+from fuse_ext.objective.trials import Trials
 from fuse_ext.search.line_search import LineSearchResult
 from fuse_ext.search.noise import PRECISION_NAMES
 from fuse_ext.vector.flat import Closure, FlatParams
@@ -91,8 +92,6 @@ class Iteration:
                 raise
         objective.note_arrival(self._stand, options)
         self._stand = None
-        if progress.reason in ("lr", "gradient"):
-            objective.forget_point()  # a step calls the closure, whatever comes of it
         return first_loss
 
     def _note_interruption(self, start: Point, options: StepOptions) -> None:
@@ -112,10 +111,11 @@ class Iteration:
             before = here
             assert before is not None
             here = self._iterate(closure, options, before, iteration)
+            self.objective.remembered = False
             if here is None:
                 break
             moved = self.entry["pair_step"] is not None
-            if moved and self.objective.is_one_function(options) and self._at_floor(here):
+            if moved and self.objective.at_floor(here, options):
                 self.progress.reason = "precision"
                 self.objective.settle_at(here, options, "precision")
                 break
@@ -124,37 +124,45 @@ class Iteration:
         if here is not None and not options.deterministic and not options.pairs_elsewhere:
             self.absorb_pair(here, options)
 
-    def _at_floor(self, here: Point) -> bool:
-        precision = self.objective.precision
-        return here.loss is not None and precision.at_floor(here.value, here.stats.square)
-
     def _converged(self, options: StepOptions, before: Point, here: Point, iteration: int) -> bool:
         """Whether the iteration was one too many; notes the reason."""
-        reason = after_iteration(
+        return self.progress.ends_after(
             options,
             before.value,
             None if here.loss is None else here.value,
             here.stats.abs_max,
             self.progress.step_length * self._direction_max,
+            last=iteration + 1 == options.max_iter,
         )
-        last = iteration + 1 == options.max_iter
-        if reason and not (last and reason not in ("gradient", "progress")):
-            self.progress.reason = reason
-        return bool(reason)
 
     def _iterate(
         self, closure: Closure | None, options: StepOptions, point: Point, iteration: int
     ) -> Point | None:
         """Direction and step; the new point, or None where its gradient is not known."""
+        try:
+            return self._attempt(closure, options, point, iteration)
+        except FunctionChanged as news:
+            self._stand = point = news.point
+        if not point.finite:
+            self.setbacks.count_non_finite()
+        elif self.objective.left > 0:
+            return self._attempt(closure, options, point, iteration)
+        else:
+            self.progress.reason = "max_eval"
+        return None
+
+    def _attempt(
+        self, closure: Closure | None, options: StepOptions, point: Point, iteration: int
+    ) -> Point | None:
         self.entry["n_iter"] += 1
         header, moved = self._set_out(point, options, self.trials.origin())
-        if header is None:
-            self.progress.reason = "no_descent"
-            self.objective.settle_at(point, options, "no_descent")
-            return None
-        if not moved and -header.direction_dot_grad <= options.tolerance_change:
-            self.progress.reason = "slope"
-            self.objective.settle_at(point, options, "slope")
+        flat = not moved and header and -header.direction_dot_grad <= options.tolerance_change
+        if header is None or flat:
+            if self.objective.remembered:
+                assert closure is not None
+                self._stand = point = self.objective.look_again(closure, options)
+            self.progress.reason = "slope" if flat else "no_descent"
+            self.objective.settle_at(point, options, self.progress.reason)
             return None
         # Nor does anyone else hold gradients that the closure may drop now.
         self.objective.forget_point()
@@ -162,19 +170,9 @@ class Iteration:
         self._direction_max = header.direction_max
         step = self.trials.first_trial(header, point, options)
         if options.line_search is None:
-            return self._fixed_step(closure, options, header, step, moved, iteration)
+            return self._fixed_step(closure, options, point, header, step, moved, iteration)
         assert closure is not None
-        try:
-            return self._searched_step(closure, options, point, header, step, moved, iteration)
-        except FunctionChanged as news:
-            self._stand = point = news.point
-        if not point.finite:
-            self.setbacks.count_non_finite()
-        elif self.objective.left > 0:
-            return self._iterate(closure, options, point, iteration)
-        else:
-            self.progress.reason = "max_eval"
-        return None
+        return self._searched_step(closure, options, point, header, step, moved, iteration)
 
     # --- curvature --------------------------------------------------------------------------
 
@@ -277,6 +275,7 @@ class Iteration:
         self,
         closure: Closure | None,
         options: StepOptions,
+        start: Point,
         header: Header,
         step: float,
         moved: bool,
@@ -294,7 +293,7 @@ class Iteration:
         if closure is None or not wanted or options.pairs_elsewhere or self.objective.left <= 0:
             return None
         try:
-            point = self.objective.evaluate(closure, options, False)
+            point = self.trials.end(closure, options, start, header, step)
         except BaseException:
             self.trials.undo()
             self._stand = before
@@ -357,14 +356,16 @@ class Iteration:
         cut_short: bool,
     ) -> Point | None:
         """Goes on with -g, then with shorter steps along it, unless rounding hides any descent."""
+        again = None
+        if self.objective.remembered:  # on another function a failure says nothing
+            self._stand = again = self.objective.look_again(closure, options)
         self.entry["line_search_failures"] += 1
         hidden = self.progress.line_search == "no_progress"
         if hidden and not self.objective.is_one_function(options) and self.objective.left > 0:
             # Or is it another function each time (dropout, say)?
-            again = self.objective.evaluate(closure, options, False)
-            hidden = abs(again.value - point.value) <= self.objective.precision.noise * abs(
-                point.value
-            )
+            repeated = self.objective.evaluate(closure, options, False).value
+            noise = self.objective.precision.noise
+            hidden = abs(repeated - point.value) <= noise * abs(point.value)
         steepest = header.usable == 0
         final = hidden or (
             steepest and self.trials.is_final(point, header, self.progress.line_search)
@@ -381,7 +382,8 @@ class Iteration:
         if self.objective.left <= 0:
             self.progress.reason = "max_eval"
             return None
-        again = self.objective.evaluate(closure, options, False)
+        if again is None:
+            again = self.objective.evaluate(closure, options, False)
         if again.finite:
             self._stand = again
             return again

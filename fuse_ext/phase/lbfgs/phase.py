@@ -19,6 +19,7 @@ from fuse_ext.objective.step_options import StepOptions
 from fuse_ext.phase.lbfgs.device import DevicePhase, to_host
 from fuse_ext.phase.lbfgs.excursion import FAILING, adam_excursion, goes_astray
 from fuse_ext.phase.lbfgs.iteration import Iteration
+from fuse_ext.phase.modes import finds_out
 from fuse_ext.phase.protocol import Call, Outcome
 from fuse_ext.search.noise import Precision
 from fuse_ext.vector.flat import Closure, FlatParams, ParamGroup
@@ -48,7 +49,11 @@ class LbfgsPhase:
         """At most ``max_iter`` iterations, or Adam's try where they lead nowhere."""
         iteration, closure, options = self.iteration, call.closure, call.options
         assert options is not None
-        if self._finds_out and iteration.objective.function.sure:
+        function = iteration.objective.function
+        # What returns to Adam where it errs need not be sure to keep more pairs.
+        name = "known" if finds_out(call.groups[0]) else "undisputed"
+        before = getattr(function, name)
+        if self._finds_out and function.sure:
             options = options.promised
         seen, rescued = iteration.entry["non_finite"], False
         if iteration.entry.get("batch_id") != call.batch_id:
@@ -62,15 +67,24 @@ class LbfgsPhase:
         refused = iteration.entry["non_finite"] > seen and self.progress.reason == "non_finite"
         if not call.rescues:
             return Outcome(loss, None, refused)
+        one = call.groups[0]["max_iter"] == 1  # else these are steps on batches, more likely
+        believed = one and self._finds_out and getattr(function, name) and not before
+        if self._finds_out and function.looks_like_batches:
+            unscale(self.history, call.groups[0])
         failing = iteration.setbacks.failing >= FAILING
         if failing and goes_astray(iteration, options):
-            return Outcome(loss, None, refused, rescued)
-        contradicted = iteration.objective.function.contradicted
-        return Outcome(loss, None, refused, rescued, failing, contradicted)
+            return Outcome(loss, None, refused, rescued, believed=believed)
+        others = function.contradicted
+        return Outcome(loss, None, refused, rescued, failing, others, believed=believed)
 
     def refuse(self) -> None:
         """Counts a step that was not taken for an infinite gradient."""
         self.iteration.setbacks.count_non_finite()
+
+    def new_objective(self) -> None:
+        """The closure is another function from the next step on: the pairs stay, no more."""
+        self.iteration.objective.new_objective()
+        self.iteration.setbacks.begin_anew()
 
     def settle(self, log: dict[str, Any]) -> None:
         """The host has counted everything itself."""
@@ -132,6 +146,13 @@ def overlap_step(
     else:
         iteration.refuse(after)
     return loss
+
+
+def unscale(history: InverseHessian, group: ParamGroup) -> None:
+    """On batches pairs do not scale what is before them, unless that was asked for."""
+    if isinstance(history, History) and not group["self_scaling"]:
+        if history.header().self_scaling:
+            history.stop_scaling()
 
 
 def make_lbfgs(
