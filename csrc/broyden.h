@@ -53,10 +53,10 @@ constexpr std::int64_t kMostTerms = 32;
 struct Curvature {
   double ss, sy, yy, y_h_y;
   double s_b_s;  // 0 where it is not known
-  std::int64_t numel;
 };
 
 struct Formula {
+  std::int64_t taking_part;  // n: parameters that pairs are of
   bool broyden, self_scaling;
 };
 
@@ -81,7 +81,7 @@ FUSE_INLINE Update broyden_update(const Curvature& of, const Formula& formula) {
   const double phi = (1.0 - theta) / sigma;
   if (!(sigma > 0.0) || !is_finite(phi)) return {shrink, 1.0};
   if (!formula.self_scaling) return {1.0, phi};
-  const double n = of.numel > 2 ? static_cast<double>(of.numel - 1) : 1.0;
+  const double n = formula.taking_part > 2 ? static_cast<double>(formula.taking_part - 1) : 1.0;
   const double root = pow(sigma, -1.0 / n);
   double tau;
   if (theta > 0.0) {

@@ -73,7 +73,8 @@ TORCH_LIBRARY(fuse_ext, m) {
   m.def(
       "dense_direction(Tensor grad, Tensor(a!) grad_prev, Tensor(b!) direction, Tensor(c!) matrix, "
       "Tensor(d!) vectors, Tensor(e!) matrix_scalars, Tensor(f!) scalars, Tensor? lr_scale, "
-      "float? pair_step, float curvature_tol, bool broyden, bool self_scaling) -> ()");
+      "float? pair_step, float curvature_tol, int taking_part, bool broyden, bool self_scaling) "
+      "-> ()");
   m.def(
       "fuse_blend(Tensor(a!)[] params, int[] offsets, Tensor origin, "
       "Tensor(b!) history, "

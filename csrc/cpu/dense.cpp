@@ -175,8 +175,7 @@ class DenseStep {
                    .sy = dot(s, y.data(), length),
                    .yy = dot(y.data(), y.data(), length),
                    .y_h_y = 0.0,
-                   .s_b_s = number(kExact) != 0.0 ? -t * t * of_.head[kDirectionDotGrad] : 0.0,
-                   .numel = n};
+                   .s_b_s = number(kExact) != 0.0 ? -t * t * of_.head[kDirectionDotGrad] : 0.0};
     const double norms = std::sqrt(pair.ss) * std::sqrt(pair.yy);
     const bool fits = fits_as_pair(pair.sy, pair.yy, norms, curvature_tol);
     of_.head[kPairCosine] = pair.sy / norms;
@@ -259,8 +258,8 @@ class DenseStep {
 void dense_direction(const at::Tensor& grad, at::Tensor grad_prev, at::Tensor direction,
                      at::Tensor matrix, at::Tensor vectors, at::Tensor matrix_scalars,
                      at::Tensor scalars, const std::optional<at::Tensor>& lr_scale,
-                     std::optional<double> pair_step, double curvature_tol, bool broyden,
-                     bool self_scaling) {
+                     std::optional<double> pair_step, double curvature_tol, std::int64_t taking_part,
+                     bool broyden, bool self_scaling) {
   const DenseArguments of(grad, grad_prev, direction, matrix, vectors, matrix_scalars, scalars,
                           lr_scale);
   const auto run = [&](auto zero) {
@@ -268,7 +267,7 @@ void dense_direction(const at::Tensor& grad, at::Tensor grad_prev, at::Tensor di
     const T* shares = lr_scale ? lr_scale->const_data_ptr<T>() : nullptr;
     DenseStep<T>(of, grad.const_data_ptr<T>(), grad_prev.data_ptr<T>(), direction.data_ptr<T>(),
                  shares)
-        .run(pair_step, curvature_tol, {broyden, self_scaling});
+        .run(pair_step, curvature_tol, {taking_part, broyden, self_scaling});
   };
   if (of.dtype == at::kDouble) {
     run(double{});

@@ -124,7 +124,7 @@ class DenseMatrix:
     def header(self) -> Header:
         """The scalars the host decides by; ``count`` is of the pairs that the matrix has seen."""
         header = self._ring.header()
-        header.count = header.usable
+        header.count, header.self_scaling = header.usable, float(self._self_scaling)
         return header
 
     def stats(
@@ -244,13 +244,14 @@ class DenseMatrix:
             shares,
             pair_step,
             curvature_tol,
+            self.part.numel,
             self._update == BROYDEN,
             self._self_scaling,
         )
 
     def _flat_shares(self, lr_scale: list[float]) -> Tensor | None:
         """A share for each element; None where all are 1."""
-        if not lr_scale:
+        if all(share == 1.0 for share in lr_scale):
             return None
         key = [*lr_scale, *self.part.indices]
         if self._shares[0] != key:

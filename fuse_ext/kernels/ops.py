@@ -214,6 +214,7 @@ class Ops(Protocol):
         lr_scale: Tensor | None,
         pair_step: float | None,
         curvature_tol: float,
+        taking_part: int,
         broyden: bool,
         self_scaling: bool,
     ) -> None:
@@ -221,7 +222,8 @@ class Ops(Protocol):
 
         With ``pair_step`` = t first offers the pair s = t direction, y = grad - grad_prev, which
         updates H where s.y > curvature_tol |s| |y|. ``lr_scale`` multiplies the direction element
-        by element. All are flat: the gradient is the effective one. ``grad_prev`` becomes grad,
+        by element; ``taking_part`` is how many parameters pairs are of. All are flat: the gradient
+        is the effective one. ``grad_prev`` becomes grad,
         and the header of ``scalars`` (a ring of one pair) tells what the host decides by.
         """
 

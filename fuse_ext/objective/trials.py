@@ -12,6 +12,7 @@ from fuse_ext.kernels.ops import Ops
 from fuse_ext.kernels.scalars import Header
 from fuse_ext.objective.evaluations import Evaluations, Point
 from fuse_ext.objective.step_options import MAX_LINE_SEARCH_EVALUATIONS, StepOptions
+from fuse_ext.objective.usual_step import UsualStep
 from fuse_ext.search import make_line_search
 from fuse_ext.search.approximate_wolfe import ApproximateWolfe
 from fuse_ext.search.line_search import LineSearch, LineSearchResult
@@ -47,6 +48,7 @@ class Trials:
         self._best_grads: Tensor | None = None
         self._searches: dict[tuple[str, int], LineSearch] = {}
         self._shortest = math.inf  # trial of the last search
+        self._usual = UsualStep(entry)
 
     @property
     def workspace_nbytes(self) -> int:
@@ -60,10 +62,14 @@ class Trials:
         return self._origin
 
     def first_trial(self, header: Header, point: Point, options: StepOptions) -> float:
-        """lr, cut to a visible step of 1-norm about lr while nothing is known of the curvature."""
+        """:meth:`known_trial`; while nothing is known of the curvature a visible one of 1-norm lr.
+
+        Which is cut where there was none.
+        """
         if header.usable > 0 or point.stats.abs_sum == 0.0:
             self._entry["cuts"] = 0
-            return options.lr
+            return self.known_trial(options)
+        self._usual.forget()
         visible = self.objective.precision.visible_step(
             self._largest_parameter(),
             point.stats.abs_max,
@@ -72,6 +78,10 @@ class Trials:
         )
         step = max(min(1.0, 1.0 / point.stats.abs_sum), visible)
         return step * CUT ** self._entry["cuts"] * options.lr
+
+    def known_trial(self, options: StepOptions) -> float:
+        """The first trial where curvature is known: lr, or less if steps are shorter as a rule."""
+        return options.lr * self._usual.share
 
     def _largest_parameter(self) -> float:
         """max |x| of the parameters that take part."""
@@ -131,6 +141,8 @@ class Trials:
             ):
                 break
             at.grads.clear()
+        if header.self_scaling:
+            self._usual.learn(result, header.direction_dot_grad, best.stats.slope, options.lr)
         if self.objective.remembered and options.seen:
             self.objective.trust(result.step * -header.direction_dot_grad, point)
         return result, at, best

@@ -33,6 +33,7 @@ class Part:
     Attributes:
         indices: Which are.
         params, offsets: Those parameters, and where each begins in the flat vector.
+        numel: Elements of theirs, two per complex number.
         layout: What C++ knows of them.
     """
 
@@ -42,6 +43,7 @@ class Part:
         self.indices = [i for i in range(len(flat.params)) if i not in left_out]
         self.params = [flat.params[i] for i in self.indices] if absent else flat.params
         self.offsets = [flat.offsets[i] for i in self.indices] if absent else flat.offsets
+        self.numel = sum(flat.sizes[i] for i in self.indices)
         self.layout = _C.Layout([self.params], self.offsets) if absent else flat.layout
 
     def pick(self, values: list[Any]) -> list[Any]:

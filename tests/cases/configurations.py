@@ -62,6 +62,17 @@ class Configuration:
         return bool(self.options.get("capturable"))
 
     @property
+    def dense(self) -> bool:
+        """Whether it ends up with a matrix, small as the tests' parameters are."""
+        told = self.options.get("curvature", "auto")
+        if told != "auto":
+            return told == "dense"
+        pairs = {"history_size", "history_dtype"} & self.options.keys()
+        one_function = self.uses_line_search and self.options.get("deterministic") is not False
+        steps_once = self.options.get("max_iter", 1) == 1
+        return self.kind is FusePV and one_function and steps_once and not pairs
+
+    @property
     def adam_steps(self) -> int | None:
         """Adam steps before the switch; None where there is none."""
         return self.options["switch"] if self.kind is FusePV and self.phase == "lbfgs" else None
@@ -134,6 +145,7 @@ def _fuse(name: str, **options: Any) -> Configuration:
 
 SEARCHES = ("strong_wolfe", "approximate_wolfe", "armijo")
 _SEARCHED = {"uses_line_search": True}
+_SEARCH_SAID = {"line_search": "strong_wolfe", "uses_line_search": True}
 _PROMISED = {"uses_line_search": True, "deterministic": True}
 _AVERAGED = {"averaged": True, "full_batch": False}
 _FIXED = {"line_search": None, "lbfgs_lr": 0.1}
@@ -167,6 +179,11 @@ CONFIGURATIONS = [
     _pv("found_one_function", **_SEARCHED),
     _pv("promised", **_PROMISED),
     _pv("promised_at_once", 0, **_PROMISED),
+    _pv("promised_pairs", curvature="pairs", **_PROMISED),
+    _pv("found_pairs", curvature="pairs", **_SEARCHED),
+    _pv("dense_bfgs", dense_update="bfgs", **_PROMISED),
+    _pv("dense_unscaled", 0, self_scaling=False, **_PROMISED),
+    _pv("dense_on_batches", curvature="dense", deterministic=False, **_SEARCH_SAID),
     _pv("promised_reference", 0, backend="reference", **_PROMISED),
     _pv("promised_bf16", 0, history_dtype=BF16, **_PROMISED, dtypes=(F32,)),
     _pv("strong_wolfe", line_search="strong_wolfe", **_SEARCHED),

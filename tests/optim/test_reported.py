@@ -125,6 +125,10 @@ def test_frozen_parameters_leave_no_trace(config, dtype, layer):
         for p, q in zip(ours.others(layer), theirs.others(layer), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
         return
+    if config.dense:  # whose products are summed in an order that depends on it, too
+        for p, q in zip(ours.others(layer), theirs.others(layer), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+        return
     assert changed(bits(theirs.others(layer)), ours.others(layer)) == []
 
 

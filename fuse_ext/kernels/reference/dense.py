@@ -19,7 +19,7 @@ _SLOTS = 2
 def as_square(matrix: Tensor, numel: int) -> Tensor:
     """M [rows, rows], rows being ``numel`` rounded up to whole tiles, of its lower tiles."""
     rows = -(-numel // TILE)
-    i, j = torch.tril_indices(rows, rows, device=matrix.device)
+    i, j = torch.tril_indices(rows, rows, dtype=torch.int64, device=matrix.device)
     tiles = matrix.view(-1, TILE, TILE)
     square = matrix.new_zeros(rows, rows, TILE, TILE)
     square[j, i] = tiles.transpose(1, 2)
@@ -30,7 +30,7 @@ def as_square(matrix: Tensor, numel: int) -> Tensor:
 def as_tiles(square: Tensor) -> Tensor:
     """The inverse of :func:`as_square`."""
     rows = square.size(0) // TILE
-    i, j = torch.tril_indices(rows, rows, device=square.device)
+    i, j = torch.tril_indices(rows, rows, dtype=torch.int64, device=square.device)
     return square.view(rows, TILE, rows, TILE).permute(0, 2, 1, 3)[i, j].reshape(-1)
 
 
@@ -71,6 +71,7 @@ def dense_direction(
     lr_scale: Tensor | None,
     pair_step: float | None,
     curvature_tol: float,
+    taking_part: int,
     broyden: bool,
     self_scaling: bool,
 ) -> None:
@@ -140,7 +141,7 @@ def dense_direction(
                 put("pairs", 0.0)
                 w, result, y_h_y, s_b_s = gamma * y, gamma * x, sy, ss / gamma
             assert result is not None
-            tau, phi = broyden_update(s_b_s / sy, y_h_y / sy, numel, broyden, self_scaling)
+            tau, phi = broyden_update(s_b_s / sy, y_h_y / sy, taking_part, broyden, self_scaling)
             # H+ = H / tau + [s w] A [s w]'
             a = (
                 (1.0 + phi * y_h_y / sy / tau) / sy,

@@ -23,6 +23,7 @@ from fuse_ext.objective.progress import Progress
 from fuse_ext.objective.setbacks import COUNTERS, MOST_CUTS, SHORTEST_CUT, TALLIES, Setbacks
 from fuse_ext.objective.step_options import MAX_LINE_SEARCH_EVALUATIONS, StepOptions
 from fuse_ext.objective.trials import Trials
+from fuse_ext.objective.usual_step import UsualStep
 from fuse_ext.search.line_search import LineSearchResult
 from fuse_ext.search.noise import PRECISION_NAMES
 from fuse_ext.vector.flat import Closure, FlatParams
@@ -30,7 +31,7 @@ from fuse_ext.vector.flat import Closure, FlatParams
 # So many starts in a row that are not finite may be the fault of batches.
 BAD_BATCHES = 3
 # What an entry holds of it besides the history's tensors.
-ITERATION_NAMES = (*EVALUATION_NAMES, *COUNTERS, *TALLIES, *PRECISION_NAMES)
+ITERATION_NAMES = (*EVALUATION_NAMES, *COUNTERS, *TALLIES, *PRECISION_NAMES, *UsualStep.NAMES)
 
 
 class Iteration:
@@ -197,11 +198,11 @@ class Iteration:
     def _set_out(
         self, point: Point, options: StepOptions, origin: Tensor | None
     ) -> tuple[Header | None, bool]:
-        """The direction, and with ``origin`` the first trial too where it is lr.
+        """The direction, and with ``origin`` the first trial too where curvature is known.
 
         Returns:
             The direction's numbers, None where nothing descends; and whether the parameters are
-            at lr p now, in which case the slope is below -tolerance_change.
+            at it now, in which case the slope is below -tolerance_change.
         """
         if not point.part.params:
             return None, False
@@ -218,7 +219,7 @@ class Iteration:
                 self.entry["pair_step"],
                 options.curvature_tol,
                 origin,
-                options.lr,
+                self.trials.known_trial(options),
                 options.tolerance_change,
             )
             self.objective.drop_pair()

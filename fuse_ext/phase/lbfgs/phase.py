@@ -150,9 +150,9 @@ def overlap_step(
 
 def unscale(history: InverseHessian, group: ParamGroup) -> None:
     """On batches pairs do not scale what is before them, unless that was asked for."""
-    if isinstance(history, History) and not group["self_scaling"]:
-        if history.header().self_scaling:
-            history.stop_scaling()
+    unasked = not group["self_scaling"]
+    if unasked and isinstance(history, History) and history.header().self_scaling:
+        history.stop_scaling()
 
 
 def make_lbfgs(
