@@ -41,9 +41,9 @@ class BudgetSpentError(Exception):
     """The closure was called once too often."""
 
 
-def checkpoints(budget: int, count: int = 80) -> set[int]:
+def checkpoints(budget: int) -> set[int]:
     """Evaluations at which a run is judged: half of them by equal ratios, half by equal steps."""
-    half = count // 2
+    half = min(max(budget // 8, 5), 40)
     ratios = np.geomspace(min(10, budget), budget, half)
     return {round(at) for at in (*ratios, *np.linspace(budget / half, budget, half))}
 

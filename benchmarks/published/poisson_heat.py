@@ -1,11 +1,10 @@
-"""Poisson 2-D and heat 1-D as in "Kronecker-Factored Approximate Curvature for Physics-Informed
-Neural Networks" (Dangel, Mueller and Zeinhofer, arXiv 2405.15603).
+"""Poisson 2-D and heat 1-D, by which KFAC for PINNs was measured (arXiv 2405.15603).
 
-Settings of the rows there: u = 0 or the initial values on the boundary, 900 points inside and 120
-on it, drawn once, a loss of half the two mean squares, float64, torch's initialisation, and the
-absolute root mean square error at 9,000 points. Ours: the seeds, and for heat how the 120 points
-are shared out (half on the sides, half at t = 0).
-"""  # noqa: D205
+Settings of the rows there (Dangel, Mueller and Zeinhofer): the exact values on the boundary, 900
+points inside and 120 on it, drawn once, a loss of half the two mean squares, float64, torch's
+initialisation, and the absolute root mean square error at 9,000 points. Ours: the seeds, and for
+heat how the 120 points are shared out (half on the sides, half at t = 0).
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""Convection, reaction and wave as in "Challenges in Training PINNs: A Loss Landscape Perspective"
-(Rathore, Lei, Frangella, Lu and Udell, arXiv 2402.01868).
+"""Convection, reaction and wave, by which Adam with L-BFGS was judged (arXiv 2402.01868).
 
-Settings of the rows there: tanh layers with Glorot's normal initialisation, float32, 10,000 points
-drawn once from the inside of a grid of 257 x 101 (of t = 0 and the sides it has none), all 257
-points at t = 0 and all 101 on either side, mean squares without weights, and the relative l2 error
-on a grid of 129 x 101.
-"""  # noqa: D205
+Settings of the rows there (Rathore, Lei, Frangella, Lu and Udell): tanh layers with Glorot's normal
+initialisation, float32, 10,000 points drawn once from the inside of a grid of 257 x 101 (of t = 0
+and the sides it has none), all 257 points at t = 0 and all 101 on either side, mean squares without
+weights, and the relative l2 error on a grid of 129 x 101.
+"""
 
 from __future__ import annotations
 
