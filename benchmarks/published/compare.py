@@ -34,8 +34,11 @@ def shown(value: float | None) -> str:
     """A value for a table."""
     if value is None:
         return ""
-    small = math.isfinite(value) and value != round(value) and value < 0.01
-    return f"{value:.1e}" if small else number(value, 2)
+    if not math.isfinite(value):
+        return "never"
+    if value == round(value):
+        return f"{value:.0f}"
+    return f"{value:.1e}" if value < 0.01 else number(value, 2)
 
 
 def _last(run: Run, axis: str, limit: float) -> int | None:

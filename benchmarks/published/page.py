@@ -128,7 +128,7 @@ def _section(name: str, row: Row) -> str:
 
 def _range(row: Row, method: str) -> str:
     runs = row["methods"][method]
-    if row["measure"] == SOLVED:
+    if row["measure"] == SOLVED or len(runs) == 1:
         return str(len(runs))
     errors = [math.inf if run["error"][-1] is None else run["error"][-1] for run in runs]
     return f"{len(runs)}: {shown(min(errors))} to {shown(max(errors))}"

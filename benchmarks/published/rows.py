@@ -91,7 +91,7 @@ def _dangel(
         seeds=(1, 2, 3),
         budget=(10_000, 40) if deep else (20_000, 300),
         lr=1e-3,
-        adam_lr=3e-3 if deep else 1e-2,
+        adam_lr=1e-2,
         adam_steps=1000,
         **more,
     )
