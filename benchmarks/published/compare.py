@@ -80,6 +80,13 @@ def equal_time(row: Row) -> float:
     return min(whole or (spent(row, method, "cpu_seconds") for method in row["methods"]))
 
 
+def busy(row: Row) -> float:
+    """Wall time over processor time, of the worst run of a second or more; 1 on an idle machine."""
+    runs = [run for runs in row["methods"].values() for run in runs]
+    ratios = [run["seconds"][-1] / run["cpu_seconds"][-1] for run in runs if run["seconds"][-1] > 1]
+    return max(ratios, default=1.0)
+
+
 def reached(row: Row, method: str, aim: float) -> tuple[int, float] | None:
     """Evaluations and CPU seconds a run by which the row's measure came down to an aim."""
     ends = {at for run in row["methods"][method] for at in run["evaluations"]}
@@ -141,7 +148,18 @@ def sentences(row: Row) -> list[str]:
         said.append(
             f"The best that is published, {name}, is {shown(best)}: {verdict(row, ours[1], best)}."
         )
+        if row["measure"] == SOLVED and (left := unsolved(row, ours[0])):
+            said.append(f"{METHODS[ours[0]]} leaves {', '.join(left)}.")
     return said + aims(row)
+
+
+def unsolved(row: Row, method: str) -> list[str]:
+    """NIST's problems that a method leaves, with the start: Misra1a/1."""
+    return [
+        f"{run['case']}/{run['seed']}"
+        for run in row["methods"][method]
+        if run["error"][-1] is None or not run["error"][-1] <= DIGITS_WRONG
+    ]
 
 
 def aims(row: Row) -> list[str]:

@@ -16,6 +16,7 @@ from benchmarks.published import compare
 from benchmarks.published.compare import METHODS, Row, shown
 from benchmarks.published.rows import SOLVED
 
+BUSY = 1.2  # wall time over processor time that is worth a warning
 LINES = {
     "adam": (COLORS["other"], "-"),
     "adam_lbfgs": (COLORS["torch"], "-"),
@@ -112,6 +113,12 @@ def _section(name: str, row: Row) -> str:
     if row["adam_steps"]:
         steps = min(row["adam_steps"], row["budget"] // 3)
         adam += f", before L-BFGS {row['lr']:g}, by hand for {steps:,} steps"
+    warning = ""
+    if (times := compare.busy(row)) > BUSY:
+        warning = (
+            f" **Not an idle machine, distrust the seconds**: a run took {tables.number(times, 2)} "
+            "times its processor time."
+        )
     return "\n\n".join(
         [
             f"## {row['title']}",
@@ -120,7 +127,7 @@ def _section(name: str, row: Row) -> str:
             f"{', '.join(map(str, row['seeds']))}; {row['budget']:,} evaluations on one core. "
             f"{adam}.",
             tables.table(heads, [*theirs, *lines]),
-            " ".join(compare.sentences(row)),
+            " ".join(compare.sentences(row)) + warning,
             f"![{row['title']}]({name}.png)",
         ]
     )

@@ -20,7 +20,7 @@ CERES = "https://github.com/ceres-solver/ceres-solver"
 
 RMS = "root mean square error"
 RELATIVE = "relative l2 error"
-SOLVED = "of 54 runs, those without 4 digits of every parameter"
+SOLVED = "runs of 54 without 4 digits"
 
 
 @dataclass(frozen=True)
@@ -241,8 +241,8 @@ ALL = (
         measure=SOLVED,
         published={"Ceres Solver, BFGS or L-BFGS": 1},
         source=CERES,
-        their_settings="27 problems from 2 starts, float64; 53 of 54 to at least 4 digits; "
-        "budget and device are not noted",
+        their_settings="27 problems from 2 starts, float64; 53 of 54 to at least 4 digits of every "
+        "parameter; budget and device are not noted",
         our_settings="27 problems from 2 starts, float64, parameters in units of their start "
         "values and the sum of squares in units of that at the start; L-BFGS from the start, "
         "since Adam's steps of one size for all have no use here (Adam itself at 1e-2)",

@@ -177,12 +177,13 @@ def test_checkpoints_end_with_the_budget():
 # --- words ----------------------------------------------------------------------------------
 
 
-def a_run(error, seconds=(1.0, 2.0), evaluations=(50, 100), seed=1):
+def a_run(error, seconds=(1.0, 2.0), evaluations=(50, 100), seed=1, busy=1.0):
     return {
         "seed": seed,
         "case": "",
         "evaluations": list(evaluations),
         "cpu_seconds": list(seconds),
+        "seconds": [wall * busy for wall in seconds],
         "loss": [1e-3, 1e-4],
         "error": list(error),
         "parameters": 3,
@@ -238,6 +239,7 @@ def test_values_are_medians_and_counts():
     assert compare.value({**row, "measure": SOLVED}, "adam") == 2
     counted = a_row({"adam": runs, "dense": runs[1:2]}, measure=SOLVED, published={"c": 1})
     assert "ours is ahead by 2" in " ".join(compare.sentences(counted))
+    assert compare.unsolved(counted, "adam") == ["/0", "/2"]
     same = a_row({"adam": runs[1:2], "dense": runs[1:2]}, measure=SOLVED, published={"c": 1})
     assert compare.sentences(same)[0].endswith(": level.")
 
@@ -256,3 +258,7 @@ def test_the_page_is_made_of_the_document(tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "## A row" in text and "| published: best | 1.0e-03 |" in text
     assert (tmp_path / "a.png").exists() and "Not measured" not in text
+    assert "Not an idle machine" not in text
+    row["methods"]["adam"].append(a_run((1e-1, 1e-2), busy=1.5))
+    page.write({"machine": facts, "left_out": [], "rows": {"a": row}}, tmp_path)
+    assert "a run took 1.5 times its processor time" in (tmp_path / "README.md").read_text()
