@@ -113,10 +113,10 @@ def _section(name: str, row: Row) -> str:
     if row["adam_steps"]:
         steps = min(row["adam_steps"], row["budget"] // 3)
         adam += f", before L-BFGS {row['lr']:g}, by hand for {steps:,} steps"
-    warning = ""
+    words = compare.sentences(row)
     if (times := compare.busy(row)) > BUSY:
-        warning = (
-            f" **Not an idle machine, distrust the seconds**: a run took {tables.number(times, 2)} "
+        words.append(
+            f"**Not an idle machine, distrust the seconds**: a run took {tables.number(times, 2)} "
             "times its processor time."
         )
     return "\n\n".join(
@@ -127,7 +127,7 @@ def _section(name: str, row: Row) -> str:
             f"{', '.join(map(str, row['seeds']))}; {row['budget']:,} evaluations on one core. "
             f"{adam}.",
             tables.table(heads, [*theirs, *lines]),
-            " ".join(compare.sentences(row)) + warning,
+            *([" ".join(words)] if words else []),
             f"![{row['title']}]({name}.png)",
         ]
     )
