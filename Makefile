@@ -7,6 +7,7 @@ VENV ?= .venv
 TORCH ?= torch>=2.10
 PYTEST_ARGS ?=
 PAPER_ARGS ?=
+PUBLISHED_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -24,20 +25,21 @@ export FUSE_EXT_WERROR := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help build demo bench paper test lint format cpp-test sanitize gpu-check clean
+.PHONY: help build demo bench paper published test lint format cpp-test sanitize gpu-check clean
 
 help:
 	@echo 'make build     set up $(VENV) and build the extension into it; quick when nothing changed'
 	@echo 'make demo      train on real data, test functions and a PINN; pictures in examples/out'
 	@echo 'make bench     measure against torch on this machine; rewrites benchmarks/README.md (minutes)'
 	@echo 'make paper     reproduce the results of the paper; rewrites benchmarks/results/paper (an hour)'
+	@echo 'make published published results beside ours; rewrites benchmarks/results/published (a day)'
 	@echo 'make test      build, lint, the C++ tests and the Python tests'
 	@echo 'make lint      ruff, mypy and clang-format, changing nothing'
 	@echo 'make format    let ruff and clang-format rewrite the sources'
 	@echo 'make cpp-test  the C++ tests alone; make sanitize runs them under ASan and UBSan'
 	@echo 'make gpu-check on a machine with a GPU: CUDA tests, sanitizers, times; writes build/gpu-check.md'
 	@echo 'make clean     remove what was built; the environment stays'
-	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) PYTEST_ARGS=$(PYTEST_ARGS) PAPER_ARGS=$(PAPER_ARGS)'
+	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) PYTEST_ARGS=$(PYTEST_ARGS) PAPER_ARGS=$(PAPER_ARGS) PUBLISHED_ARGS=$(PUBLISHED_ARGS)'
 
 build: $(INSTALLED)
 
@@ -87,6 +89,10 @@ bench: build
 # Resumable: runs that are stored in build/paper-cells and still fit are not repeated.
 paper: build
 	$(BIN)/python -m benchmarks.paper $(PAPER_ARGS)
+
+# Likewise, in build/published-cells; PUBLISHED_ARGS='--rows poisson,heat --minutes 60' does a piece.
+published: build
+	$(BIN)/python -m benchmarks.published $(PUBLISHED_ARGS)
 
 test: build lint cpp-test
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

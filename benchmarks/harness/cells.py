@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import importlib
 import json
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -32,11 +33,18 @@ class Cell(NamedTuple):
         key: Of the result, and the name of its file: letters, digits, ``/``, ``.``, ``-``, ``_``.
         function: "package.module:name".
         options: Its keyword arguments, as JSON gives them back.
+        also: Modules that it imports by a name among its options, so that its own module's
+            fingerprint does not know of them.
     """
 
     key: str
     function: str
     options: dict[str, Any]
+    also: tuple[str, ...] = ()
+
+
+class TooLateError(Exception):
+    """A cell was not begun, since time was up."""
 
 
 class CellError(Exception):
@@ -72,6 +80,7 @@ def run(
     title: str,
     workers: int | Executor | None = 2,
     fresh: bool = False,
+    until: float = math.inf,
 ) -> dict[str, Any]:
     """The results of all cells by key, from ``folder`` where they are stored there and still fit.
 
@@ -84,6 +93,7 @@ def run(
         title: For the progress bar.
         workers: From :func:`pool`, for several calls, or so many of them for this one.
         fresh: Run all of them.
+        until: The ``time.time()`` after which none begins; what has not begun has no result.
 
     Raises:
         ValueError: Two cells have one key, or a key is no file's name.
@@ -91,19 +101,17 @@ def run(
     """
     cells = list(cells)
     _check_keys(cells)
-    results: dict[str, Any] = {}
-    for cell in cells:
-        stored = None if fresh else _stored(cell, folder)
-        if stored is not None:
-            results[cell.key] = stored["result"]
+    results = {} if fresh else results_of(cells, folder)
     todo = [cell for cell in cells if cell.key not in results]
     if not todo:
         return results
     failures: dict[str, BaseException] = {}
     with tqdm(total=len(cells), initial=len(results), desc=title, unit="cell", ncols=79) as bar:
-        for cell, outcome in _outcomes(todo, workers):
+        for cell, outcome in _outcomes(todo, workers, until):
             try:
                 results[cell.key] = _store(cell, folder, *outcome())
+            except TooLateError:
+                continue
             except Exception as error:
                 failures[cell.key] = error
                 tqdm.write(f"{cell.key} failed: {type(error).__name__}: {error}")
@@ -114,17 +122,17 @@ def run(
 
 
 def _outcomes(
-    cells: list[Cell], workers: int | Executor | None
+    cells: list[Cell], workers: int | Executor | None, until: float
 ) -> Iterator[tuple[Cell, Callable[[], tuple[Any, float]]]]:
     """Each cell when it is done, with a function that returns its result or raises its error."""
     if isinstance(workers, int):
         with pool(workers) or contextlib.nullcontext() as executor:
-            yield from _outcomes(cells, executor)
+            yield from _outcomes(cells, executor, until)
         return
     if workers is None:
-        yield from ((cell, partial(_call, cell)) for cell in cells)
+        yield from ((cell, partial(_call, cell, until)) for cell in cells)
         return
-    running = {workers.submit(_call, cell): cell for cell in cells}
+    running = {workers.submit(_call, cell, until): cell for cell in cells}
     try:
         for future in concurrent.futures.as_completed(running):
             yield running[future], future.result
@@ -135,7 +143,7 @@ def _outcomes(
 
 def _check_keys(cells: list[Cell]) -> None:
     seen = set()
-    for key, _, _ in cells:
+    for key in (cell.key for cell in cells):
         if key in seen:
             raise ValueError(f"two cells have the key {key!r}")
         seen.add(key)
@@ -145,7 +153,9 @@ def _check_keys(cells: list[Cell]) -> None:
             raise ValueError(f"key {key!r} is no file's name: use letters, digits, / . - _")
 
 
-def _call(cell: Cell) -> tuple[Any, float]:
+def _call(cell: Cell, until: float) -> tuple[Any, float]:
+    if time.time() > until:
+        raise TooLateError(cell.key)
     module, _, name = cell.function.partition(":")
     function = getattr(importlib.import_module(module), name)
     start = time.process_time()
@@ -159,7 +169,9 @@ def _conditions(cell: Cell) -> dict[str, Any]:
     return {
         "function": cell.function,
         "options": cell.options,
-        "fingerprint": fingerprint(cell.function.partition(":")[0]),
+        "fingerprint": "-".join(
+            fingerprint(module) for module in (cell.function.partition(":")[0], *cell.also)
+        ),
     }
 
 
@@ -183,6 +195,12 @@ def _store(cell: Cell, folder: Path, result: Any, seconds: float) -> Any:
     return json.loads(path.read_text())["result"]
 
 
+def results_of(cells: Iterable[Cell], folder: Path) -> dict[str, Any]:
+    """The results of those cells that are stored and still fit, by key."""
+    records = {cell.key: _stored(cell, folder) for cell in cells}
+    return {key: record["result"] for key, record in records.items() if record is not None}
+
+
 def seconds(cells: Iterable[Cell], folder: Path) -> float:
     """CPU seconds that the stored cells took."""
     records = [_stored(cell, folder) for cell in cells]
@@ -196,13 +214,20 @@ def seconds(cells: Iterable[Cell], folder: Path) -> float:
 def fingerprint(module: str) -> str:
     """A hash of what a cell of this module depends on.
 
-    Namely: the sources of fuse_ext and its kernels, of the module and of all that it imports from
-    this repository, and torch's version. Comments and layout of Python sources do not count.
+    Namely: the sources of the module and of all that it imports from this repository, those of all
+    of fuse_ext and its kernels if it imports any of it, and torch's version. Comments and layout of
+    Python sources do not count.
     """
     digest = hashlib.sha256(torch.__version__.encode())
-    for path in sorted({*(ROOT / "fuse_ext").rglob("*.py"), *_sources_of(module)}):
+    sources = _sources_of(module)
+    package = ROOT / "fuse_ext"
+    kernels: list[Path] = []
+    if any(package in path.parents for path in sources):
+        sources |= set(package.rglob("*.py"))
+        kernels = sorted((ROOT / "csrc").rglob("*"))
+    for path in sorted(sources):
         digest.update(ast.dump(ast.parse(path.read_text())).encode())
-    for path in sorted((ROOT / "csrc").rglob("*")):
+    for path in kernels:
         if path.suffix in (".cpp", ".h", ".inl", ".cu", ".cuh"):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -54,6 +54,29 @@ def test_cells_run_once_and_again_when_they_change(tmp_path, trace, monkeypatch)
     assert json.loads((tmp_path / "part/1.json").read_text())["fingerprint"] == "other"
 
 
+def test_cells_named_by_an_option_count(tmp_path, trace, monkeypatch):
+    path, calls = trace
+    cell = Cell("one", FUNCTION, {"path": path, "value": 1}, also=("low",))
+    prints = {"tests.project.test_cells": "a", "low": "b"}
+    monkeypatch.setattr(cells, "fingerprint", prints.__getitem__)
+    run([cell], tmp_path, "t", workers=0)
+    assert json.loads((tmp_path / "one.json").read_text())["fingerprint"] == "a-b"
+    assert cells.results_of([cell], tmp_path).keys() == {"one"}
+    prints["low"] = "c"
+    assert cells.results_of([cell], tmp_path) == {}
+    run([cell], tmp_path, "t", workers=0)
+    assert calls() == ["1", "1"]
+
+
+def test_nothing_begins_when_time_is_up(tmp_path, trace):
+    path, calls = trace
+    wanted = [Cell(f"c{i}", FUNCTION, {"path": path, "value": i}) for i in range(3)]
+    run(wanted[:1], tmp_path, "t", workers=0)
+    for workers in (0, 1):
+        assert run(wanted, tmp_path, "t", workers, until=0.0).keys() == {"c0"}
+    assert calls() == ["0"]
+
+
 def test_a_failing_cell_loses_no_other(tmp_path, trace):
     path, calls = trace
     good = [Cell(f"good{i}", FUNCTION, {"path": path, "value": i}) for i in range(2)]
@@ -79,22 +102,24 @@ def test_keys_are_files(tmp_path):
 def test_fingerprints_follow_imports_not_comments(tmp_path, monkeypatch):
     package = tmp_path / "benchmarks"
     (tmp_path / "fuse_ext").mkdir()
+    (tmp_path / "fuse_ext" / "__init__.py").touch()
     package.mkdir()
     sources = {
-        "top": "from benchmarks import middle\nimport math\n",
+        "top": "from benchmarks import middle\nimport math\nimport fuse_ext\n",
         "middle": "def f():\n    from benchmarks.low import g\n    return g\n",
         "low": "g = 1\n",
         "other": "h = 1\n",
+        "without": "import torch\n",
     }
     for name, source in sources.items():
         (package / f"{name}.py").write_text(source)
     monkeypatch.setattr(cells, "ROOT", tmp_path)
 
-    def now():
+    def now(module="benchmarks.top"):
         fingerprint.cache_clear()
-        return fingerprint("benchmarks.top")
+        return fingerprint(module)
 
-    before = now()
+    before, without = now(), now("benchmarks.without")
     (package / "low.py").write_text("# one\ng = 1\n")
     (package / "other.py").write_text("h = 2\n")
     assert now() == before
@@ -103,5 +128,5 @@ def test_fingerprints_follow_imports_not_comments(tmp_path, monkeypatch):
     (package / "low.py").write_text("g = 1\n")
     assert now() == before
     (tmp_path / "fuse_ext" / "adam.py").write_text("lr = 1\n")
-    assert now() != before
+    assert now() != before and now("benchmarks.without") == without
     fingerprint.cache_clear()
