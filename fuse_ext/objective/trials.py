@@ -109,7 +109,7 @@ class Trials:
                         self._history.move(origin, trial, save)
                     save = moved = False
                     self._shortest = min(self._shortest, trial)
-                    at = self.objective.evaluate(closure, options, True)
+                    at = self.attempt(closure, options, point, True)
                     self._entry["non_finite"] += not at.finite
                     here = trial
                     trial = search.tell(at.value if at.finite else math.inf, at.stats.slope)
@@ -136,6 +136,19 @@ class Trials:
         if self.objective.remembered and options.seen:
             self.objective.trust(result.step * -header.direction_dot_grad, point)
         return result, at, best
+
+    def attempt(
+        self, closure: Closure, options: StepOptions, start: Point, along_direction: bool
+    ) -> Point:
+        """A trial; of infinite loss where the closure raises what it is allowed to."""
+        try:
+            return self.objective.evaluate(closure, options, along_direction)
+        except options.trial_errors:
+            self._entry["func_evals"] += 1
+        for param in self._history.part.params:  # what is restored there will find a place
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+        return start._replace(value=math.inf, grads=[])
 
     def end(
         self, closure: Closure, options: StepOptions, point: Point, header: Header, step: float
