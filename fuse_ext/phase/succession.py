@@ -125,7 +125,10 @@ def grown(ground: Ground, phase: AnyPhase | None) -> AnyPhase | None:
     if entry["history"].shape[1] >= slots:
         return phase
     enlarge(entry, slots)
-    return ground.lbfgs(False)  # it scales itself already, or never will
+    larger = ground.lbfgs(False)  # it scales itself already, or never will
+    if isinstance(phase, LbfgsPhase):
+        larger.progress.warned = phase.progress.warned
+    return larger
 
 
 def settle(phase: AnyPhase | None, entry: dict[str, Any], log: dict[str, Any]) -> None:
