@@ -34,10 +34,13 @@ class Progress:
     line_search: str = "none"
     warned: bool = False
 
-    def stop_untrained(self) -> None:
-        """Notes that there was no gradient to train with; warns the first time."""
+    def stop_untrained(self, steps: int) -> None:
+        """Notes that there was no gradient to train with; warns where there never was any.
+
+        ``steps`` were taken before.
+        """
         self.reason = "no_gradient"
-        if not self.warned:
+        if not self.warned and not steps:
             self.warned = True
             warnings.warn(
                 "the closure has left no gradient, or nothing but 0, so that nothing is trained: "

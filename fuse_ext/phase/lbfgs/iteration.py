@@ -86,8 +86,8 @@ class Iteration:
             progress.reason = "gradient"
             # Sums of squares that are 0 are solved before the first iteration.
             trained = point.stats.abs_max > 0.0 or self.entry["n_iter"] > 0 or point.value == 0.0
-            if not (trained and point.part.params):
-                progress.stop_untrained()
+            if not (trained and point.part.params) and self.flat.numel:
+                progress.stop_untrained(self.entry["n_iter"])
         else:
             try:
                 self._iterations(closure, options, point)
