@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 from fuse_ext.objective.step_options import StepOptions
@@ -21,14 +22,33 @@ class Progress:
             "precision" (rounding or noise of the loss hides any further decrease), "line_search"
             (it found no step that lowers the loss), "no_descent" (the gradient is 0, or so small
             that its square is), "non_finite", "watch" (the step was given to finding out whether
-            the closure is the same function at every call), or "lr" (which is 0).
+            the closure is the same function at every call), "lr" (which is 0), or "no_gradient"
+            (there is none, or has been none but 0 though the loss is not: nothing was trained).
         step_length: Of the last step taken.
         line_search: Why the last search ended.
+        warned: Whether it has been said that there are no gradients.
     """
 
     reason: str = "not started"
     step_length: float = 0.0
     line_search: str = "none"
+    warned: bool = False
+
+    def stop_untrained(self, steps: int) -> None:
+        """Notes that there was no gradient to train with; warns where there never was any.
+
+        ``steps`` were taken before.
+        """
+        self.reason = "no_gradient"
+        if not self.warned and not steps:
+            self.warned = True
+            warnings.warn(
+                "the closure has left no gradient, or nothing but 0, so that nothing is trained: "
+                "it must zero the gradients, compute the loss and call loss.backward(), and "
+                "nothing may zero them after that",
+                RuntimeWarning,
+                stacklevel=6,  # about where step was called
+            )
 
     def ends_after(
         self,

@@ -37,6 +37,7 @@ class StepOptions:
         pairs_elsewhere: The caller completes the pairs.
         zero_freezes: A parameter with share 0 takes no part in a step, as if it had no gradient.
             False where something else moves it as well (Fuse).
+        trial_errors: What the closure may raise at a trial, whose loss is infinite then.
     """
 
     lr: float = 1.0
@@ -56,6 +57,7 @@ class StepOptions:
     same_batch_pairs: bool = True
     pairs_elsewhere: bool = False
     zero_freezes: bool = True
+    trial_errors: tuple[type[Exception], ...] = ()
 
     @cached_property
     def promised(self) -> StepOptions:
@@ -125,6 +127,7 @@ _SHARED = (
     "rtol",
     "curvature_tol",
     "deterministic",
+    "trial_errors",
 )
 _shared_values = itemgetter(*_SHARED)
 

@@ -28,6 +28,8 @@ CUT = 0.1
 # Two ends of a step fit each other where the loss differs by less than this share of the change
 # from what slopes say. Half is what a cubic with its turning point at the end has.
 MISFIT = 0.5
+# After so many of them in a row only every so manyth is a reason to look.
+BELIEVED_MISFITS = 8
 
 
 class Trials:
@@ -49,6 +51,7 @@ class Trials:
         self._searches: dict[tuple[str, int], LineSearch] = {}
         self._shortest = math.inf  # trial of the last search
         self._usual = UsualStep(entry)
+        self._misfits = 0  # trials in a row that did not fit their start
 
     @property
     def workspace_nbytes(self) -> int:
@@ -117,7 +120,7 @@ class Trials:
                         self._history.move(origin, trial, save)
                     save = moved = False
                     self._shortest = min(self._shortest, trial)
-                    at = self.objective.evaluate(closure, options, True)
+                    at = self.attempt(closure, options, point, True)
                     self._entry["non_finite"] += not at.finite
                     here = trial
                     trial = search.tell(at.value if at.finite else math.inf, at.stats.slope)
@@ -127,7 +130,7 @@ class Trials:
                     if trial is not None:
                         at.grads.clear()
                     remembered = self.objective.remembered
-                    if remembered and not self._fits(point, header, here, at):
+                    if remembered and self._doubts(point, header, here, at):
                         ended = trial is None and search.result.is_last
                         at = self._look_back(closure, options, here, at, ended)
             except BaseException:
@@ -147,6 +150,19 @@ class Trials:
             self.objective.trust(result.step * -header.direction_dot_grad, point)
         return result, at, best
 
+    def attempt(
+        self, closure: Closure, options: StepOptions, start: Point, along_direction: bool
+    ) -> Point:
+        """A trial; of infinite loss where the closure raises what it is allowed to."""
+        try:
+            return self.objective.evaluate(closure, options, along_direction)
+        except options.trial_errors:
+            self._entry["func_evals"] += 1
+        for param in self._history.part.params:  # what is restored there will find a place
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+        return start._replace(value=math.inf, grads=[])
+
     def end(
         self, closure: Closure, options: StepOptions, point: Point, header: Header, step: float
     ) -> Point:
@@ -160,9 +176,21 @@ class Trials:
         at = self.objective.evaluate(closure, options, True)
         if at.part.absent != self._history.part.absent:  # these are not all the gradients
             return self.objective.look(closure, options, False)
-        if at.loss is None or self._fits(point, header, step, at):
+        if at.loss is None or not self._doubts(point, header, step, at):
             return at
         return self._look_back(closure, options, step, at, True)
+
+    def _doubts(self, point: Point, header: Header, step: float, at: Point) -> bool:
+        """Whether to evaluate the start again, since a trial does not fit it.
+
+        Where trials never do, though it is the same function again and again, gradients are not
+        those of the loss (clipped inside the closure, say): then only now and then.
+        """
+        if self._fits(point, header, step, at):
+            self._misfits = 0
+            return False
+        self._misfits += 1
+        return self._misfits <= BELIEVED_MISFITS or self._misfits % BELIEVED_MISFITS == 0
 
     def _fits(self, point: Point, header: Header, step: float, at: Point) -> bool:
         """Whether a trial can be of the function that was remembered where the step began.

@@ -130,6 +130,8 @@ class FlatOptimizer(Optimizer, ABC):
         """As in torch."""
         self._settle()
         saved = super().state_dict()
+        for group in saved["param_groups"]:  # classes are no data: torch.load would refuse them
+            group.pop("trial_errors", None)
         kinds = {param.is_complex() for param in self.flat.params}
         if len(kinds) > 1:  # torch.save takes no storage that is seen in two dtypes
             saved["state"] = _map_tensors(saved["state"], _own_if_complex)

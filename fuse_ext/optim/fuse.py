@@ -91,6 +91,7 @@ class Fuse(FlatOptimizer):
             "approximate_wolfe".
         deterministic: Promise that the closure is the same function at every call: the pair is
             then completed by the next step's evaluation, unless parameters were moved in between.
+        trial_errors: As in :class:`~fuse_ext.LBFGS`.
         same_batch_pairs: Otherwise, with a closure, evaluate it once more after the step, so that
             no pair mixes two batches.
         betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root, maximize,
@@ -127,6 +128,7 @@ class Fuse(FlatOptimizer):
         line_search: str | None = None,
         curvature_tol: float | None = None,
         deterministic: bool = False,
+        trial_errors: tuple[type[Exception], ...] = (),
         same_batch_pairs: bool = True,
         backend: str = "auto",
     ) -> None:

@@ -95,6 +95,7 @@ class FusePV(FlatOptimizer):
             gives the same loss and gradient again; with a line search a step's start is held
             against the last one's end. If they agree all is as if promised. If they do not, time
             and again, Adam takes over where nothing was said of searches, and averages after it.
+        trial_errors: As in :class:`~fuse_ext.LBFGS`.
         pairs: How curvature pairs are made, so that none mixes two batches.
 
             - "averaged": of two successive means over 10 batches each, with a step on the
@@ -167,6 +168,7 @@ class FusePV(FlatOptimizer):
         curvature: str = AUTO,
         dense_update: str = "broyden",
         deterministic: bool | None = None,
+        trial_errors: tuple[type[Exception], ...] = (),
         pairs: str = AUTO,
         step_cap: float = 7.0,
         check_finite: bool = True,

@@ -70,6 +70,10 @@ class LBFGS(FlatOptimizer):
             unless parameters or gradients were touched in between (``p.data.add_(1)`` goes
             unseen). Where the loss can fall no further it evaluates once, to see whether that is
             still so.
+        trial_errors: Exception classes that the closure may raise at a trial of a line search,
+            which then counts as one of infinite loss (GPyTorch's NanError, torch.linalg.LinAlgError
+            of a failed Cholesky). At the start of a step they are raised as any other. As classes
+            are no data, a checkpoint does not say it.
         capturable: The step reads nothing from the device, which decides instead, so that a CUDA
             graph can repeat it. Needs ``line_search_fn=None``, ``max_iter=1`` and ``rtol=0``, and
             an ``lr`` that is a tensor is one for all groups. Parameters must not be moved between
@@ -107,6 +111,7 @@ class LBFGS(FlatOptimizer):
         curvature_tol: float = 1e-8,
         self_scaling: bool = False,
         deterministic: bool = False,
+        trial_errors: tuple[type[Exception], ...] = (),
         capturable: bool = False,
         backend: str = "auto",
     ) -> None:

@@ -50,7 +50,7 @@ class Option:
         check: Raises for a value out of range; None where any value has a meaning. What it
             returns, if anything, takes the value's place.
         shared: Whether all groups must agree.
-        of_process: Whether it says how this process runs: a checkpoint's value does not count.
+        of_process: Whether it says how this process runs: a checkpoint does not say it.
         state: Whether it is no option but state that is saved with the groups.
     """
 
@@ -114,6 +114,16 @@ def _line_search_or_auto(name: str, value: Any) -> None:
         check_line_search(name, value)
 
 
+def _errors(name: str, value: Any) -> tuple[type[BaseException], ...] | None:
+    """One class or several, always as a tuple."""
+    classes = (value,) if isinstance(value, type) else value
+    if not isinstance(classes, (tuple, list)) or not all(
+        isinstance(error, type) and issubclass(error, Exception) for error in classes
+    ):
+        raise TypeError(f"{name} must be a tuple of exception classes, got {value!r}")
+    return tuple(classes)
+
+
 def _phase(name: str, value: Any) -> None:
     if value not in (ADAM, LBFGS):
         raise ValueError(f"phase must be {ADAM!r} or {LBFGS!r}, got {value!r}")
@@ -162,6 +172,7 @@ _OPTIONS = (
     Option("self_scaling", "True, False or None", _SECOND, _yes_no_or_none, shared=True),
     Option("curvature", _any_of(CURVATURES), _SECOND, _one_of(*CURVATURES), shared=True),
     Option("dense_update", '"broyden" or "bfgs"', _SECOND, _one_of(BROYDEN, BFGS), shared=True),
+    Option("trial_errors", "a tuple of exception classes", _SECOND, _errors, True, True),
     Option("same_batch_pairs", "a bool", _SECOND, shared=True),
     Option("step_cap", "a number >= 0", _SECOND, _at_least(0.0), shared=True),
     Option("check_finite", "a bool", _FIRST, shared=True),
@@ -300,7 +311,8 @@ ADAM_TABLE = Table(
 )
 LBFGS_TABLE = Table(
     "lr max_iter max_eval tolerance_grad tolerance_change rtol history_size line_search_fn "
-    "maximize weight_decay history_dtype curvature_tol self_scaling deterministic capturable",
+    "maximize weight_decay history_dtype curvature_tol self_scaling deterministic trial_errors "
+    "capturable",
     required="lr history_size",
     rules=(
         Rule(
@@ -317,7 +329,8 @@ LBFGS_TABLE = Table(
 FUSE_TABLE = Table(
     "lr betas eps weight_decay amsgrad maximize differentiable decoupled_weight_decay "
     "eps_inside_root lbfgs_lr history_size history_dtype line_search max_iter max_eval "
-    "tolerance_grad tolerance_change rtol curvature_tol deterministic same_batch_pairs",
+    "tolerance_grad tolerance_change rtol curvature_tol deterministic trial_errors "
+    "same_batch_pairs",
     required="lr betas history_size",
     rules=(
         Rule(
@@ -331,7 +344,8 @@ FUSE_PV_TABLE = Table(
     "lr betas eps weight_decay amsgrad maximize differentiable decoupled_weight_decay "
     "eps_inside_root moment_dtype lbfgs_lr history_size history_dtype line_search max_iter "
     "max_eval tolerance_grad tolerance_change rtol curvature_tol self_scaling curvature "
-    "dense_update deterministic pairs step_cap check_finite capturable phase lr_at_switch",
+    "dense_update deterministic trial_errors pairs step_cap check_finite capturable phase "
+    "lr_at_switch",
     required="lr betas",
     rules=(
         Rule(

@@ -260,7 +260,7 @@ class AveragesPhase:
             options = replace(options, weight_decay=coupled)
         part, grads = flat.gradients(options.freezing)
         if not part.params:
-            self.progress.reason = "gradient"
+            self.progress.stop_untrained(entry["n_iter"])
             return
         grad = effective_gradient(flat, self._ops, options, part, grads, self._scratch)
         if not math.isfinite(measures.dot(grad, grad)):
@@ -279,6 +279,8 @@ class AveragesPhase:
         header = self._direction(options)
         if header is None:
             self.progress.reason = "no_descent"
+            if norm == 0.0 and not entry["averaged_steps"]:  # nor has Adam met any other
+                self.progress.stop_untrained(0)
             self._put_back(part, kept)
             return
         self._blocks.add_gradient(grad, norm)

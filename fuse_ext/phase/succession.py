@@ -137,17 +137,21 @@ def grown(ground: Ground, phase: AnyPhase | None) -> AnyPhase | None:
     slots = group["history_size"] + 1
     if takes_matrix({**group, "deterministic": True}, ground.flat):
         assert isinstance(phase, LbfgsPhase)
-        ring = phase.history
+        ring, warned = phase.history, phase.progress.warned
         if isinstance(ring, History):
             drop_ring(entry)
             phase = ground.lbfgs(one_function=True)
             assert isinstance(phase.history, DenseMatrix)
             phase.history.take_over(ring)
+            phase.progress.warned = warned
         return phase
     if entry["history"].shape[1] >= slots:
         return phase
     enlarge(entry, slots)
-    return ground.lbfgs()  # it scales itself already, or never will
+    larger = ground.lbfgs()  # it scales itself already, or never will
+    if isinstance(phase, LbfgsPhase):
+        larger.progress.warned = phase.progress.warned
+    return larger
 
 
 def settle(phase: AnyPhase | None, entry: dict[str, Any], log: dict[str, Any]) -> None:

@@ -41,6 +41,7 @@ def test_what_never_has_a_gradient_keeps_its_bits(config, dtype, layer, decouple
 
 @pytest.mark.parametrize("decoupled", (False, True))
 @each(dtypes=(F32, BF16))
+@pytest.mark.filterwarnings("ignore:the closure has left no gradient")
 def test_without_any_gradient_nothing_moves(config, dtype, decoupled):
     """Reported: a step in which no parameter has a gradient decays and moves all of them.
 

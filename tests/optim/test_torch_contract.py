@@ -273,6 +273,7 @@ def test_an_infinite_tolerance_stops_a_step_at_once(name: str, backend: str) -> 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", LBFGS_ALONE)
+@pytest.mark.filterwarnings("ignore:the closure has left no gradient")
 def test_minus_infinity_is_never(name: str, backend: str) -> None:
     never, zero = Problem(), Problem()
     for problem, value in ((never, -math.inf), (zero, 0.0)):

@@ -51,7 +51,7 @@ def adam_excursion(
     try:
         while objective.has_budget:
             adam.step(groups)
-            here = objective.evaluate(closure, options, False)
+            here = iteration.trials.attempt(closure, options, point, False)
             if not here.finite or here.part.absent != point.part.absent:
                 break
             if here.value < least.value:

@@ -85,6 +85,10 @@ class Iteration:
             progress.reason = "lr"
         elif point.stats.abs_max <= options.tolerance_grad:
             progress.reason = "gradient"
+            # Sums of squares that are 0 are solved before the first iteration.
+            trained = point.stats.abs_max > 0.0 or self.entry["n_iter"] > 0 or point.value == 0.0
+            if not (trained and point.part.params) and self.flat.numel:
+                progress.stop_untrained(self.entry["n_iter"])
         else:
             try:
                 self._iterations(closure, options, point)
@@ -109,9 +113,8 @@ class Iteration:
                 self.progress.reason = "max_eval"
                 break
             self.progress.reason = "max_iter"
-            before = here
-            assert before is not None
-            here = self._iterate(closure, options, before, iteration)
+            assert here is not None
+            before, here = here, self._iterate(closure, options, here, iteration)
             self.objective.remembered = False
             if here is None:
                 break
@@ -233,8 +236,7 @@ class Iteration:
         """Completes the pair in waiting with the gradient at ``point``, of the same batch."""
         if self.entry["pair_step"] is None:
             return
-        part = self.history.part
-        if point.part.absent == part.absent:
+        if point.part.absent == (part := self.history.part).absent:
             self.history.update(
                 point.grads,
                 part.pick(options.weight_decay),
