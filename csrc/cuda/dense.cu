@@ -286,7 +286,8 @@ __global__ void __launch_bounds__(kThreads, 4) dense_finish_kernel(const Iterati
       known[i] = product;
     }
     if (i >= a.numel) continue;
-    const double share = a.lr_scale == nullptr ? 1.0 : static_cast<double>(a.lr_scale[i]);
+    const double share =
+        a.lr_scale == nullptr ? 1.0 : static_cast<double>(load_global<T>(a.lr_scale + i));
     const T rounded = static_cast<T>(-share * product);
     a.direction[i] = rounded;
     a.grad_prev[i] = a.grad[i];

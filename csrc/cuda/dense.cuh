@@ -104,12 +104,19 @@ __device__ __forceinline__ int row_of_lane() { return lane_of_thread() / 4; }
 __device__ __forceinline__ int column_of_lane() { return lane_of_thread() % 4 * 2; }
 
 __device__ __forceinline__ void load_two(const double* from, bool aligned, double (&out)[2]) {
-  if (aligned) return load_elements<2>(DType::f64, from, out);
-  out[0] = from[0], out[1] = from[1];
+  if (aligned) {
+    const double2 both = load_global<double2>(from);
+    out[0] = both.x, out[1] = both.y;
+  } else {
+    out[0] = from[0], out[1] = from[1];
+  }
 }
-__device__ __forceinline__ void store_two(double* to, bool aligned, double (&values)[2]) {
-  if (aligned) return store_elements<2, false>(DType::f64, to, values);
-  to[0] = values[0], to[1] = values[1];
+__device__ __forceinline__ void store_two(double* to, bool aligned, const double (&values)[2]) {
+  if (aligned) {
+    store_global(to, make_double2(values[0], values[1]));
+  } else {
+    to[0] = values[0], to[1] = values[1];
+  }
 }
 
 // The block's sums of four values, in sums[0] to sums[3]; called once.
