@@ -1,7 +1,6 @@
 // One iteration with a dense inverse Hessian (broyden.h), in four kernels:
 //
-//   dense_product  reads the tiles once, for M g; and takes the dots of g with the terms' vectors,
-//                  and those of the pair
+//   dense_product  reads the tiles once, for M g; takes the dots of g and the terms, of the pair
 //   dense_join     adds up H g and w = H y; its last block runs the formula
 //   dense_finish   H+ g, the direction, the previous gradient and the new term's vectors
 //   dense_take_in  the matrix takes its terms in, or becomes the identity; mostly ends at once
@@ -9,7 +8,7 @@
 // What only the device knows (whether the pair fits, whether H begins anew, whether there is room
 // for one more term) the kernels read in the matrix's scalars and hand on in a Plan; the scalars
 // change when all blocks of dense_join have read them, and not again. For d parameters the tiles
-// are 4 d^2 bytes, and what dense_product leaves for dense_join another sixteenth of it, twice.
+// are 4 d^2 bytes, and what dense_product leaves for dense_join is d^2 / 8, written and read once.
 #include "dense.cuh"
 
 namespace fuse_ext::cuda {
@@ -176,6 +175,7 @@ template <class T>
 __device__ __forceinline__ void decide(const Iteration<T>& a) {
   Plan& plan = *a.plan;
   plan.begins = 0, plan.taken_in = 0, plan.term = -1;
+  plan.gamma = plan.tau = 1.0, plan.of_s = plan.of_w = 0.0;
   if (a.pair.offered) {
     a.head[kPairCosine] = plan.sy / (sqrt(plan.ss) * sqrt(plan.yy));
     a.head[kYDotY] = plan.yy;
