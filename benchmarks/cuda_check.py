@@ -24,6 +24,8 @@ from torch import Tensor
 
 import fuse_ext
 from benchmarks import cuda_model
+from fuse_ext.curvature.dense import terms_apart
+from fuse_ext.kernels import ops, scalars
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda"]
@@ -33,6 +35,8 @@ SANITIZED_TESTS = "awkward_tensors or waits_for or wait_for"
 DEVICE = torch.device("cuda")
 # Parameters, and the tensors they are spread over.
 CASES = ((10_000_000, 1), (10_000_000, 300), (100_000_000, 1), (10_000, 8))
+# Parameters of dense matrices.
+MATRICES = (300, 2_000, 16_000)
 COPIED = 1 << 28  # float32 elements
 
 
@@ -146,6 +150,40 @@ def lbfgs_times(numel: int, tensors: int, pairs: int, repeats: int) -> dict[str,
     }
 
 
+def matrix_time(numel: int, repeats: int) -> float:
+    """dense_direction on a quadratic, with the two products of vectors around it."""
+    x = torch.randn(numel, device=DEVICE)
+    grad, curvatures = torch.empty_like(x), torch.linspace(1, 100, numel, device=DEVICE)
+    grad_prev, direction = torch.zeros_like(x), torch.zeros_like(x)
+    tile, room = scalars.TILE, terms_apart(numel)
+    double: dict[str, Any] = {"dtype": torch.float64, "device": DEVICE}
+    matrix = torch.zeros(scalars.matrix_size(numel), **double)
+    vectors = torch.zeros(2 * room + 1, tile * (-(-numel // tile) | 1), **double)
+    numbers = torch.zeros(scalars.matrix_place("header") + scalars.TERM_SIZE * room, **double)
+    header = scalars.new_scalars(2, DEVICE)
+    kernels = ops.select("native", DEVICE)
+
+    def iterate() -> None:
+        x.add_(direction)
+        torch.mul(curvatures, x, out=grad)
+        kernels.dense_direction(
+            grad,
+            grad_prev,
+            direction,
+            matrix,
+            vectors,
+            numbers,
+            header,
+            lr_scale=None,
+            pair_step=1.0,
+            curvature_tol=1e-8,
+            broyden=True,
+            self_scaling=True,
+        )
+
+    return milliseconds(iterate, repeats)
+
+
 def benchmark(quick: bool) -> str:
     repeats = 5 if quick else 30
     bandwidth = copy_bandwidth(repeats)
@@ -169,6 +207,10 @@ def benchmark(quick: bool) -> str:
             share = moved.get(who.replace("ours", step), 0) * numel / (1e-3 * ms) / bandwidth
             cell = f"{share:.0%}" if share else ""
             lines.append(f"| {numel:,} | {tensors} | {step}, {who} | {ms:.3f} | {cell} |")
+    for numel in MATRICES:
+        ms = matrix_time(numel, repeats)
+        share = cuda_model.matrix_bytes(numel) / (1e-3 * ms) / bandwidth
+        lines.append(f"| {numel:,} | 1 | dense matrix | {ms:.3f} | {share:.0%} |")
     return "\n".join(lines)
 
 

@@ -71,6 +71,15 @@ def lbfgs(pairs: int, rows: str = "float32", capturable: bool = True) -> Cost:
     return Cost(4 + update + direction + move, 5, 2)
 
 
+def matrix_bytes(numel: int) -> float:
+    """Of an iteration with a dense matrix that takes no terms in; its vectors are left out.
+
+    The lower triangle in float64, and what the blocks leave of their products: a number for every
+    64 of the square, written and read.
+    """
+    return (4 + 2 * 8 / 64) * numel**2
+
+
 class _Counter(TorchDispatchMode):
     """Counts ops, reads of scalars and bytes of vectors as long as the parameters."""
 

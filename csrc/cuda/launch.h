@@ -1,11 +1,12 @@
 // The CUDA launchers as plain C++: raw device pointers, sizes, the stream as void*.
 //
 // Neither torch's headers nor CUDA's are needed to include this, so that the kernels compile
-// without the former and their callers without the latter. Every launcher puts exactly one kernel
-// on the stream and returns at once; the caller checks for launch errors.
+// without the former and their callers without the latter. Every launcher puts one kernel on the
+// stream (launch_dense_direction: four) and returns at once; the caller checks for launch errors.
 #pragma once
 
 #include "../adam.h"
+#include "../broyden.h"
 #include "../fixed_step.h"
 #include "../row.h"
 #include "../segments.h"
@@ -94,6 +95,28 @@ void launch_lbfgs_move(const Segments& segments, DType dtype, void* origin, cons
 
 void launch_fuse_blend(const Segments& segments, DType dtype, const void* origin, const Ring& ring,
                        double theta, double step, Workspace workspace, void* stream);
+
+// What dense_direction works on (broyden.h), in device memory. Only the kernels read its numbers.
+struct Dense {
+  DType dtype;                  // of the first four
+  const void *grad, *lr_scale;  // lr_scale may be null
+  void *grad_prev, *direction;
+  double *matrix, *vectors, *numbers, *head;
+  std::int64_t numel, stride, most_terms;
+};
+
+// A pair s = step direction, y = grad - grad_prev.
+struct DensePair {
+  bool offered;
+  double step, curvature_tol;
+};
+
+// Doubles of `memory` below.
+std::int64_t dense_memory_size(std::int64_t numel, bool offers_pair);
+
+// `memory` is scratch; the workspace is for three sums.
+void launch_dense_direction(const Dense& of, const DensePair& pair, const Formula& formula,
+                            double* memory, Workspace workspace, void* stream);
 
 void launch_grad_gather(const Segments& segments, DType dtype, void* flat, void* stream);
 void launch_grad_scatter(const Segments& segments, DType dtype, const void* flat, void* stream);

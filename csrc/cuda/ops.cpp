@@ -1,4 +1,4 @@
-// The ops for CUDA tensors: checks, one launch each, version counters. Nothing here waits for the
+// The ops for CUDA tensors: checks, launches, version counters. Nothing here waits for the
 // device: what only its memory says (the ring's position, GradScaler's verdict) the kernels read.
 #include <algorithm>
 #include <limits>
@@ -297,6 +297,30 @@ void lbfgs_set_out(at::TensorList params, at::TensorList grads, at::IntArrayRef 
   lbfgs_move(params, offsets, origin, history, scalars, step, true, history_scale, std::nullopt);
 }
 
+void dense_direction(const at::Tensor& grad, at::Tensor grad_prev, at::Tensor direction,
+                     at::Tensor matrix, at::Tensor vectors, at::Tensor matrix_scalars,
+                     at::Tensor scalars, const std::optional<at::Tensor>& lr_scale,
+                     std::optional<double> pair_step, double curvature_tol, bool broyden,
+                     bool self_scaling) {
+  const DenseArguments of(grad, grad_prev, direction, matrix, vectors, matrix_scalars, scalars,
+                          lr_scale, Reader::kernels);
+  const DeviceCall call(grad.device());
+  const DensePair pair{pair_step.has_value(), pair_step.value_or(0.0), curvature_tol};
+  // Given back as soon as the kernels are launched: in stream order nobody has it before they end.
+  const at::Tensor memory =
+      at::empty({dense_memory_size(of.numel, pair.offered)}, matrix.options());
+  launch_dense_direction(
+      {kernel_dtype(of.dtype), grad.const_data_ptr(),
+       lr_scale ? lr_scale->const_data_ptr() : nullptr, grad_prev.data_ptr(), direction.data_ptr(),
+       of.matrix, of.vectors, of.numbers, of.head, of.numel, of.stride, of.most_terms},
+      pair, {broyden, self_scaling}, memory.data_ptr<double>(), call.workspace(3), call.stream());
+  call.check_launch();
+  for (const at::Tensor& changed :
+       {grad_prev, direction, matrix, vectors, matrix_scalars, scalars}) {
+    bump_version(changed);
+  }
+}
+
 void fuse_blend(at::TensorList params, at::IntArrayRef offsets, at::Tensor origin,
                 at::Tensor history, at::Tensor scalars, double theta, double step,
                 const std::optional<at::Tensor>& history_scale) {
@@ -347,6 +371,7 @@ void register_ops(torch::Library& m) {
   m.impl("lbfgs_direction", &lbfgs_direction);
   m.impl("lbfgs_set_out", &lbfgs_set_out);
   m.impl("lbfgs_move", &lbfgs_move);
+  m.impl("dense_direction", &dense_direction);
   m.impl("fuse_blend", &fuse_blend);
   m.impl("grad_gather", &grad_gather);
   m.impl("grad_scatter", &grad_scatter);

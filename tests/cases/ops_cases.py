@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from dense_cases import dense_arguments
 from torch import Tensor
 
 from fuse_ext.kernels import fixed_step, ops
@@ -460,6 +461,15 @@ def copy_arguments(tensors: Tensors, flat: Tensor) -> dict[str, Any]:
     }
 
 
+def dense_op(numel: int, awkward: bool) -> dict[str, Any]:
+    """Arguments of dense_direction, at a pair with which M takes its terms in."""
+    more = {"known": False, "shares": True, "broyden": False} if awkward else {}
+    arguments = dense_arguments(numel, held=2, room=3, **more)
+    for tensor in tensors_of(arguments).values():
+        tensor.nan_to_num_(0.0)  # see every_op
+    return arguments
+
+
 def every_op(
     awkward: bool, int8: bool = False, decided: bool = False, narrow: bool = False
 ) -> dict[str, dict[str, Any]]:
@@ -548,6 +558,7 @@ def every_op(
             tensors, history, point["origin"], decay, lr_scale, awkward
         ),
         "lbfgs_move": move_arguments(tensors, history, point["origin"], 0.5, awkward),
+        "dense_direction": dense_op(numel, awkward),
         "fuse_blend": point | {"theta": 0.25, "step": 0.5},
         "grad_gather": copy_arguments(tensors, torch.zeros(numel)),
         "grad_scatter": copy_arguments(tensors, torch.randn(numel)),

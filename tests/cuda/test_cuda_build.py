@@ -78,6 +78,9 @@ WIDE = {
     "blend<float>": (3, 2),
     "copy<float, yes>": (1, 1),
     "copy<float, no>": (1, 1),
+    # Eight tiles at a time; the terms' vectors s and w, and the tiles.
+    "dense_product<float>": (8, 0),
+    "dense_take_in<float>": (24, 8),
 }
 
 

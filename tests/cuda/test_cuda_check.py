@@ -22,10 +22,12 @@ def test_the_benchmark_runs_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_check, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(cuda_check, "COPIED", 100)
     monkeypatch.setattr(cuda_check, "CASES", ((90, 3),))
+    monkeypatch.setattr(cuda_check, "MATRICES", (70,))
     # torch's fused Adam, as on a GPU, wants float tensors of one device; the CPU has it too.
     text = cuda_check.benchmark(quick=True)
-    assert len(calls) == 1 + 5 + 5
+    assert len(calls) == 1 + 5 + 5 + 1
     assert text.count("| 90 | 3 |") == 10
+    assert text.count("| 70 | 1 | dense matrix |") == 1
 
 
 def test_the_model_counts_what_torch_does() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_cases import dense_arguments, inverse_hessian, new_arguments, quadratic
 from ops_cases import (
     BF16,
     DTYPES,
@@ -112,6 +113,7 @@ def cases(numel: int, dtype: torch.dtype, row: torch.dtype) -> dict[str, dict[st
         "lbfgs_direction": direction_arguments(tensors, made, decay, scale),
         "lbfgs_set_out": set_out_arguments(tensors, made, origin, decay, scale),
         "lbfgs_move": point | {"step": 0.5, "save": True},
+        "dense_direction": dense_arguments(min(numel, 1003), state, held=2, room=3, shares=True),
         "fuse_blend": point | {"theta": 0.3, "step": 0.5},
     }
 
@@ -150,6 +152,44 @@ def test_the_comparisons_themselves() -> None:
     for decided in (False, True):
         for name, arguments in every_op(True, decided=decided).items():
             compare(name, arguments, CPU)
+
+
+def check_run(device: torch.device, numel: int, dtype: torch.dtype, iterations: int) -> None:
+    """A quadratic with a matrix: each iteration as on the CPU, and H positive definite."""
+    curvature, x = quadratic(numel, 1000.0)
+    start = float((curvature @ x).norm())
+    arguments = new_arguments(numel, dtype, room=4)
+    arguments["matrix"].zero_()  # compared whole, also before it is read
+    arguments["vectors"].zero_()
+    for iteration in range(iterations):
+        arguments["grad"].copy_(curvature @ x)
+        compare("dense_direction", arguments, device)
+        mine = moved(arguments, device)
+        NATIVE.dense_direction(**mine)
+        arguments = moved(mine, CPU)
+        arguments["pair_step"] = 1.0 if iteration else 1e-3
+        x += arguments["pair_step"] * arguments["direction"].double()
+    assert float((curvature @ x).norm()) < 0.1 * start
+    torch.linalg.cholesky(inverse_hessian(arguments))
+
+
+@cuda_only
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("numel", [65, 257, 1000])
+def test_a_run_with_a_matrix(numel: int, dtype: torch.dtype) -> None:
+    check_run(CUDA, numel, dtype, 40)
+
+
+@cuda_only
+@pytest.mark.parametrize("held", [3, 31])
+def test_a_large_matrix(held: int) -> None:
+    for known in (True, False):
+        arguments = dense_arguments(5003, F32, held=held, room=32, known=known)
+        compare("dense_direction", arguments, CUDA)
+
+
+def test_a_run_with_a_matrix_itself() -> None:
+    check_run(CPU, 65, F32, 40)
 
 
 @contextmanager

@@ -75,8 +75,9 @@ def test_the_schedules_differ(fault: str) -> None:
 @pytest.mark.parametrize("variant", ["asan", "tsan"])
 def test_our_kernels_are_clean(variant: str) -> None:
     library.build(variant)
+    tests = ["test_cuda_sim.py", "test_cuda_sim_dense.py"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_cuda_sim.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests],
         cwd=library.HERE.parent,
         env=library.sanitized_environment(variant),
         capture_output=True,

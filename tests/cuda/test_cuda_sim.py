@@ -1,15 +1,14 @@
 """The CUDA kernels, their launchers and their torch glue, executed on the CPU.
 
 The very sources of csrc/cuda run in the host execution model of cuda_sim, in three schedules,
-under the checks that the CPU kernels pass too. test_cuda_sanitizers.py runs this file again under
-AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer.
+under the checks that the CPU kernels pass too. test_cuda_sanitizers.py runs this file and
+test_cuda_sim_dense.py again under AddressSanitizer, UndefinedBehaviorSanitizer and
+ThreadSanitizer.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -52,8 +51,7 @@ from fuse_ext.kernels import scalars as ring
 
 pytestmark = pytest.mark.skipif(bool(library.why_not()), reason=library.why_not())
 
-VARIANT = os.environ.get("FUSE_EXT_CUDA_SIM", "plain")
-PLAIN, TSAN = VARIANT == "plain", VARIANT == "tsan"
+PLAIN, TSAN = library.VARIANT == "plain", library.VARIANT == "tsan"
 # Around where the kernels change gear: packs of 4; tiles of 128 and 512 elements a warp; one warp,
 # one block, the whole grid of the simulated size at work, and more than one round of it.
 SIZES = (0, 1, 3, 4, 5, 127, 128, 129, 256, 257, 511, 512, 513, 1023, 1025, 1281, 5120, 5121, 11003)
@@ -61,28 +59,8 @@ if not PLAIN:
     SIZES = (1281,) if TSAN else (0, 3, 130, 1281, 5123)
 # One tensor whose packs are aligned, and several whose packs are not.
 PIECES = (3,) if TSAN else (1, 3)
-# ThreadSanitizer finds a race whatever the order was, but takes a second for a few launches.
-ORDERS = ("shuffled",) if TSAN else library.ORDERS
 plain_only = pytest.mark.skipif(not PLAIN, reason="nothing here for a sanitizer to see")
 not_tsan = pytest.mark.skipif(TSAN, reason="the same memory accesses as in other tests")
-
-
-@pytest.fixture(scope="module")
-def simulated() -> library.SimulatedOps:
-    return library.SimulatedOps(VARIANT)
-
-
-@pytest.fixture
-def cuda(simulated: library.SimulatedOps, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The simulated kernels, as backend "cuda" of the checks in other files."""
-    monkeypatch.setitem(BACKENDS, "cuda", simulated)
-    simulated.schedule("shuffled", seed=1)
-    return simulated
-
-
-@pytest.fixture(params=ORDERS)
-def in_every_order(cuda: library.SimulatedOps, request: pytest.FixtureRequest) -> None:
-    cuda.schedule(request.param, seed=2)
 
 
 def results(name: str, op: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
@@ -518,6 +496,9 @@ def test_8_bit_rows_are_those_of_the_cpu(cuda: Any, numel: int, state: torch.dty
 # --- the ops as torch sees them ---------------------------------------------------------------
 
 
+LAUNCHES = {"lbfgs_set_out": 2, "dense_direction": 4}
+
+
 @pytest.mark.parametrize("awkward", [False, True])
 @pytest.mark.parametrize("name", ops.NAMES)
 def test_few_launches_and_the_same_bits_in_every_schedule(
@@ -526,7 +507,7 @@ def test_few_launches_and_the_same_bits_in_every_schedule(
     arguments = every_op(awkward)[name]
     before = cuda.launches()
     first = results(name, cuda, arguments)
-    assert cuda.launches() == before + (2 if name == "lbfgs_set_out" else 1)
+    assert cuda.launches() == before + LAUNCHES.get(name, 1)
     schedules = [("forward", 0), ("reverse", 0), ("shuffled", 5), ("shuffled", 6)]
     for order, seed in schedules[:1] if TSAN else schedules:
         cuda.schedule(order, seed)

@@ -39,7 +39,8 @@ from fuse_ext.kernels import scalars as ring
 Arguments = dict[str, Any]
 SIZES = [6, 4]
 NUMEL = sum(SIZES)
-LISTS = [name for name in ops.NAMES if name not in ("lbfgs_two_loop", "lbfgs_decide")]
+LISTLESS = ("lbfgs_two_loop", "lbfgs_decide", "dense_direction")
+LISTS = [name for name in ops.NAMES if name not in LISTLESS]
 WITH_GRADS = [name for name in LISTS if name not in ("lbfgs_move", "fuse_blend")]
 
 

@@ -33,10 +33,14 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   std::uint32_t x, y, z, w;
 };
+struct alignas(16) double2 {
+  double x, y;
+};
 inline uint2 make_uint2(std::uint32_t x, std::uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(std::uint32_t x, std::uint32_t y, std::uint32_t z, std::uint32_t w) {
   return {x, y, z, w};
 }
+inline double2 make_double2(double x, double y) { return {x, y}; }
 
 inline void __syncthreads(cuda_sim::Where where = cuda_sim::Where::current()) {
   cuda_sim::sync_threads(where);

@@ -30,7 +30,9 @@ ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "cuda_sim"
 TORCH = Path(torch.__file__).parent
-KERNELS = ("adam", "lbfgs", "points")
+# The variant that this process can load.
+VARIANT = os.environ.get("FUSE_EXT_CUDA_SIM", "plain")
+KERNELS = ("adam", "dense", "lbfgs", "points")
 ORDERS = ("forward", "reverse", "shuffled")
 # Small blocks and grids: few elements already take every path. ThreadSanitizer's threads are dear.
 THREADS = 64
