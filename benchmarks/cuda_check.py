@@ -177,6 +177,7 @@ def matrix_time(numel: int, repeats: int) -> float:
             lr_scale=None,
             pair_step=1.0,
             curvature_tol=1e-8,
+            taking_part=numel,
             broyden=True,
             self_scaling=True,
         )

@@ -188,7 +188,6 @@ __device__ __forceinline__ void decide(const Iteration<T>& a) {
     of.ss = plan.ss, of.sy = plan.sy, of.yy = plan.yy;
     of.y_h_y = a.is_identity() ? 0.0 : plan.y_h_y;
     of.s_b_s = exact ? -step * step * a.head[kDirectionDotGrad] : 0.0;
-    of.numel = a.numel;
     const Held held(a.numbers, a.most_terms);
     int terms = held.terms;
     double scale = held.scale, pairs = a.numbers[kPairs], wg = plan.wg;

@@ -300,8 +300,8 @@ void lbfgs_set_out(at::TensorList params, at::TensorList grads, at::IntArrayRef 
 void dense_direction(const at::Tensor& grad, at::Tensor grad_prev, at::Tensor direction,
                      at::Tensor matrix, at::Tensor vectors, at::Tensor matrix_scalars,
                      at::Tensor scalars, const std::optional<at::Tensor>& lr_scale,
-                     std::optional<double> pair_step, double curvature_tol, bool broyden,
-                     bool self_scaling) {
+                     std::optional<double> pair_step, double curvature_tol,
+                     std::int64_t taking_part, bool broyden, bool self_scaling) {
   const DenseArguments of(grad, grad_prev, direction, matrix, vectors, matrix_scalars, scalars,
                           lr_scale, Reader::kernels);
   const DeviceCall call(grad.device());
@@ -313,7 +313,8 @@ void dense_direction(const at::Tensor& grad, at::Tensor grad_prev, at::Tensor di
       {kernel_dtype(of.dtype), grad.const_data_ptr(),
        lr_scale ? lr_scale->const_data_ptr() : nullptr, grad_prev.data_ptr(), direction.data_ptr(),
        of.matrix, of.vectors, of.numbers, of.head, of.numel, of.stride, of.most_terms},
-      pair, {broyden, self_scaling}, memory.data_ptr<double>(), call.workspace(3), call.stream());
+      pair, {taking_part, broyden, self_scaling}, memory.data_ptr<double>(), call.workspace(3),
+      call.stream());
   call.check_launch();
   for (const at::Tensor& changed :
        {grad_prev, direction, matrix, vectors, matrix_scalars, scalars}) {

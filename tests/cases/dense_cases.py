@@ -38,6 +38,7 @@ def new_arguments(
         "lr_scale": None,
         "pair_step": None,
         "curvature_tol": 1e-8,
+        "taking_part": numel,
         "broyden": True,
         "self_scaling": True,
     } | options
