@@ -347,27 +347,6 @@ class History:
         )
 
 
-def drop_ring(entry: dict[str, Any]) -> None:
-    """Takes the history out of a state entry; what it has counted stays (``BEFORE``)."""
-    if "scalars" in entry:
-        header = ring.read_header(entry["scalars"])
-        for name, before in BEFORE.items():
-            entry[before] = entry.get(before, 0) + int(getattr(header, name))
-    for name in STATE_NAMES:
-        entry.pop(name, None)
-
-
-def enlarge(entry: dict[str, Any], slots: int) -> None:
-    """Makes room for more pairs in a state entry that holds a ring; the pairs stay."""
-    kept = ring.in_order(entry["scalars"], entry["history"].shape[1])
-    entry["scalars"] = ring.with_more_slots(entry["scalars"], entry["history"].shape[1], slots)
-    for name in ("history", "history_scale"):
-        if name in entry:
-            old = entry[name]
-            entry[name] = old.new_zeros(2, slots, old.shape[2])
-            entry[name][:, : len(kept)] = old[:, kept]
-
-
 def check_ring_state(entry: dict[str, Any], slots: int, flat: FlatParams) -> None:
     """Raises ValueError unless a state entry holds a history of these parameters."""
     numel = flat.numel

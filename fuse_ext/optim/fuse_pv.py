@@ -26,11 +26,10 @@ from fuse_ext.vector.flat import Closure, FlatParams, ParamGroup
 class FusePV(FlatOptimizer):
     r"""Adam first, then L-BFGS, in one optimizer (FUSE-PV, Algorithm 4).
 
-    Each call of ``step`` is an Adam step (Eq. 2) until ``switch`` says that Adam has done its
-    part; from then on it is ``max_iter`` iterations of L-BFGS (Algorithms 1 and 2). Adam's
-    moments are released at the switch. As in torch, a parameter whose gradient is None is not
-    touched by a step, neither by weight decay nor along old curvature pairs; nor is, in the L-BFGS
-    phase, one whose group has lr = 0.
+    Each call of ``step`` is an Adam step (Eq. 2) until ``switch`` says that Adam has done its part;
+    from then on it is ``max_iter`` iterations of L-BFGS (Algorithms 1 and 2), and Adam's moments
+    are released. As in torch, a parameter whose gradient is None is not touched by a step, by
+    weight decay or otherwise; nor is, in the L-BFGS phase, one whose group has lr = 0.
 
     ::
 
@@ -45,38 +44,35 @@ class FusePV(FlatOptimizer):
 
     Args:
         params: Tensors or parameter groups, all on one device.
-        lr: Adam's step size. Learning-rate schedulers drive it; after the switch the L-BFGS step
-            follows the same schedule: it is scaled by lr over the lr at the switch (or the first
-            later one, if that was 0).
+        lr: Adam's step size. Learning-rate schedulers drive it; after the switch the L-BFGS step is
+            scaled by lr over the lr at the switch (or the first later one, if that was 0).
         switch: A :class:`~fuse_ext.Switchover`; an int for that many steps; a callable on an
             :class:`~fuse_ext.Observation`; None for 50 steps where L-BFGS may go on on averages
             (see ``pairs``), else :class:`~fuse_ext.LossPlateau` or, if ``deterministic``, a short
             :class:`~fuse_ext.WarmUp`.
         betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root, moment_dtype: As
-            in :class:`~fuse_ext.Adam`. On averages weight decay is what it is in the Adam phase,
-            decoupled or not. With a line search or a fixed step it is an L2 term of the objective,
-            weight_decay/2 \|x\|^2, in either case: a decay that is no part of the loss would have
-            no minimum to search for.
+            in :class:`~fuse_ext.Adam`. On averages weight decay is what it is in the Adam phase.
+            With a line search or a fixed step it is an L2 term, weight_decay/2 \|x\|^2, decoupled
+            or not: another decay has no minimum to search for.
         maximize: Ascend, in both phases. Groups may differ where L-BFGS is on averages or never
             comes (``switch=Never()``).
         lbfgs_lr: First trial step of L-BFGS, and the step itself without a line search.
-        curvature: "dense" for an inverse Hessian as a matrix of 4 d^2 bytes for d parameters, read
-            once an iteration (:mod:`~fuse_ext.curvature.dense`); "pairs" for L-BFGS; "auto" for a
-            matrix up to 128 MiB (5,789 parameters; on a GPU 1 GiB, 16,379) on one function, where
-            nothing is said of the history, and pairs elsewhere. On averages it is pairs.
+        curvature: "dense" for the inverse Hessian as a matrix of 4 d^2 bytes for d parameters
+            (:mod:`~fuse_ext.curvature.dense`), "pairs" for L-BFGS, "auto" for a matrix up to
+            128 MiB (5,789 parameters; on a GPU 1 GiB, 16,379) on one function with a line search,
+            where nothing is said of pairs, and for pairs elsewhere. Averages go with pairs alone.
         dense_update: The matrix's: "broyden", the self-scaled Broyden update, or "bfgs".
-        history_size: m, the curvature pairs kept; None for 10 or, if ``deterministic`` or found out
-            to be so, as many as fit 64 MiB, at most 500 and the number of parameters, but at least
-            10. (They cost 4 m d reads an iteration.)
+        history_size: m, the curvature pairs kept; None for 10 or, on one function, as many as fit
+            64 MiB, at most 500 and at most d, but at least 10. They cost 4 m d reads an iteration.
         history_dtype: Storage of the pairs: torch.bfloat16 halves it, torch.int8 quarters it.
         line_search: "approximate_wolfe" (which goes on by slopes where noise or rounding hides
             the loss's decrease, and is strong Wolfe elsewhere), "strong_wolfe", "armijo", None
             (fixed step), or "auto": approximate Wolfe where the closure is the same function at
             every call or ``max_iter`` > 1, else a fixed step on averages.
         max_iter: L-BFGS iterations per ``step``, all on the one closure.
-        max_eval: Evaluations per ``step`` at most, the one where it begins included (also where
-            ``deterministic`` spares it); at least 2 where a step evaluates its end or searches.
-            None for 25 an iteration and that one. Those of a ``pair_closure`` come on top.
+        max_eval: Evaluations per ``step`` at most, the (perhaps spared) one where it begins
+            included; at least 2 where it evaluates its end or searches. None for 25 an iteration
+            and that one. Those of a ``pair_closure`` come on top.
         tolerance_grad, tolerance_change, rtol: When an L-BFGS ``step`` stops early, as in
             :class:`~fuse_ext.LBFGS`, but on averages; by default it never does while it can go on.
             ``rtol`` knows no scale, and ``report().converged`` tells a loop that it was reached.
@@ -89,23 +85,22 @@ class FusePV(FlatOptimizer):
         deterministic: True is a promise that the closure is the same function at every call (full
             batch, no dropout). A step then begins with the last step's final evaluation, unless
             parameters or gradients were touched in between: about one evaluation an iteration
-            instead of two. Where a trial does not fit what is remembered the start is evaluated
-            again, so that another function is noticed within a step. False: it is not. None: find
-            out. On averages the first step does not move, and the second sees whether the closure
-            gives the same loss and gradient again; with a line search a step's start is held
-            against the last one's end. If they agree all is as if promised. If they do not, time
-            and again, Adam takes over where nothing was said of searches, and averages after it.
+            instead of two; where a trial does not fit what is remembered the start is evaluated
+            again. False: it is not. None: find out, on averages by a first step that does not move,
+            with a line search by holding a step's start against the last one's end. If they agree
+            all is as if promised. If they do not, time and again, Adam takes over where nothing was
+            said of searches, and averages after it.
         trial_errors: As in :class:`~fuse_ext.LBFGS`.
         pairs: How curvature pairs are made, so that none mixes two batches.
 
-            - "averaged": of two successive means over 10 batches each, with a step on the
-              averaged gradient in Adam's metric (:mod:`~fuse_ext.phase.averages`): one gradient a
-              step, no closure needed, 6 vectors more. Not with a line search.
+            - "averaged": of means over 10 batches, with a step on the averaged gradient in Adam's
+              metric (:mod:`~fuse_ext.phase.averages`): one gradient a step, no closure needed, 6
+              vectors more. Not with a line search or a matrix.
             - "same_batch": of two gradients on the step's own batch. A line search has the second
-              one anyway; a fixed step evaluates the closure once more. ``step(pair_closure=...)``
-              takes both gradients on another sample, such as the overlap of two batches.
-            - "consecutive": with a fixed step, of the gradients of two successive steps: right
-              only where both are of one batch (see ``batch_id`` in :meth:`step`).
+              one anyway, a fixed step evaluates once more; ``step(pair_closure=...)`` takes both
+              on another sample, such as the overlap of two batches.
+            - "consecutive": with a fixed step, of the gradients of two steps, right where both are
+              of one batch (see ``batch_id`` in :meth:`step`).
             - "auto": averaged or same_batch, as ``line_search`` is without or with one.
         step_cap: Longest step on averages, in lengths of Adam's last step (above lr = 1e-3 of one
             with 1e-3, but not below Adam's own), in Adam's metric; nor does any element move by
@@ -113,17 +108,17 @@ class FusePV(FlatOptimizer):
         check_finite: Before an Adam step, check loss and gradient, and skip the step if either is
             not finite: one more read of the gradients (4 bytes beside 28). L-BFGS always checks.
         capturable: Steps read nothing from the device, which decides instead, so that a CUDA graph
-            can repeat them: one graph for each phase (docs/cuda.md). Needs ``line_search=None``,
-            ``max_iter=1``, ``rtol=0`` and a criterion that looks at neither loss nor gradient; and
-            ``lr``, where it is a tensor, is one for all groups in the L-BFGS phase. The criterion
-            counts calls of ``step``, and Adam does not take over where L-BFGS fails.
+            can repeat them: one for each phase (docs/cuda.md). Needs ``line_search=None``,
+            ``max_iter=1``, ``rtol=0``, a criterion that looks at neither loss nor gradient, and one
+            ``lr`` for all groups in the L-BFGS phase where it is a tensor. The criterion counts
+            calls of ``step``, and Adam does not take over where L-BFGS fails.
         on_switch: Called with the optimizer after each switch to L-BFGS.
         backend: "auto", "native" (C++) or "reference" (plain PyTorch).
 
     Attributes:
         phase: "adam" or "lbfgs"; also in every parameter group, and saved with it.
 
-    Memory: Adam 8 bytes a parameter; L-BFGS 4 (2 m + 2), and 24 more on averages.
+    Memory: Adam 8 bytes a parameter; L-BFGS 4 (2 m + 2), and 24 more on averages, or the matrix.
 
     Raises:
         ValueError, TypeError: An option out of range, or parameters that cannot share one vector.
@@ -135,10 +130,8 @@ class FusePV(FlatOptimizer):
     _table = FUSE_PV_TABLE
     # GradScaler then leaves unscaling and the check for infinities to the Adam kernel.
     _step_supports_amp_scaling = True
-    # The one phase that exists. Before the first step there is none.
-    _phase: succession.AnyPhase | None = None
-    # Whether there has been a log: without one the state has been cleared since.
-    _began = False
+    _phase: succession.AnyPhase | None = None  # the one that exists; none before the first step
+    _began = False  # whether there has been a log: without one the state has been cleared since
 
     def __init__(
         self,

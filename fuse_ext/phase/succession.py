@@ -6,7 +6,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from fuse_ext.curvature.dense import MATRIX_NAMES, DenseMatrix
 from fuse_ext.curvature.moments import MOMENTS, check_adam_state
-from fuse_ext.curvature.ring import History, drop_ring, enlarge
+from fuse_ext.curvature.ring import BEFORE, STATE_NAMES, History
+from fuse_ext.kernels import scalars
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.objective.setbacks import COUNTERS
 from fuse_ext.objective.step_options import mixed_signs
@@ -168,6 +169,27 @@ def drop_adam_state(ground: Ground) -> None:
             ground.state[param].pop(name, None)
         if not ground.state[param]:
             del ground.state[param]
+
+
+def drop_ring(entry: dict[str, Any]) -> None:
+    """Takes the history out of a state entry; what it has counted stays (``BEFORE``)."""
+    if "scalars" in entry:
+        header = scalars.read_header(entry["scalars"])
+        for name, before in BEFORE.items():
+            entry[before] = entry.get(before, 0) + int(getattr(header, name))
+    for name in STATE_NAMES:
+        entry.pop(name, None)
+
+
+def enlarge(entry: dict[str, Any], slots: int) -> None:
+    """Makes room for more pairs in a state entry that holds a ring; the pairs stay."""
+    kept = scalars.in_order(entry["scalars"], entry["history"].shape[1])
+    entry["scalars"] = scalars.with_more_slots(entry["scalars"], entry["history"].shape[1], slots)
+    for name in ("history", "history_scale"):
+        if name in entry:
+            old = entry[name]
+            entry[name] = old.new_zeros(2, slots, old.shape[2])
+            entry[name][:, : len(kept)] = old[:, kept]
 
 
 def drop_lbfgs_state(entry: dict[str, Any]) -> None:

@@ -43,11 +43,7 @@ class Iteration:
     """
 
     def __init__(
-        self,
-        flat: FlatParams,
-        ops: Ops,
-        entry: dict[str, Any],
-        history: InverseHessian,
+        self, flat: FlatParams, ops: Ops, entry: dict[str, Any], history: InverseHessian
     ) -> None:
         self.flat, self.ops, self.entry, self.history = flat, ops, entry, history
         self.objective = Evaluations(flat, entry, self.history)
