@@ -142,7 +142,9 @@ def test_default_history_size(options: dict[str, Any], numel: int, expected: int
     whole = make(numel + 3, **options).param_groups[0]["history_size"]
     assert [group["history_size"] for group in optimizer.param_groups] == [whole, whole]
     size = options.pop("history_size", None)
-    estimate = fuse_ext.estimate_memory(numel, history_size=size, deterministic=True)
+    estimate = fuse_ext.estimate_memory(
+        numel, history_size=size, deterministic=True, curvature="pairs"
+    )
     if options == {"deterministic": True}:
         assert estimate.phases[1].state_bytes >= 8 * expected * numel
 
@@ -185,6 +187,7 @@ def flag(optimizer: FusePV) -> float:
     ids=str,
 )
 def test_who_scales_itself(options: dict[str, Any], expected: float) -> None:
+    options = {"curvature": "pairs", **options}
     optimizer, losses = fit(**options)
     assert optimizer.phase == "lbfgs"
     assert flag(optimizer) == expected

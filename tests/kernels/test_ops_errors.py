@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_cases import dense_arguments
 from ops_cases import (
     BACKENDS,
     BF16,
@@ -56,6 +57,7 @@ def good(name: str) -> Arguments:
     return {
         "adam_step": lambda: adam_arguments(tensors, amsgrad=True),
         "grad_stats": lambda: stats_arguments(tensors, made),
+        "dense_direction": lambda: dense_arguments(NUMEL),
         "lbfgs_update": lambda: update_arguments(tensors, made),
         "lbfgs_two_loop": lambda: {
             "scalars": made.scalars,

@@ -100,7 +100,7 @@ def test_cleared_or_switched_back_it_begins_anew_in_full() -> None:
 
 
 def test_a_group_that_is_added_later_agrees_with_the_others() -> None:
-    run, again = Regression(), Regression()
+    run, again = Regression(curvature="pairs"), Regression(curvature="pairs")
     run.step(100)
     again.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
     for each in (run, again):
@@ -156,11 +156,12 @@ def test_an_error_when_the_start_is_looked_at_again_can_be_retried() -> None:
     assert torch.equal(run.flat, spared.flat)
 
 
+@pytest.mark.parametrize("curvature", ["auto", "pairs"])
 @pytest.mark.parametrize("search", [{}, {"line_search": "strong_wolfe"}, {"line_search": "armijo"}])
-def test_at_once_it_is_found_out_as_well(search: dict[str, str]) -> None:
-    """One evaluation an iteration and as many pairs as the promise would have given."""
-    said = Regression(switch=AtOnce(), deterministic=True, **search)
-    unsaid = Regression(switch=AtOnce(), **search)
+def test_at_once_it_is_found_out_as_well(search: dict[str, str], curvature: str) -> None:
+    """One evaluation an iteration, and the curvature that the promise would have given."""
+    options = {"switch": AtOnce(), "curvature": curvature, **search}
+    said, unsaid = Regression(deterministic=True, **options), Regression(**options)
     for run in (said, unsaid):
         while run.calls < 600:
             run.step()
@@ -169,7 +170,8 @@ def test_at_once_it_is_found_out_as_well(search: dict[str, str]) -> None:
     assert ours["curvature_tol"] == 1e-8
     assert unsaid.value() <= 3 * said.value()
     report, promised = unsaid.optimizer.report(), said.optimizer.report()
-    assert report.pairs_held == unsaid.flat.numel()
+    assert report.curvature == promised.curvature == ("dense" if curvature == "auto" else curvature)
+    assert report.pairs_held == unsaid.flat.numel() or curvature == "auto"
     assert report.lbfgs_iterations >= 0.9 * promised.lbfgs_iterations
     assert (report.function_changes, report.fallbacks) == (0, 0)
 

@@ -98,11 +98,13 @@ def test_fuse_pv_reports_what_was_estimated_in_both_phases(numel, history_dtype,
 @pytest.mark.parametrize("line_search", [None, "armijo", "strong_wolfe", "approximate_wolfe"])
 def test_workspace_of_every_line_search(line_search):
     params = [nn.Parameter(torch.ones(1000))]
-    estimate = fuse_ext.estimate_memory(params, line_search=line_search)
-    opt = at_work(
-        "FusePV", params, 6, switch=0, lbfgs_lr=0.01, deterministic=True, line_search=line_search
-    )
-    assert opt.report().workspace_bytes == estimate.workspace_bytes
+    options = {"deterministic": True, "line_search": line_search}
+    for curvature in ("auto", "pairs", "dense"):
+        told = {**options, "curvature": curvature}
+        estimate = fuse_ext.estimate_memory(params, **told)
+        opt = at_work("FusePV", params, 6, switch=0, lbfgs_lr=0.01, **told)
+        assert opt.report().workspace_bytes == estimate.workspace_bytes
+        assert opt.report().state_bytes == phase(estimate, "lbfgs").state_bytes
 
 
 def test_fuse_holds_both_states():
