@@ -145,7 +145,8 @@ class Trials:
                 break
             at.grads.clear()
         if header.self_scaling:
-            self._usual.learn(result, header.direction_dot_grad, best.stats.slope, options.lr)
+            end = (at if result.is_last else best).stats.slope
+            self._usual.learn(result, header.direction_dot_grad, end, options.lr)
         if self.objective.remembered and options.seen:
             self.objective.trust(result.step * -header.direction_dot_grad, point)
         return result, at, best

