@@ -151,7 +151,7 @@ class Made:
 
     def __init__(self, *sizes: int, dtype: torch.dtype = F64, **options: Any) -> None:
         self.params = [torch.randn(n, dtype=dtype, requires_grad=True) for n in sizes]
-        self.flat, self.entry = FlatParams(self.params), {}
+        self.flat, self.entry = FlatParams([{"params": self.params}]), {}
         self.matrix = DenseMatrix(self.flat, NATIVE, self.entry, **options)
 
     @property
@@ -208,7 +208,7 @@ def test_offered_pairs_are_taken_in_by_bfgs(self_scaling: bool) -> None:
 
 @pytest.mark.parametrize("count", [1, 5, 12])
 def test_take_over(count: int) -> None:
-    made = Made(5, 6, update="bfgs", self_scaling=False)
+    made = Made(11, update="bfgs", self_scaling=False)
     older = History(made.flat, NATIVE, {}, 20, None)
     a, pairs = quadratic(11, 10.0)[0], []
     for _ in range(count):
@@ -216,8 +216,8 @@ def test_take_over(count: int) -> None:
         pairs.append((s, a @ s))
         older.offer(s.clone(), a @ s, 0.0)
     g = torch.randn(11, dtype=F64)
-    older.update([g[:5], g[5:]], [0.0, 0.0], False, None, 0.0)
-    older.direction([g[:5], g[5:]], [0.0, 0.0], [], False)
+    older.update([g], [0.0], False, None, 0.0)
+    older.direction([g], [0.0], [], False)
     p, at = older.waiting()
     assert torch.equal(at, g)
     made.matrix.take_over(older)
@@ -229,7 +229,7 @@ def test_take_over(count: int) -> None:
     # The step on which the ring was becomes the next pair.
     after = g + a @ (0.5 * p)
     h = textbook(made.h, 0.5 * p, a @ (0.5 * p), **FORMULAS["bfgs"])
-    close(made.direction([after[:5], after[5:]], 0.5), -h @ after, 1e-9)
+    close(made.direction([after], 0.5), -h @ after, 1e-9)
 
 
 def test_another_gradient_in_its_place() -> None:
