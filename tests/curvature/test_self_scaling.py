@@ -142,7 +142,9 @@ def test_default_history_size(options: dict[str, Any], numel: int, expected: int
     whole = make(numel + 3, **options).param_groups[0]["history_size"]
     assert [group["history_size"] for group in optimizer.param_groups] == [whole, whole]
     size = options.pop("history_size", None)
-    estimate = fuse_ext.estimate_memory(numel, history_size=size, deterministic=True)
+    estimate = fuse_ext.estimate_memory(
+        numel, history_size=size, deterministic=True, curvature="pairs"
+    )
     if options == {"deterministic": True}:
         assert estimate.phases[1].state_bytes >= 8 * expected * numel
 
@@ -150,7 +152,7 @@ def test_default_history_size(options: dict[str, Any], numel: int, expected: int
 def fit(**options: Any) -> tuple[FusePV, list[float]]:
     torch.manual_seed(0)
     x = nn.Parameter(torch.randn(6, dtype=F64))
-    optimizer = FusePV([x], 1e-2, **options)
+    optimizer = FusePV([x], 1e-2, curvature="pairs", **options)
     a = hessian(6)
 
     def closure() -> Tensor:

@@ -54,7 +54,7 @@ def test_without_any_gradient_nothing_moves(config, dtype, decoupled):
         training.step(steps)
         training.no_gradients = True
         # Promised or seen to be one function: it goes on from the gradient it remembers.
-        found = ("pv_found_one_function", "pv_strong_wolfe", "pv_max_iter")
+        found = ("pv_found_one_function", "pv_found_pairs", "pv_strong_wolfe", "pv_max_iter")
         if config.one_function or config.id in found:
             training.step()
         kept = bits(net.params)
