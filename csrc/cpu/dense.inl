@@ -86,6 +86,12 @@ void matrix_take_in(double* matrix, std::int64_t first, std::int64_t last, doubl
         }
       }
     }
+    // What rounding makes of a tile and its mirror image differs, and no pair would ever take that
+    // away: each would divide it by tau.
+    double* diagonal = tiles + i * kTileSize;
+    for (std::int64_t r = 0; r < kTile; ++r) {
+      for (std::int64_t c = 0; c < r; ++c) diagonal[c * kTile + r] = diagonal[r * kTile + c];
+    }
   }
 }
 

@@ -353,6 +353,17 @@ __global__ void __launch_bounds__(kThreads, 4) dense_take_in_kernel(const Iterat
       }
 #pragma unroll
       for (int k = 0; k < 2; ++k) values[k] = scale * (values[k] + sums[j][k]);
+      if (square.tile_column(j) == tile_row) {
+        // Rounding is not symmetric, and no pair would ever take that away: each would divide it
+        // by tau. Above the diagonal stands what the mirror image's lane has below it.
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          const int from = (c + k) * (kTile / 2) + r / 2;
+          const double even = __shfl_sync(kAllLanes, values[0], from);
+          const double odd = __shfl_sync(kAllLanes, values[1], from);
+          if (r < c + k) values[k] = r % 2 == 0 ? even : odd;
+        }
+      }
       store_two(to + j * kTileSize, a.aligned, values);
     }
   }

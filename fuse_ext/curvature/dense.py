@@ -280,3 +280,9 @@ def check_matrix_state(entry: dict[str, Any], flat: FlatParams) -> None:
                 f"state_dict does not fit: {name} has shape {shape}, expected {expected} "
                 f"({numel} parameters)"
             )
+    held = float(entry["matrix_scalars"][matrix_place("terms")])
+    if not 0 <= held < terms:
+        raise ValueError(
+            f"state_dict does not fit: matrix_scalars say that {held} terms are held, with room "
+            f"for {terms}"
+        )

@@ -29,8 +29,8 @@ HISTORY_BYTES = 64 * 2**20
 # What inverse Hessian L-BFGS keeps: a matrix, or pairs.
 DENSE, IN_PAIRS = "dense", "pairs"
 CURVATURES = (AUTO, DENSE, IN_PAIRS)
-# The largest matrix if nothing is said: 5,789 parameters on a CPU, where one pass takes some
-# milliseconds (python -m benchmarks.per_iteration), and 16,379 on a GPU, which reads that much in
+# The largest matrix if nothing is said: 5,784 parameters on a CPU, where one pass takes some
+# milliseconds (python -m benchmarks.per_iteration), and 16,376 on a GPU, which reads that much in
 # less than one.
 MATRIX_BYTES = {"cpu": 128 * 2**20, "cuda": 1024 * 2**20}
 # With fewer of them self-scaling costs some 5% more evaluations (python -m benchmarks.robustness).

@@ -152,7 +152,7 @@ def test_default_history_size(options: dict[str, Any], numel: int, expected: int
 def fit(**options: Any) -> tuple[FusePV, list[float]]:
     torch.manual_seed(0)
     x = nn.Parameter(torch.randn(6, dtype=F64))
-    optimizer = FusePV([x], 1e-2, **options)
+    optimizer = FusePV([x], 1e-2, curvature="pairs", **options)
     a = hessian(6)
 
     def closure() -> Tensor:

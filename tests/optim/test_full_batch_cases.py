@@ -197,8 +197,11 @@ def test_losses_of_half_precision(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("norm", [1.0, 1e-2])
 def test_gradients_clipped_in_the_closure(norm: float, options: dict[str, Any]) -> None:
-    """Slopes are not those of the loss: searches take longer, but are not doubted for ever."""
-    run = Regression(**options)
+    """Slopes are not those of the loss: searches take longer, but are not doubted for ever.
+
+    With pairs, which forget; a matrix of such slopes takes several times as many calls.
+    """
+    run = Regression(curvature="pairs", **options)
     closure = run.closure
 
     def clipped() -> Tensor:

@@ -161,6 +161,8 @@ def dense_direction(
                 for k in range(most):
                     pair = vectors[2 * k : 2 * k + 2, :whole]
                     square = square + pair.T @ a_of(k) @ pair
+                # Rounding is not symmetric, and no pair would ever take that away.
+                square = square.tril() + square.tril(-1).T
                 matrix.copy_(as_tiles(square * scale))
                 put("scale", 1.0)
                 put("terms", 0.0)

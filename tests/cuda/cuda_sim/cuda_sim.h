@@ -51,14 +51,20 @@ inline void __syncwarp(unsigned mask = 0xffffffffu,
 }
 
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int distance,
-                  cuda_sim::Where where = cuda_sim::Where::current()) {
+T __shfl_sync(unsigned mask, T value, int from,
+              cuda_sim::Where where = cuda_sim::Where::current()) {
   static_assert(sizeof(T) <= sizeof(std::uint64_t));
   std::uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof value);
-  bits = cuda_sim::exchange(mask, bits, cuda_sim::lane() ^ distance, false, where);
+  bits = cuda_sim::exchange(mask, bits, from, false, where);
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int distance,
+                  cuda_sim::Where where = cuda_sim::Where::current()) {
+  return __shfl_sync(mask, value, cuda_sim::lane() ^ distance, where);
 }
 
 inline void __threadfence() { cuda_sim::fence(); }
