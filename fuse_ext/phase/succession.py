@@ -136,22 +136,19 @@ def grown(ground: Ground, phase: AnyPhase | None) -> AnyPhase | None:
     """
     entry, group = ground.entry, ground.groups[0]
     slots = group["history_size"] + 1
+    if not isinstance(phase, LbfgsPhase) or not isinstance(phase.history, History):
+        return phase
     if takes_matrix({**group, "deterministic": True}, ground.flat):
-        assert isinstance(phase, LbfgsPhase)
-        ring, warned = phase.history, phase.progress.warned
-        if isinstance(ring, History):
-            drop_ring(entry)
-            phase = ground.lbfgs(one_function=True)
-            assert isinstance(phase.history, DenseMatrix)
-            phase.history.take_over(ring)
-            phase.progress.warned = warned
+        drop_ring(entry)
+        larger = ground.lbfgs(one_function=True)
+        assert isinstance(larger.history, DenseMatrix)
+        larger.history.take_over(phase.history)
+    elif entry["history"].shape[1] < slots:
+        enlarge(entry, slots)
+        larger = ground.lbfgs()  # it scales itself already, or never will
+    else:
         return phase
-    if entry["history"].shape[1] >= slots:
-        return phase
-    enlarge(entry, slots)
-    larger = ground.lbfgs()  # it scales itself already, or never will
-    if isinstance(phase, LbfgsPhase):
-        larger.progress.warned = phase.progress.warned
+    larger.progress.warned = phase.progress.warned
     return larger
 
 

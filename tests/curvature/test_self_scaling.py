@@ -187,7 +187,6 @@ def flag(optimizer: FusePV) -> float:
     ids=str,
 )
 def test_who_scales_itself(options: dict[str, Any], expected: float) -> None:
-    options = {"curvature": "pairs", **options}
     optimizer, losses = fit(**options)
     assert optimizer.phase == "lbfgs"
     assert flag(optimizer) == expected
