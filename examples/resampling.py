@@ -234,7 +234,7 @@ def train(name: str, seed: int, budget: int, every: int) -> Run:
         start = time.process_time()
         points.renew(step)
         balance.renew(step)
-        # deterministic=True promises one function. Another batch_id says that this is another.
+        # Another batch_id says that this is another function, as optimizer.new_objective() does.
         run.loss = optimizer.step(closure, batch_id=points.version + balance.version).item()
         run.seconds += time.process_time() - start
         if step % 20 == 0 or calls >= budget:
