@@ -75,7 +75,7 @@ FUSE_INLINE Update broyden_update(const Curvature& of, const Formula& formula) {
   if (!formula.broyden || !(a > kNoFamily) || !is_finite(a)) return {shrink, 1.0};
   const double c = sqrt(a / (1.0 + a));
   const double smaller = h * (1.0 - c), rho = smaller < 1.0 ? smaller : 1.0;  // rho-
-  if (!(rho > 0.0)) return {shrink, 1.0};  // a of more than 1e16
+  if (!(rho > 0.0)) return {shrink, 1.0};                                     // a of more than 1e16
   const double low = (rho - 1.0) / a, high = 1.0 / rho, wanted = (1.0 - b) / b;
   const double below = wanted < high ? wanted : high, theta = below > low ? below : low;
   const double sigma = 1.0 + a * theta;

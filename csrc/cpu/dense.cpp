@@ -258,8 +258,8 @@ class DenseStep {
 void dense_direction(const at::Tensor& grad, at::Tensor grad_prev, at::Tensor direction,
                      at::Tensor matrix, at::Tensor vectors, at::Tensor matrix_scalars,
                      at::Tensor scalars, const std::optional<at::Tensor>& lr_scale,
-                     std::optional<double> pair_step, double curvature_tol, std::int64_t taking_part,
-                     bool broyden, bool self_scaling) {
+                     std::optional<double> pair_step, double curvature_tol,
+                     std::int64_t taking_part, bool broyden, bool self_scaling) {
   const DenseArguments of(grad, grad_prev, direction, matrix, vectors, matrix_scalars, scalars,
                           lr_scale);
   const auto run = [&](auto zero) {
