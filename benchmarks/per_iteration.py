@@ -18,12 +18,14 @@ from benchmarks import memory
 from benchmarks.harness import (
     command,
     iteration_adam,
+    iteration_dense,
     iteration_lbfgs,
     iteration_limits,
     machine,
     saving,
 )
 from benchmarks.harness.iteration_adam import AdamRow
+from benchmarks.harness.iteration_dense import DenseRow
 from benchmarks.harness.iteration_lbfgs import IN_CACHE, SEARCHED_ITERATIONS, LbfgsRow
 from benchmarks.harness.iteration_limits import ROW_BYTES, Limit
 from benchmarks.harness.pictures import COLORS, style
@@ -189,6 +191,23 @@ def searched_targets(rows: list[LbfgsRow]) -> list[Target]:
                 "the size was left out",
             )
         )
+    return targets
+
+
+def dense_targets(rows: list[DenseRow]) -> list[Target]:
+    """Those of the iteration with a matrix."""
+    targets = []
+    for numel in (2000, 5000):
+        row = next((row for row in rows if row.numel == numel), None)
+        conditions: tuple[Condition, ...] = ()
+        if row is not None:
+            passes = row.passes()
+            once = Condition("of reading and writing it once", passes.median, 1.3, True, passes)
+            numpy, scipy = row.speedup(iteration_dense.NUMPY), row.speedup(iteration_dense.SCIPY)
+            conditions = (once, *_share(numpy, 4.0, "times as fast as numpy"))
+            conditions += _share(scipy, 4.0, "times as fast as scipy")
+        work = f"dense iteration, d = {count(numel)}"
+        targets.append(Target(work, "numpy, scipy's BFGS", conditions, "the size was left out"))
     return targets
 
 
@@ -434,6 +453,7 @@ def main() -> None:
         "adam": iteration_adam.measure,
         "fixed": iteration_lbfgs.measure_fixed,
         "searched": iteration_lbfgs.measure_searched,
+        "dense": iteration_dense.measure,
         "memory": memory_target,
     }
     done = {name: part(args) for name, part in parts.items()}
@@ -442,6 +462,7 @@ def main() -> None:
         *lbfgs_targets(fixed),
         *adam_targets(adam),
         *searched_targets(searched),
+        *dense_targets(done["dense"]),
         done["memory"],
     ]
     limits = bounds(targets, fixed, searched, adam)
@@ -454,6 +475,7 @@ def main() -> None:
         _passes_text(fixed),
         fixed and iteration_lbfgs.as_table(fixed, "L-BFGS, fixed step"),
         searched and iteration_lbfgs.as_table(searched, "L-BFGS, strong Wolfe"),
+        iteration_dense.as_text(done["dense"]),
         adam and iteration_adam.as_table(adam),
         _limit_text(adam),
     ]
@@ -463,6 +485,7 @@ def main() -> None:
         "adam": iteration_adam.as_json(adam),
         "lbfgs": iteration_lbfgs.as_json(fixed),
         "strong_wolfe": iteration_lbfgs.as_json(searched),
+        "dense": [row.as_json() for row in done["dense"]],
     }
     text = "\n\n".join(part for part in tables if part)
     saving.save(args, "per_iteration", facts, results, text, draw(targets, fixed, adam))
