@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 import pytest
@@ -95,9 +96,10 @@ def test_every_number_of_terms(room: int) -> None:
 @pytest.mark.parametrize("broyden", [False, True])
 @pytest.mark.parametrize("exact", [False, True])
 def test_every_formula(exact: bool, broyden: bool, self_scaling: bool) -> None:
-    for step in (0.1, 0.5, 3.0):  # s'Bs below and above s'y
+    # s'Bs below and above s'y; pairs of all parameters and of a few.
+    for step, taking_part in product((0.1, 0.5, 3.0), (137, 5)):
         told = {"broyden": broyden, "self_scaling": self_scaling, "pair_step": step}
-        check(dense_arguments(137, F64, exact=exact, **told))
+        check(dense_arguments(137, F64, exact=exact, taking_part=taking_part, **told))
 
 
 @pytest.mark.usefixtures("in_every_order")
