@@ -68,7 +68,7 @@ class DenseMatrix:
         self_scaling: Divide H by tau at each pair.
     """
 
-    kind = "dense"
+    kind, forgets = "dense", False
 
     def __init__(
         self,

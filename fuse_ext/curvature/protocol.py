@@ -21,10 +21,12 @@ class InverseHessian(Protocol):
 
     Attributes:
         kind: "pairs" or "dense", for reports.
+        forgets: Whether old pairs leave it, and with them what was wrong.
         part: The parameters that directions and pairs are of.
     """
 
     kind: str
+    forgets: bool
 
     @property
     def part(self) -> Part:

@@ -64,7 +64,7 @@ class History:
         grad_prev_apart: Keep the previous gradient in a vector of its own in any case.
     """
 
-    kind, workspace_nbytes = "pairs", 0
+    kind, forgets, workspace_nbytes = "pairs", True, 0
 
     def __init__(
         self,

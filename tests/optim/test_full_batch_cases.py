@@ -196,12 +196,15 @@ def test_losses_of_half_precision(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("norm", [1.0, 1e-2])
-def test_gradients_clipped_in_the_closure(norm: float, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("curvature", ["auto", "pairs"])
+def test_gradients_clipped_in_the_closure(
+    curvature: str, norm: float, options: dict[str, Any]
+) -> None:
     """Slopes are not those of the loss: searches take longer, but are not doubted for ever.
 
-    With pairs, which forget; a matrix of such slopes takes several times as many calls.
+    With a matrix longer than with pairs, though it ends lower.
     """
-    run = Regression(curvature="pairs", **options)
+    run = Regression(curvature=curvature, **options)
     closure = run.closure
 
     def clipped() -> Tensor:
@@ -211,8 +214,9 @@ def test_gradients_clipped_in_the_closure(norm: float, options: dict[str, Any]) 
 
     for _ in range(300):
         run.optimizer.step(clipped)
-    assert run.calls <= (400 if norm == 1.0 else 850)
-    assert run.value() < 1e-3
+    dense = curvature == "auto"
+    assert run.calls <= ((410 if dense else 400) if norm == 1.0 else (1150 if dense else 850))
+    assert run.value() < (1e-5 if dense else 1e-3)
     report = run.optimizer.report()
     assert (report.function_changes, report.fallbacks) == (0, 0)
 

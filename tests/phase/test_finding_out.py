@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import statistics
 from collections.abc import Callable
 
 import pytest
@@ -160,15 +161,18 @@ def test_an_error_when_the_start_is_looked_at_again_can_be_retried() -> None:
 @pytest.mark.parametrize("search", [{}, {"line_search": "strong_wolfe"}, {"line_search": "armijo"}])
 def test_at_once_it_is_found_out_as_well(search: dict[str, str], curvature: str) -> None:
     """One evaluation an iteration, and the curvature that the promise would have given."""
-    options = {"switch": AtOnce(), "curvature": curvature, **search}
-    said, unsaid = Regression(deterministic=True, **options), Regression(**options)
-    for run in (said, unsaid):
-        while run.calls < 600:
-            run.step()
+    losses: dict[str, list[float]] = {"said": [], "unsaid": []}
+    for seed in range(5):
+        options = {"seed": seed, "switch": AtOnce(), "curvature": curvature, **search}
+        said, unsaid = Regression(deterministic=True, **options), Regression(**options)
+        for name, run in (("said", said), ("unsaid", unsaid)):
+            while run.calls < 600:
+                run.step()
+            losses[name].append(run.value())
     ours, theirs = (run.optimizer.param_groups[0] for run in (unsaid, said))
     assert ours["history_size"] == theirs["history_size"] > 10
     assert ours["curvature_tol"] == 1e-8
-    assert unsaid.value() <= 8 * said.value()  # other starts differ by 5 with the same options
+    assert statistics.median(losses["unsaid"]) <= 2 * statistics.median(losses["said"])
     report, promised = unsaid.optimizer.report(), said.optimizer.report()
     assert report.curvature == promised.curvature == ("dense" if curvature == "auto" else curvature)
     assert report.pairs_held == unsaid.flat.numel() or curvature == "auto"

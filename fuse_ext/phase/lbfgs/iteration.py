@@ -37,9 +37,8 @@ ITERATION_NAMES = (*EVALUATION_NAMES, *COUNTERS, *TALLIES, *PRECISION_NAMES, *Us
 class Iteration:
     """The L-BFGS iteration on a flat vector of parameters.
 
-    ``entry`` is the optimizer's state entry (on its first parameter, as in torch.optim.LBFGS): it
-    holds the counters ``n_iter``, ``func_evals`` and so on, beside what ``history``, the inverse
-    Hessian that directions come from, keeps there.
+    ``entry``, the optimizer's state entry (on its first parameter, as in torch.optim.LBFGS), holds
+    ``n_iter``, ``func_evals`` and so on, and what ``history``, the inverse Hessian, keeps there.
     """
 
     def __init__(
@@ -336,6 +335,8 @@ class Iteration:
             at = self.trials.return_to(best, options)
         self.take_step(result.step)
         self.setbacks.count_failing(False)
+        if result.reason == "max_evaluations" and whole and self.setbacks.unlearn():
+            self.objective.drop_pair()
         if at.part.absent != self.history.part.absent:
             # Others have gradients here than where the step began: those are the next ones.
             self.objective.drop_pair()
