@@ -189,11 +189,10 @@ class Evaluations:
         self._memory = None
         if closure is None:
             return self._point(None, options, False)
+        self.precision.spend()
         if evaluated is None:
-            self.precision.spend()
             point = self.look(closure, options, False)
         else:
-            self.precision.spend()
             point = self._point(evaluated, options, False)
         if point.loss is not None and compares(options) and point.finite:
             self._compare(point, options)
