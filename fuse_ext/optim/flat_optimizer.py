@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -14,6 +15,7 @@ from fuse_ext.curvature.moments import check_moments_fit
 from fuse_ext.kernels import hooks, ops
 from fuse_ext.objective.step_options import default_evaluations
 from fuse_ext.optim.options import Table
+from fuse_ext.phase import conversion
 from fuse_ext.phase.protocol import Phase
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
@@ -117,6 +119,42 @@ class FlatOptimizer(Optimizer, ABC):
         """
         if self._phase is not None:
             self._phase.new_objective()
+
+    @hooks.without_grad
+    def continue_in(self, dtype: torch.dtype) -> None:
+        """Goes on in a more exact dtype, where rounding has ended the run (:meth:`report`).
+
+        The model's buffers and the data are the user's to convert::
+
+            model.double()
+            x, y = x.double(), y.double()
+            optimizer.continue_in(torch.float64)
+
+        Parameters that have not been converted are, in place, with the gradients at hand, and so
+        is all state: moments, curvature, averages, counters. Bits stay what they were. What was
+        learnt of the loss's rounding is forgotten, a step calls the closure anew, and a run that
+        had nothing left to gain goes on, which is why this is not called ``to``. Options stay, but
+        for ``moment_dtype``, which is None in float64. Also after a checkpoint of float32 has been
+        loaded for a model in float64. CUDA graphs have to be captured anew.
+
+        Args:
+            dtype: torch.float64; or torch.float32, where parameters are narrower. Complex
+                parameters become pairs of it.
+
+        Raises:
+            TypeError, ValueError: It is another one, or less exact than a parameter or the state;
+                or a parameter has changed by more than its dtype. Nothing changes then.
+        """
+        conversion.check_conversion(self.flat, self.param_groups, dtype, bool(self.state))
+        self._settle()
+        conversion.convert_params(self.param_groups, dtype)
+        if dtype == torch.float64:
+            for group in [self.defaults, *self.param_groups]:
+                if "moment_dtype" in group:
+                    group["moment_dtype"] = None
+        self._renew_layout()
+        conversion.forget_rounding(self.state.get(self.flat.params[0], {}))
+        self._adopt_state()
 
     @abstractmethod
     def _adopt_state(self) -> None:

@@ -2,6 +2,7 @@
 
 Adam (``adam``, Eq. 2), L-BFGS (``lbfgs/``, Algorithms 1 and 2), and L-BFGS on averages for
 minibatches (``averages``); which of them is meant where nothing is said (``modes``), what a step
-is told (``told``), and which follows which, with what state (``succession``).
+is told (``told``), which follows which, with what state (``succession``), and how a state goes on
+in a more exact dtype (``conversion``).
 May touch objective/, switch/, curvature/, search/, vector/ and kernels/.
 """

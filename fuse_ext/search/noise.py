@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 # Noise of the loss at the start, in roundings of it: Hager and Zhang's 1e-6 in float32.
@@ -20,6 +21,9 @@ FLOOR_EVALUATIONS = (20, 200)
 # Sums of squares have lost all their digits at so many squared roundings of the loss they began at:
 # a residual of the order of 1 is only known to a rounding.
 NO_DIGITS = 1e3
+# A loss that has come down to so many roundings of where it began goes to 0, as sums of squares of
+# exact data do: rounding may then hide all of what is left.
+GOES_TO_ZERO = 100.0
 
 # The state that a Precision keeps in the optimizer's state entry. (The last one is of older
 # checkpoints.)
@@ -33,6 +37,14 @@ PRECISION_NAMES = (
     "spent_at_least",
     "iterations_since_least",
 )
+# What the floor's test knows before the first step: nothing.
+NEW_FLOOR = {
+    "least_loss": math.inf,
+    "least_square": math.inf,
+    "lowest_loss": math.inf,
+    "spent": 0,
+    "spent_at_least": 0,
+}
 
 
 class Precision:
@@ -61,6 +73,19 @@ class Precision:
         """Of the loss, relative to it."""
         noise: float = self._entry["loss_noise"]
         return noise
+
+    @property
+    def is_double(self) -> bool:
+        """Whether no dtype is more exact."""
+        return self._eps <= sys.float_info.epsilon
+
+    @property
+    def hidden(self) -> float:
+        """What rounding may hide of the least loss, at the floor: its noise, or all of it."""
+        least, first = abs(self._entry["lowest_loss"]), self._entry["first_loss"]
+        if not math.isfinite(least):
+            return 0.0
+        return least * (1.0 if least < GOES_TO_ZERO * self._eps * first else self.noise)
 
     def learn(self, needed: float) -> bool:
         """Takes in the noise that would explain why a search failed.
@@ -122,14 +147,7 @@ class Precision:
 
     def forget_least(self) -> None:
         """Another objective has another floor."""
-        self._entry.update(
-            least_loss=math.inf,
-            least_square=math.inf,
-            lowest_loss=math.inf,
-            first_loss=0.0,
-            spent=0,
-            spent_at_least=0,
-        )
+        self._entry.update(NEW_FLOOR, first_loss=0.0)
 
     def visible_step(self, x_max: float, g_max: float, square: float, loss: float | None) -> float:
         """The shortest step along -g whose effect rounding does not hide.

@@ -64,6 +64,10 @@ class Report:
         non_finite: Points with a NaN or infinite loss or gradient; none was stepped on or used.
         state_bytes: Bytes of optimizer state held.
         workspace_bytes: Bytes of scratch held between steps.
+        float64_gain: Where ``stop_reason`` is "precision" and the state not in float64, by how much
+            the loss may still fall in it, at most: about its noise, or all of it where it has come
+            down to 100 roundings of where it began, as sums of squares do that go to 0.
+        advice: In words, with the call that goes on there; else empty.
     """
 
     phase: str
@@ -88,6 +92,8 @@ class Report:
     non_finite: int = 0
     state_bytes: int = 0
     workspace_bytes: int = 0
+    float64_gain: float = 0.0
+    advice: str = ""
 
     @property
     def converged(self) -> bool:
@@ -131,6 +137,19 @@ def lbfgs_fields(phase: Telling | None, entry: dict[str, Any]) -> dict[str, Any]
         "stop_reason": phase.progress.reason,
         "state_bytes": phase.nbytes,
         "workspace_bytes": phase.workspace_nbytes,
+        **beyond_the_floor(phase),
+    }
+
+
+def beyond_the_floor(phase: Telling) -> dict[str, Any]:
+    """What float64 could still give where the rounding of a narrower dtype has ended the run."""
+    if phase.progress.reason != "precision" or phase.precision.is_double:
+        return {}
+    gain = phase.precision.hidden
+    return {
+        "float64_gain": gain,
+        "advice": f"float64 may lower the loss by up to {gain:.2g}: "
+        "optimizer.continue_in(torch.float64)",
     }
 
 

@@ -19,6 +19,8 @@ from fuse_ext.vector.measures import LOCAL, Measures
 
 ParamGroup: TypeAlias = dict[str, Any]
 Closure: TypeAlias = Callable[[], Any]
+# What the flat state is kept in.
+WIDE = (torch.float32, torch.float64)
 # Sets of parameters with gradients that are known at the same time; an index of each costs little.
 MOST_PARTS = 64
 
@@ -102,6 +104,7 @@ class FlatParams:
         self._parts: dict[tuple[int, ...], Part] = {(): self.whole}
         self._formats = self._formats_now()
         self._described = [_describe(param) for param in self.params]
+        self._forms = [_form(param) for param in self.params]
 
     def _formats_now(self) -> tuple[Any, ...]:
         params = self.params
@@ -128,19 +131,41 @@ class FlatParams:
         """
         if self.layout.unchanged(self._groups):
             return
+        self._check_not_replaced()
+        if self._formats_now() == self._formats:
+            return
+        for i, (param, before) in enumerate(zip(self.params, self._described, strict=True)):
+            if _describe(param) != before:
+                self._refuse(i)
+
+    def check_forms(self) -> None:
+        """As :meth:`check_unchanged`, but parameters may have other dtypes by now.
+
+        And strides, as long as their elements lie in the flat state as they did.
+        """
+        self._check_not_replaced()
+        for i, (param, before) in enumerate(zip(self.params, self._forms, strict=True)):
+            if _form(param) != before:
+                self._refuse(i)
+
+    def _check_not_replaced(self) -> None:
         if self.replaced():
             raise ValueError(
                 f"param_groups no longer hold the {len(self.params)} tensors that the state was "
                 "made for; use add_param_group, or make a new optimizer"
             )
-        if self._formats_now() == self._formats:
-            return
-        for i, (param, before) in enumerate(zip(self.params, self._described, strict=True)):
-            if _describe(param) != before:
-                raise ValueError(
-                    f"params[{i}] is now {_describe(param)}, but was {before} when the state was "
-                    "made; convert parameters before the first step, or make a new optimizer"
-                )
+
+    def _refuse(self, i: int) -> None:
+        param, before = self.params[i], self._formats[2][i]
+        instead = "convert parameters before the first step"
+        real = param.dtype.to_real()
+        wider = real in WIDE and torch.finfo(param.dtype).eps < torch.finfo(before).eps
+        if wider and _form(param) == self._forms[i]:
+            instead = f"call optimizer.continue_in({real}) to convert the state too"
+        raise ValueError(
+            f"params[{i}] is now {_describe(param)}, but was {self._described[i]} when the state "
+            f"was made; {instead}, or make a new optimizer"
+        )
 
     def places(self) -> Any:
         """The versions and addresses of all parameters: differs once anyone has moved them."""
@@ -218,6 +243,13 @@ class FlatParams:
             for value, place in zip(values, self.group_slices, strict=True)
             for _ in range(place.stop - place.start)
         ]
+
+
+def _form(param: Tensor) -> tuple[Any, ...]:
+    """What decides how a parameter lies in the flat state: all but its dtype's width."""
+    dense = torch.ops.aten.is_non_overlapping_and_dense(param)
+    order = param.stride() if dense else torch.empty(param.shape, device="meta").stride()
+    return param.is_complex(), param.shape, order, param.device
 
 
 def _describe(param: Tensor) -> str:
