@@ -64,9 +64,9 @@ class Report:
         non_finite: Points with a NaN or infinite loss or gradient; none was stepped on or used.
         state_bytes: Bytes of optimizer state held.
         workspace_bytes: Bytes of scratch held between steps.
-        float64_gain: Where ``stop_reason`` is "precision" and the state not in float64, by how much
-            the loss may still fall in it, at most: about its noise, or all of it where it has come
-            down to 100 roundings of where it began, as sums of squares do that go to 0.
+        float64_gain: Where ``stop_reason`` is "precision" and the state not in float64, up to how
+            much the loss may still fall there: its noise or, where it has come down to 100
+            roundings of where it began, as sums of squares do that go to 0, all of it.
         advice: In words, with the call that goes on there; else empty.
     """
 
