@@ -131,11 +131,11 @@ class FlatOptimizer(Optimizer, ABC):
             optimizer.continue_in(torch.float64)
 
         Parameters that have not been converted are, in place, with the gradients at hand, and so
-        is all state: moments, curvature, averages, counters. Bits stay what they were. What was
-        learnt of the loss's rounding is forgotten, a step calls the closure anew, and a run that
-        had nothing left to gain goes on, which is why this is not called ``to``. Options stay, but
-        for ``moment_dtype``, which is None in float64. Also after a checkpoint of float32 has been
-        loaded for a model in float64. CUDA graphs have to be captured anew.
+        is all state: moments, curvature, averages, counters. No value changes. What was learnt of
+        the loss's rounding is forgotten, the next step evaluates anew, and a run that had nothing
+        left to gain goes on, which is why this is not called ``to``. Options stay, but for
+        ``moment_dtype``, which is None in float64. After a checkpoint of float32 has been loaded
+        for a model in float64 it does the same. CUDA graphs have to be captured anew.
 
         Args:
             dtype: torch.float64; or torch.float32, where parameters are narrower. Complex

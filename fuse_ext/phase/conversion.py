@@ -75,13 +75,8 @@ def forget_rounding(entry: dict[str, Any]) -> None:
     second gradient. What is known of the curvature and counted stays; so does the size of the loss
     at the start, by which it is known when a sum of squares has lost its digits.
     """
-    anew: dict[str, Any] = {
-        "pair_step": None,
-        "settled": "",
-        "arrival": [],
-        "cuts": 0,
-        "failing": 0,
-    }
+    anew: dict[str, Any] = {"pair_step": None, "settled": "", "arrival": []}
+    anew.update(cuts=0, failing=0)  # rounding may have been why
     entry.update({name: value for name, value in anew.items() if name in entry})
     if "spent" in entry:
         entry.update(NEW_FLOOR)

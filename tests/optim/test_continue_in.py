@@ -203,6 +203,12 @@ def test_the_report_says_what_float64_may_still_give(make: str, noise: float) ->
     assert run.value - run.least < max(1e-18, 1e-11 * run.least)
 
 
+def test_nor_has_a_run_that_goes_on() -> None:
+    run = LeastSquares(MAKERS["lbfgs"], 3.0)
+    report = run.run(1)
+    assert (report.stop_reason, report.float64_gain, report.advice) == ("max_iter", 0.0, "")
+
+
 def test_float64_has_nothing_to_advise() -> None:
     run = LeastSquares(MAKERS["promised"], 0.3, F64)
     report = run.run()
@@ -235,7 +241,7 @@ def test_nothing_goes_on_without_it() -> None:
 
 
 @pytest.mark.parametrize("make", ["promised", "lbfgs"])
-@pytest.mark.parametrize("steps", (0, 3, 200))
+@pytest.mark.parametrize("steps", (0, 3, 150))
 def test_the_model_may_be_converted_before_or_after(make: str, steps: int) -> None:
     runs = [Network(MAKERS[make]) for _ in range(3)]
     for when, run in zip(("before", "after", "never"), runs, strict=True):
@@ -246,7 +252,7 @@ def test_the_model_may_be_converted_before_or_after(make: str, steps: int) -> No
         if when == "after":
             run.model.double()
         run.x = run.x.double()
-        run.run(20)
+        run.run(5)
     flats = [nn.utils.parameters_to_vector(run.model.parameters()) for run in runs]
     assert flats[0].dtype == F64
     assert torch.equal(flats[0], flats[1]) and torch.equal(flats[0], flats[2])
@@ -366,6 +372,15 @@ def test_other_dtypes_are_refused(dtype: Any, error: Any, message: str, steps: i
     refused(run, dtype, error, message)
 
 
+def test_before_the_first_step_there_is_nothing_to_convert() -> None:
+    run, double = LeastSquares(MAKERS["promised"]), LeastSquares(MAKERS["promised"], dtype=F64)
+    run.continue_in_double()
+    assert not run.optimizer.state
+    for each in (run, double):
+        each.run(150)
+    assert torch.equal(torch.cat(run.blocks), torch.cat(double.blocks))
+
+
 def refused(run: LeastSquares, dtype: Any, error: Any, message: str) -> None:
     before = snapshot(run.optimizer)
     with pytest.raises(error, match=message):
@@ -390,7 +405,8 @@ def test_more_than_a_dtype_is_refused() -> None:
     run.run(40)
     right, block = run.blocks[1].data, run.blocks[1]
     block.grad, block.data = None, right.double().view(2, 3)
-    refused(run, F64, ValueError, r"params\[1\] is now torch.float64 of shape \(2, 3\)")
+    message = r"params\[1\] is now torch.float64 of shape \(2, 3\).*; convert parameters before"
+    refused(run, F64, ValueError, message)
     block.data = right
     run.optimizer.param_groups[0]["params"] = [run.blocks[0], torch.zeros(6, requires_grad=True)]
     refused(run, F64, ValueError, "param_groups no longer hold the 2 tensors")

@@ -336,3 +336,35 @@ def test_a_state_that_was_cleared(name):
     for one in (run, fresh):
         one.step(8)
     assert changed(bits(run.net.params), fresh.net.params) == []
+
+
+def test_what_rounding_made_fail_counts_no_more():
+    run = Training(NAMED["lbfgs_strong_wolfe"], Net(F32))
+    run.step(5)
+    entry = run.optimizer.state[run.net.params[0]]
+    entry.update(cuts=2, failing=2.5, step_cuts=2)
+    continue_in(run)
+    assert (entry["cuts"], entry["failing"], entry["step_cuts"]) == (0, 0, 2)
+
+
+@pytest.mark.parametrize("name", ("lbfgs_capturable", "lbfgs_fixed"))
+def test_no_pair_mixes_two_dtypes(name):
+    """With one function promised a pair waits from step to step, on the device as on the host."""
+    run = Training(NAMED[name], Net(F32), deterministic=True)
+    counted = []
+    for converts in (False, True, False):
+        if converts:
+            continue_in(run)
+        run.step(1 if converts else 5)
+        report = run.optimizer.report()
+        counted.append(report.pairs_accepted + report.pairs_skipped)
+    assert counted[1] == counted[0]  # the one that waited is given up, the next one waits
+    assert counted[2] == counted[1] + 5
+
+
+def test_what_the_device_alone_has_counted_goes_along():
+    run = Training(NAMED["pv_capturable"], Net(F32))
+    run.step(2)
+    run.optimizer._phase._counted[0] += 3  # as a graph's replays do
+    continue_in(run)
+    assert run.optimizer.report().adam_steps == 5
