@@ -302,7 +302,7 @@ def main() -> None:
             kind: {o.problem: o.json() for o in outcomes if o.kind == kind} for kind in RATES
         },
     }
-    parts = [conditions(outcomes, plan), at_the_edge(outcomes, plan), target_text(targets)]
+    parts = [conditions(outcomes, plan), at_the_edge(outcomes), target_text(targets)]
     for kind in RATES:
         of_kind = [outcome for outcome in outcomes if outcome.kind == kind]
         parts += [f"**With {kind} learning rates**", count_text(of_kind), outcome_text(of_kind)]

@@ -52,6 +52,12 @@ def build(name: str, shape: Sequence[int], classes: int = 10) -> nn.Module:
     raise ValueError(f"name must be 'logistic', 'mlp', 'cnn' or 'densenet', got {name!r}")
 
 
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of all linear layers but the last, which is the output."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return [module.weight for module in linear[:-1]]
+
+
 class DenseNet(nn.Module):
     """A small densely connected network (Huang et al. 2017) of five convolutions.
 
