@@ -11,12 +11,12 @@ pytest.importorskip("sklearn")
 
 from matplotlib import pyplot as plt
 
-from benchmarks import stochastic
 from benchmarks.harness import comparison
 from benchmarks.harness.comparison import METHODS, PRINTED, Outcome, Plan, Sample, verdict
 from benchmarks.harness.rate_search import Search, neighbour, search
 from benchmarks.paper import __main__ as paper
 from benchmarks.paper import criteria, images
+from benchmarks.stochastic import images as stochastic
 
 
 def sample(*values):
