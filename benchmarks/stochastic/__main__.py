@@ -221,9 +221,10 @@ def main() -> None:
     with cells.pool(args.workers) or contextlib.nullcontext() as workers:
         work = Work(args, workers)
         results = work.section("images", lambda done: images.cells(args.problems, plan, done))
-        tried = work.section("ablation", lambda done: ablation.cells(args.problems, plan))
+        tried = work.section("ablation", lambda done: ablation.cells(args.problems, plan, done))
         tournaments = {section: play(work, section) for section in PLAYED}
-        moved = work.section("change", lambda done: change.cells(args.quick, args.data_root))
+        root = args.data_root
+        moved = work.section("change", lambda done: change.cells(args.quick, root, done))
 
     outcomes = images.collect(args.problems, plan, results)
     if outcomes:
@@ -270,6 +271,9 @@ def main() -> None:
     left = [title for section, title in SECTIONS.items() if section not in texts]
     if left:
         parts.append(f"Not here: {'; '.join(left)} (not all runs are stored).")
+    reasons = dict.fromkeys(str(error) for error in work.failures.values())
+    if reasons:
+        parts.append(f"What failed: {'; '.join(reasons)}.")
     if all_played:
         figure = pictures.draw(all_played)
         figure.savefig(args.out / "stochastic-schedules.png", dpi=150, facecolor="white")

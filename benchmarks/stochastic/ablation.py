@@ -143,21 +143,21 @@ def switch_text(rows: list[Results]) -> str:
     return table(["", "automatic", "at epoch", "best by hand", "there", "within 10%"], shown)
 
 
-def cells(problems: tuple[str, ...], plan: Plan) -> list[Cell]:
-    """All runs."""
-    return [
-        cell
-        for problem in problems
-        for name in (*VARIANTS, *BLENDS)
-        for cell in variant_cells(problem, name, plan)
-    ]
+def cells(problems: tuple[str, ...], plan: Plan, done: Results) -> list[Cell]:
+    """The runs, as far as they are known: of the problems that have data."""
+    known = [plan.describe(problem) for problem in problems]
+    for problem in problems:
+        if plan.describe(problem).key in done:
+            for name in (*VARIANTS, *BLENDS):
+                known += variant_cells(problem, name, plan)
+    return known
 
 
 def collect(problems: tuple[str, ...], plan: Plan, results: Results) -> Ablation:
     """By problem and variant, for the problems that have all their runs."""
     found: Ablation = {}
     for problem in problems:
-        if all(cell.key in results for cell in cells((problem,), plan)):
+        if all(cell.key in results for cell in cells((problem,), plan, results)):
             found[problem] = {
                 name: [results[cell.key] for cell in variant_cells(problem, name, plan)]
                 for name in (*VARIANTS, *BLENDS)

@@ -9,6 +9,7 @@ from benchmarks.harness.cells import Cell
 from benchmarks.harness.comparison import Results, Sample, verdict
 from benchmarks.harness.tables import number, table
 from benchmarks.stochastic import methods
+from benchmarks.stochastic.image_task import SEEN
 from benchmarks.stochastic.methods import METHODS, Entry
 from benchmarks.stochastic.tasks import IMAGES, USUAL
 from benchmarks.stochastic.tournament import TRAINING
@@ -41,15 +42,22 @@ def half(quick: bool) -> int:
     return 60 if quick else 1000
 
 
+def options(change: str, quick: bool, root: str | None) -> dict[str, Any]:
+    """The task's."""
+    if quick:
+        data: dict[str, Any] = {"dataset": "digits", "images": 320, "batch": 32}
+    else:
+        data = {"dataset": "mnist", "batch": 64, "data_root": root}
+    return {**data, "network": "mlp", "change": change}
+
+
 def cell(change: str, method: str, rate: float, seed: int, quick: bool, root: str | None) -> Cell:
     """A run of :func:`benchmarks.stochastic.training.train`."""
-    options = {"dataset": "mnist", "network": "mlp", "batch": 64, "change": change}
-    options |= {"dataset": "digits", "images": 320, "batch": 32} if quick else {"data_root": root}
     steps = 2 * half(quick)
     optimizer = methods.describe(Entry(method, "constant"), rate, USUAL, steps)
     call = {
         "task": IMAGES,
-        "options": options,
+        "options": options(change, quick, root),
         "optimizer": optimizer,
         "steps": steps,
         "seed": seed,
@@ -59,15 +67,24 @@ def cell(change: str, method: str, rate: float, seed: int, quick: bool, root: st
     return Cell(key, f"{TRAINING}:train", call, also)
 
 
-def cells(quick: bool, root: str | None) -> list[Cell]:
-    """All of them."""
-    return [
-        cell(change, method, rate, seed, quick, root)
-        for change in changes(quick)
-        for rate in RATES
-        for method in TAKING_PART
-        for seed in seeds(quick)
-    ]
+def about(change: str, quick: bool, root: str | None) -> Cell:
+    """The cell that finds the data, before all others of a change."""
+    call = {"task": IMAGES, "options": options(change, quick, root), "steps": 2 * half(quick)}
+    return Cell(f"stochastic/change/{change}/about/0", f"{TRAINING}:describe", call, (IMAGES,))
+
+
+def cells(quick: bool, root: str | None, done: Results) -> list[Cell]:
+    """The runs, as far as they are known: of the changes that have data."""
+    known = [about(change, quick, root) for change in changes(quick)]
+    for change in changes(quick):
+        if about(change, quick, root).key in done:
+            known += [
+                cell(change, method, rate, seed, quick, root)
+                for rate in RATES
+                for method in TAKING_PART
+                for seed in seeds(quick)
+            ]
+    return known
 
 
 def losses(runs: list[Results], step: int) -> Sample:
@@ -137,7 +154,11 @@ def text(found: list[dict[str, Any]]) -> str:
     after = [*found[0]["losses"]["adamw"]]
     heads = ["from half of the run on", "", *(f"{steps:,} steps later" for steps in after)]
     heads[-1] += ", FusePV's verdict"
-    return f"{sentence(found)}\n\n{table(heads, shown)}"
+    terms = (
+        f"An MLP, one constant learning rate for all, nothing told of the change; losses on "
+        f"{SEEN:,} training images of the new data at most, means over the seeds."
+    )
+    return f"{terms}\n\n{sentence(found)}\n\n{table(heads, shown)}"
 
 
 def sentence(found: list[dict[str, Any]]) -> str:

@@ -70,6 +70,7 @@ def build(options: dict[str, Any], steps: int, seed: int, held_out: bool) -> Tas
         later_marks = {min(half + after, steps) for after in AFTER}
         marks = tuple(sorted({0, half // 2, *later_marks, steps}))
         note += f"; from step {half} on: {later.note}"
+        note += "" if n == len(data.x) else f"; the first {n:,} of each"
     return Task(model, batch, judge, marks, note)
 
 

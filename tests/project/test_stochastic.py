@@ -319,8 +319,10 @@ def test_stored_runs_of_rivals_do_not_depend_on_our_sources():
 
 @pytest.mark.parametrize(("ours", "told"), [(0.1, "below"), (0.5, "level with"), (0.9, "above")])
 def test_a_change_of_task_is_judged_after_a_thousand_steps(ours, told):
-    results = {}
-    for cell in change.cells(False, None):
+    known = change.cells(False, None, {})
+    assert len(known) == 3  # what the data are, before all else
+    results = {cell.key: {} for cell in known}
+    for cell in change.cells(False, None, results)[3:]:
         assert cell.options["steps"] == 2000 and cell.options["optimizer"]["lr"] in change.RATES
         loss = ours if cell.options["optimizer"]["name"] == "fuse_pv" else 0.5
         results[cell.key] = {
@@ -358,3 +360,16 @@ def test_pieces_add_up(tmp_path, monkeypatch, capsys):
     assert third["text"] == second["text"]
     with pytest.raises(SystemExit, match="--methods has 'lion'"):
         call("--methods", "lion")
+
+
+def test_without_data_the_text_remains_and_the_page_says_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("FUSE_EXT_DATA", raising=False)
+    small = replace(tasks.text(("constant",), True, None)[0], methods=("adamw",))
+    monkeypatch.setattr(tasks, "text", lambda *_: [small])
+    line = ["stochastic", "--workers", "0", "--out", str(tmp_path), "--schedules", "constant"]
+    monkeypatch.setattr("sys.argv", line)
+    with pytest.raises(SystemExit, match="failed: minibatch/mnist/data, "):
+        stochastic.main()
+    text = (tmp_path / "stochastic.md").read_text()
+    assert "| AdamW | constant |" in text and "What failed: no data set 'mnist': set FUSE" in text
+    assert "Not here: Images at the paper's learning rates" in text
