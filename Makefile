@@ -8,6 +8,7 @@ TORCH ?= torch>=2.10
 PYTEST_ARGS ?=
 PAPER_ARGS ?=
 PUBLISHED_ARGS ?=
+STOCHASTIC_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
@@ -25,7 +26,7 @@ export FUSE_EXT_WERROR := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help build demo bench paper published test lint format cpp-test sanitize gpu-check clean
+.PHONY: help build demo bench paper published stochastic test lint format cpp-test sanitize gpu-check clean
 
 help:
 	@echo 'make build     set up $(VENV) and build the extension into it; quick when nothing changed'
@@ -33,13 +34,14 @@ help:
 	@echo 'make bench     measure against torch on this machine; rewrites benchmarks/README.md (minutes)'
 	@echo 'make paper     reproduce the results of the paper; rewrites benchmarks/results/paper (an hour)'
 	@echo 'make published published results beside ours; rewrites benchmarks/results/published (a day)'
+	@echo 'make stochastic  minibatches: AdamW and others with schedules beside FusePV (half a day)'
 	@echo 'make test      build, lint, the C++ tests and the Python tests'
 	@echo 'make lint      ruff, mypy and clang-format, changing nothing'
 	@echo 'make format    let ruff and clang-format rewrite the sources'
 	@echo 'make cpp-test  the C++ tests alone; make sanitize runs them under ASan and UBSan'
 	@echo 'make gpu-check on a machine with a GPU: CUDA tests, sanitizers, times; writes build/gpu-check.md'
 	@echo 'make clean     remove what was built; the environment stays'
-	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) PYTEST_ARGS=$(PYTEST_ARGS) PAPER_ARGS=$(PAPER_ARGS) PUBLISHED_ARGS=$(PUBLISHED_ARGS)'
+	@echo 'Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) PYTEST_ARGS=$(PYTEST_ARGS) PAPER_ARGS=$(PAPER_ARGS) PUBLISHED_ARGS=$(PUBLISHED_ARGS) STOCHASTIC_ARGS=$(STOCHASTIC_ARGS)'
 
 build: $(INSTALLED)
 
@@ -93,6 +95,10 @@ paper: build
 # Likewise, in build/published-cells; PUBLISHED_ARGS='--rows poisson,heat --minutes 60' does a piece.
 published: build
 	$(BIN)/python -m benchmarks.published $(PUBLISHED_ARGS)
+
+# Likewise, in build/paper-cells; rivals that are packages come with the extra `bench`.
+stochastic: build
+	$(BIN)/python -m benchmarks.stochastic $(STOCHASTIC_ARGS)
 
 test: build lint cpp-test
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

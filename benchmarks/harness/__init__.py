@@ -7,5 +7,7 @@
   ``iteration_limits``, what a machine allows: the parts of ``per_iteration``; ``memory_case``: one
   process of ``memory``;
 - ``cells``: many runs, each stored and not run again; ``minibatch``, ``comparison`` and
-  ``comparison_pictures``: training on images, shared by ``stochastic`` and ``paper``.
+  ``comparison_pictures``: training on images, shared by ``stochastic`` and ``paper``;
+- ``optimizers``, from ``ours`` or ``rivals``: an optimizer from its description; ``schedules``,
+  ``rate_search``: learning rates over a run, and the best one of a grid that grows.
 """

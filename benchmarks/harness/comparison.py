@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.harness import optimizers
 from benchmarks.harness.cells import Cell
+from benchmarks.harness.rate_search import Search, search
 from benchmarks.harness.tables import number
 
 Results = dict[str, Any]
@@ -34,8 +36,9 @@ FIRST_ORDER = ("sgd", "adam", "adam_sgd")
 FUSE_PV: dict[str, Any] = {"switch": "auto"}
 QUICK_FUSE_PV = {**FUSE_PV, "switch": 1}
 
-# Learning rates: those of the paper, and the grids of the tuned ones, all of one size. Adam+SGD
-# and the L-BFGS of torch have Adam's tuned one for their first phase.
+# Learning rates: those of the paper, and where the search for tuned ones begins, as wide for all;
+# it goes on for as long as the best is at an edge. Adam+SGD and the L-BFGS of torch have Adam's
+# tuned one for their first phase.
 PRINTED = {
     "sgd": 0.01,
     "adam": 0.001,
@@ -52,6 +55,7 @@ GRIDS = {
     "adam_sgd": SGD_GRID,
     "fuse_pv": ADAM_GRID,
 }
+EXTENSIONS = 10  # of a grid, at most
 TUNING_SEED = 1000
 RATES = ("printed", "tuned")
 
@@ -74,8 +78,13 @@ class Plan:
         return range(2 if self.quick else 5)
 
     def grid(self, method: str) -> tuple[float, ...]:
-        """The learning rates that are tried."""
+        """The learning rates that are tried first."""
         return GRIDS[method][1:3] if self.quick else GRIDS[method]
+
+    @property
+    def extensions(self) -> int:
+        """How often a grid may grow by one."""
+        return 1 if self.quick else EXTENSIONS
 
     def fuse_pv(self, lr: float, **options: Any) -> dict[str, Any]:
         """FusePV's description; ``options`` replace those of its one setting."""
@@ -113,7 +122,8 @@ class Plan:
             **options,
         }
         key = f"minibatch/{problem}/{name}/{seed}"
-        return Cell(key, "benchmarks.harness.minibatch:train", options)
+        also = (optimizers.module_of(optimizer["name"]),)
+        return Cell(key, "benchmarks.harness.minibatch:train", options, also)
 
 
 def methods(kind: str) -> list[str]:
@@ -149,56 +159,60 @@ def switch_step(run: Results) -> int:
 # --- which runs -------------------------------------------------------------------------------
 
 
-def tuning(problem: str, plan: Plan, done: Results) -> tuple[list[Cell], dict[str, float]]:
-    """The runs that tune, as far as they are known, and the learning rates they lead to.
+def tuning(problem: str, plan: Plan, done: Results) -> tuple[list[Cell], dict[str, Search]]:
+    """The runs that tune, as far as they are known, and what the searches have come to.
 
-    The best learning rate of a grid has the highest accuracy on the held-out images at the end of
-    the budget, on a seed that is not reported; the lower of equals.
+    The best learning rate has the highest accuracy on the held-out images at the end of the
+    budget, on a seed that is not reported; the lower of equals.
     """
     known: list[Cell] = []
-    best: dict[str, float] = {}
-    ends: dict[str, Results] = {}
+    found: dict[str, Search] = {}
 
-    def search(method: str, describe: Callable[[float], dict[str, Any]]) -> None:
-        of = {
-            lr: plan.cell(
-                problem, f"tuning/{method}-{lr:g}", describe(lr), TUNING_SEED, held_out=True
-            )
-            for lr in plan.grid(method)
-        }
-        known.extend(of.values())
-        if all(cell.key in done for cell in of.values()):
-            runs = {lr: done[cell.key] for lr, cell in of.items()}
-            best[method] = max(runs, key=lambda lr: (runs[lr]["test_accuracy"][-1], -lr))
-            ends[method] = runs[best[method]]
+    def look(method: str, describe: Callable[[float], dict[str, Any]]) -> None:
+        def value_of(rate: float) -> float | None:
+            run = done.get(cell_of(rate).key)
+            return None if run is None else run["test_accuracy"][-1]
 
-    search("sgd", lambda lr: baseline("sgd", {"sgd": lr}, 0))
-    search("adam", lambda lr: baseline("adam", {"adam": lr}, 0))
-    search("adam_cosine", lambda lr: baseline("adam_cosine", {"adam_cosine": lr}, 0))
-    search("fuse_pv", plan.fuse_pv)
+        def cell_of(rate: float) -> Cell:
+            name = f"tuning/{method}-{rate:g}"
+            return plan.cell(problem, name, describe(rate), TUNING_SEED, held_out=True)
+
+        found[method] = search(plan.grid(method), value_of, plan.extensions)
+        known.extend(cell_of(rate) for rate in found[method].tried)
+
+    look("sgd", lambda lr: baseline("sgd", {"sgd": lr}, 0))
+    look("adam", lambda lr: baseline("adam", {"adam": lr}, 0))
+    look("adam_cosine", lambda lr: baseline("adam_cosine", {"adam_cosine": lr}, 0))
+    look("fuse_pv", plan.fuse_pv)
+    best = best_rates(found)
     if {"adam", "fuse_pv"} <= best.keys():
-        step = switch_step(ends["fuse_pv"])
-        search("adam_sgd", lambda lr: baseline("adam_sgd", {**best, "adam_sgd": lr}, step))
-    return known, best
+        key = f"minibatch/{problem}/tuning/fuse_pv-{best['fuse_pv']:g}/{TUNING_SEED}"
+        step = switch_step(done[key])
+        look("adam_sgd", lambda lr: baseline("adam_sgd", {**best, "adam_sgd": lr}, step))
+    return known, found
 
 
-def at_the_edge(outcomes: Sequence[Outcome], plan: Plan) -> str:
-    """Which tuned learning rates are the least or the largest of their grid, in a sentence."""
+def best_rates(found: dict[str, Search]) -> dict[str, float]:
+    """Of the searches that have ended."""
+    return {method: of.best for method, of in found.items() if of.best is not None}
+
+
+def at_the_edge(outcomes: Sequence[Outcome]) -> str:
+    """Which tuned learning rates are the least or the largest that were tried, in a sentence."""
     found = [
         f"{METHODS[method]} on {outcome.about['title']} ({outcome.rates[method]:g})"
         for outcome in outcomes
-        if outcome.kind == "tuned"
-        for method in GRIDS
-        if outcome.rates[method] in (plan.grid(method)[0], plan.grid(method)[-1])
+        for method, of in outcome.searches.items()
+        if of.at_edge
     ]
     if not found:
-        return "No tuned learning rate is at the edge of its grid."
-    return f"Tuned learning rates at the edge of their grid: {'; '.join(found)}."
+        return "No tuned learning rate is at the edge of what was tried."
+    return f"Tuned learning rates at the edge of what was tried: {'; '.join(found)}."
 
 
 def rates_of(problem: str, kind: str, plan: Plan, done: Results) -> dict[str, float]:
     """Learning rates by method, as far as they are known."""
-    return PRINTED if kind == "printed" else tuning(problem, plan, done)[1]
+    return PRINTED if kind == "printed" else best_rates(tuning(problem, plan, done)[1])
 
 
 def cells_of(problem: str, kind: str, plan: Plan, done: Results) -> list[Cell]:
@@ -312,6 +326,7 @@ class Outcome:
         about: From :func:`benchmarks.harness.minibatch.describe`.
         rates: Learning rates by method.
         runs: By method, one a seed.
+        searches: For the tuned learning rates, by method.
     """
 
     problem: str
@@ -319,6 +334,7 @@ class Outcome:
     about: Results
     rates: dict[str, float]
     runs: dict[str, list[Results]]
+    searches: dict[str, Search]
 
     @staticmethod
     def of(problem: str, kind: str, plan: Plan, results: Results) -> Outcome:
@@ -328,7 +344,9 @@ class Outcome:
             for method in methods(kind)
         }
         about = results[plan.describe(problem).key]
-        return Outcome(problem, kind, about, rates_of(problem, kind, plan, results), runs)
+        searches = tuning(problem, plan, results)[1] if kind == "tuned" else {}
+        rates = rates_of(problem, kind, plan, results)
+        return Outcome(problem, kind, about, rates, runs, searches)
 
     def accuracies(self, method: str, basis: str = "epochs") -> Sample:
         """Test accuracies."""
@@ -386,7 +404,13 @@ class Outcome:
                 "optimizer": runs[0]["optimizer"],
             }
         del methods["fuse_pv"]["verdict"]
-        return {"about": self.about, "learning_rates": self.rates, "methods": methods}
+        tried = {method: of.tried for method, of in self.searches.items()}
+        return {
+            "about": self.about,
+            "learning_rates": self.rates,
+            "tried": tried,
+            "methods": methods,
+        }
 
 
 def last_losses(runs: Sequence[Results]) -> Sample:
@@ -408,15 +432,17 @@ def curves(runs: Sequence[Results], x: str, y: str) -> tuple[list[float], list[l
 
 
 def staged(known: Callable[[Results], list[Cell]], run: Callable[[list[Cell]], Results]) -> Results:
-    """Runs cells until no more become known.
+    """Runs cells until no more become known. One that has no result is not asked for again.
 
     Args:
         known: From the results so far, the cells known.
-        run: Runs cells.
+        run: Runs cells; it may leave some out.
     """
     done: Results = {}
+    asked: set[str] = set()
     while True:
-        todo = {cell.key: cell for cell in known(done) if cell.key not in done}
+        todo = {cell.key: cell for cell in known(done) if cell.key not in asked}
         if not todo:
             return done
+        asked |= todo.keys()
         done |= run(list(todo.values()))

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-import fuse_ext
-from benchmarks.harness import datasets, networks
+from benchmarks.harness import datasets, networks, optimizers
+from benchmarks.harness.schedules import Schedule
 
 
 @dataclass(frozen=True)
@@ -92,93 +92,6 @@ def describe(problem: str, quick: bool = False, data_root: str | None = None) ->
     }
 
 
-# What of an optimizer's description the loop sees to.
-OF_THE_LOOP = ("name", "batch", "batch_factor", "schedule")
-
-
-# --- optimizers -------------------------------------------------------------------------------
-
-
-class Relay:
-    """Adam for ``switch_step`` steps, then another optimizer on the same parameters."""
-
-    def __init__(self, first: Any, second: Any, phase: str, switch_step: int) -> None:
-        self.first, self.second, self.second_phase = first, second, phase
-        self.switch_step, self.steps = switch_step, 0
-
-    @property
-    def phase(self) -> str:
-        """Whose turn it is."""
-        return "adam" if self.steps < self.switch_step else self.second_phase
-
-    def step(self, closure: Callable[[], Tensor]) -> Any:
-        """A step of the optimizer whose turn it is."""
-        optimizer = self.first if self.phase == "adam" else self.second
-        self.steps += 1
-        return optimizer.step(closure)
-
-
-def make_switch(switch: Any, steps_per_epoch: int) -> Any:
-    """FusePV's ``switch`` from something that JSON can hold.
-
-    Args:
-        switch: "auto" (the default criterion), "never", a number of epochs, or the name and
-            arguments of a criterion: ``{"name": "GradNorm", "zeta": 0.1}``.
-        steps_per_epoch: Adam steps in an epoch.
-    """
-    if switch == "auto":
-        return None
-    if switch == "never":
-        return fuse_ext.Never()
-    if isinstance(switch, dict):
-        arguments = {key: value for key, value in switch.items() if key != "name"}
-        return getattr(fuse_ext, switch["name"])(**arguments)
-    return fuse_ext.AfterSteps(round(switch * steps_per_epoch))
-
-
-def make_theta(theta: Any, steps_per_epoch: int) -> Any:
-    """Fuse's ``theta`` from something that JSON can hold.
-
-    Args:
-        theta: A number, or the name and arguments of a schedule, with "epochs" in place of its
-            steps: ``{"name": "LinearTheta", "epochs": 5}``.
-        steps_per_epoch: Steps in an epoch.
-    """
-    if not isinstance(theta, dict):
-        return theta
-    arguments = {key: value for key, value in theta.items() if key not in ("name", "epochs")}
-    return getattr(fuse_ext, theta["name"])(round(theta["epochs"] * steps_per_epoch), **arguments)
-
-
-def make_optimizer(params: Any, description: dict[str, Any], steps_per_epoch: int) -> Any:
-    """The optimizer of a description, as :func:`train` takes it."""
-    options = {k: v for k, v in description.items() if k not in OF_THE_LOOP}
-    params, name = list(params), description["name"]
-    if name == "sgd":
-        return torch.optim.SGD(params, **options)
-    if name == "adam":
-        return torch.optim.Adam(params, fused=True, **options)
-    if name in ("adam_sgd", "adam_torch_lbfgs"):
-        step = options.pop("switch_step", None)
-        if step is None:
-            step = round(options.pop("switch") * steps_per_epoch)
-        adam = torch.optim.Adam(params, lr=options.pop("lr"), fused=True)
-        if name == "adam_sgd":
-            options["lr"] = options.pop("sgd_lr")
-            return Relay(adam, torch.optim.SGD(params, **options), "sgd", step)
-        options = {"max_iter": 1, "history_size": 10, "line_search_fn": "strong_wolfe", **options}
-        return Relay(adam, torch.optim.LBFGS(params, **options), "lbfgs", step)
-    if name == "fuse_pv":
-        options["switch"] = make_switch(options.get("switch", "auto"), steps_per_epoch)
-        if isinstance(options.get("history_dtype"), str):
-            options["history_dtype"] = getattr(torch, options["history_dtype"])
-        return fuse_ext.FusePV(params, **options)
-    if name == "fuse":
-        options["theta"] = make_theta(options["theta"], steps_per_epoch)
-        return fuse_ext.Fuse(params, **options)
-    raise ValueError(f"optimizer name {name!r} is not known")
-
-
 # --- training ---------------------------------------------------------------------------------
 
 
@@ -227,13 +140,11 @@ def train(
 
     Args:
         problem: A key of ``PROBLEMS``.
-        optimizer: "name" ("sgd", "adam", "adam_sgd", "adam_torch_lbfgs", "fuse" or "fuse_pv") and
-            what that takes: "lr" and the like; for the two that relay "switch" (epochs) or
-            "switch_step", and "sgd_lr" for the first of them; for Fuse "theta" as
-            :func:`make_theta` reads it; for FusePV "switch" as :func:`make_switch` does,
-            "batch_factor" (the batch is that many times larger while it is in its L-BFGS phase)
-            and all its options. "batch" replaces the problem's for this run, "schedule":
-            "cosine" lets lr fall to 0 over the budget (not of those that relay).
+        optimizer: "name" and what that takes, as :func:`benchmarks.harness.rivals.build` and
+            :func:`benchmarks.harness.ours.build` read it. Besides: "batch" replaces the problem's
+            for this run, "batch_factor" makes it that many times larger in the L-BFGS phase, and
+            "schedule" is one of :mod:`benchmarks.harness.schedules` over the budget (not of those
+            that relay).
         seed: Of the start and of the order of the images.
         epochs: None for the problem's.
         quick: A few hundred digits in place of the images.
@@ -259,12 +170,13 @@ def train(
     torch.manual_seed(seed)
     model = networks.build(spec.network, data.x.shape[1:])
     n = len(data.x)
-    opt = make_optimizer(model.parameters(), optimizer, steps_per_epoch(n, batch))
+    opt = optimizers.make(model, optimizer, steps_per_epoch(n, batch))
 
     schedule = None
     if "schedule" in optimizer:
-        schedule = cosine(opt, epochs * steps_per_epoch(n, batch))
-    _warm_up(model, data, batch, optimizer)
+        schedule = Schedule(opt, optimizer["schedule"], epochs * steps_per_epoch(n, batch))
+    x, y = data.x[:batch], data.y[:batch]
+    warm_up(model, lambda copy: cross_entropy(copy(x), y), optimizer)
     run = _Run(model, data, dict(until or {}))
     second = optimizer["name"] in ("fuse_pv", "adam_torch_lbfgs")
 
@@ -284,9 +196,9 @@ def train(
             return loss
 
         start = time.process_time()
-        opt.step(closure)
         if schedule is not None:
-            schedule.step()
+            schedule.set(run.steps)
+        opt.step(closure)
         run.seconds += time.process_time() - start
         run.steps += 1
         if adam and opt.phase != "adam" and run.switch_step is None:
@@ -294,12 +206,12 @@ def train(
         run.check_budgets(epoch)
         if epoch == int(epoch):
             run.record(int(epoch))
-            if isinstance(opt, fuse_ext.FusePV):
+            if hasattr(opt, "next_epoch"):  # FusePV, which this module does not know
                 opt.next_epoch()
             if epoch >= epochs and not run.budgets:
                 break
 
-    report = asdict(opt.report()) if isinstance(opt, fuse_ext.FusePV) else None
+    report = asdict(opt.report()) if optimizer["name"] == "fuse_pv" else None
     return {
         "problem": asdict(spec),
         "data": data.note,
@@ -316,21 +228,19 @@ def train(
     }
 
 
-def _warm_up(
-    model: nn.Module, data: datasets.Dataset, batch: int, optimizer: dict[str, Any]
+def warm_up(
+    model: nn.Module, loss: Callable[[nn.Module], Tensor], optimizer: dict[str, Any]
 ) -> None:
     """A step of a copy, so that what a process does once is not counted as the first step's."""
     copy = deepcopy(model)
-    opt = make_optimizer(copy.parameters(), optimizer, 1)
-    cross_entropy(copy(data.x[:batch]), data.y[:batch]).backward()
-    opt.step(lambda: cross_entropy(copy(data.x[:batch]), data.y[:batch]))
 
+    def closure() -> Tensor:
+        copy.zero_grad()
+        found = loss(copy)
+        found.backward()
+        return found
 
-def cosine(optimizer: Any, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """A learning rate that falls to 0 in so many steps, along a cosine, and stays there."""
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda k: (1 + math.cos(math.pi * min(k / steps, 1))) / 2
-    )
+    optimizers.make(copy, optimizer, 1).step(closure)
 
 
 class _Run:

@@ -1,8 +1,9 @@
-"""The four networks of the paper's experiments, for images of any size.
+"""The four networks of the paper's experiments, and one with dropout, for images of any size.
 
 None has batch normalisation: its running statistics would take in a batch once for every
 evaluation that a line search makes on it, and at points that are then discarded. Group
-normalisation keeps no statistics, so the loss is the same function at every call on a batch.
+normalisation keeps no statistics, so the loss is the same function at every call on a batch; with
+dropout it is not, which is what that network is for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def build(name: str, shape: Sequence[int], classes: int = 10) -> nn.Module:
     """A network by name, initialised by torch's generator.
 
     Args:
-        name: "logistic", "mlp", "cnn" or "densenet".
+        name: "logistic", "mlp", "mlp_dropout", "cnn" or "densenet".
         shape: Channels, height and width of an image.
         classes: Outputs.
 
@@ -28,12 +29,13 @@ def build(name: str, shape: Sequence[int], classes: int = 10) -> nn.Module:
     channels, height, width = shape
     if name == "logistic":
         return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, classes))
-    if name == "mlp":
+    if name in ("mlp", "mlp_dropout"):
         hidden = 128
         return nn.Sequential(
             nn.Flatten(),
             nn.Linear(channels * height * width, hidden),
             nn.ReLU(),
+            *([nn.Dropout(0.5)] if name == "mlp_dropout" else []),
             nn.Linear(hidden, classes),
         )
     if name == "cnn":
@@ -49,7 +51,14 @@ def build(name: str, shape: Sequence[int], classes: int = 10) -> nn.Module:
         )
     if name == "densenet":
         return DenseNet(channels, classes)
-    raise ValueError(f"name must be 'logistic', 'mlp', 'cnn' or 'densenet', got {name!r}")
+    known = "'logistic', 'mlp', 'mlp_dropout', 'cnn' or 'densenet'"
+    raise ValueError(f"name must be {known}, got {name!r}")
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of all linear layers but the last, which is the output."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return [module.weight for module in linear[:-1]]
 
 
 class DenseNet(nn.Module):

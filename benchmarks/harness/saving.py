@@ -38,7 +38,8 @@ def save(
     facts: dict[str, Any],
     results: dict[str, Any],
     tables: str,
-    figure: Figure,
+    figure: Figure | None,
+    short: str | None = None,
 ) -> None:
     """Writes NAME.json, NAME.md and NAME.png, rewrites the README's tables, prints them.
 
@@ -48,17 +49,21 @@ def save(
         facts: From :func:`benchmarks.harness.machine.facts`.
         results: What was measured; a :class:`Spread` becomes median, quartiles and rounds.
         tables: Markdown.
-        figure: Saved and closed.
+        figure: Saved and closed; None for none.
+        short: Takes the place of the tables in the README, where they are too long for it.
     """
     facts["share_of_others"] = machine.share_of_others(args.started)
     text = f"{machine.sentence(facts)}\n\n{tables}"
+    picture = "" if figure is None else f"\n![{name}]({name}.png)\n"
     document = {"benchmark": name, "machine": facts, **results}
     (args.out / f"{name}.json").write_text(json.dumps(plain(document), indent=1) + "\n")
-    (args.out / f"{name}.md").write_text(f"# {name}\n\n{text}\n\n![{name}]({name}.png)\n")
-    figure.savefig(args.out / f"{name}.png", dpi=150, facecolor="white")
-    plt.close(figure)
+    (args.out / f"{name}.md").write_text(f"# {name}\n\n{text}\n{picture}")
+    if figure is not None:
+        figure.savefig(args.out / f"{name}.png", dpi=150, facecolor="white")
+        plt.close(figure)
     if args.readme is not None:
-        rewrite(args.readme, name, text)
+        told = text if short is None else f"{machine.sentence(facts)}\n\n{short}"
+        rewrite(args.readme, name, told)
     print(text)
 
 

@@ -48,7 +48,7 @@ COLORS = {
 
 
 def criterion(name: str, value: float, steps_per_epoch: int, epochs: int) -> Any:
-    """A criterion as :func:`benchmarks.harness.minibatch.make_switch` reads it."""
+    """A criterion as :func:`benchmarks.harness.ours.make_switch` reads it."""
     if name == "epochs":
         return value * epochs
     if name == "gradient norm":

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ SMALL = {
     "time_to_loss": ["--rounds", "2", "--budget", "30"],
     "robustness": ["--budget", "40", "--largest", "4"],
     "switching": ["--rounds", "2", "--budget", "25"],
-    "stochastic": ["--only", "kmnist", "--workers", "0"],
+    "stochastic": ["--workers", "0"],
 }
 
 
@@ -180,11 +181,37 @@ def test_minibatch_methods_are_compared_on_equal_terms(results):
     assert len(found["automatic_switch"]) == 2
 
 
+def test_minibatch_methods_meet_on_every_task(results):
+    found = results["stochastic"]
+    schedules = ("constant", "cosine", "warm-up, cosine")
+    methods = ("AdamW", "FusePV", "FusePV, switch at half", "FusePV without pairs")
+    for section in ("schedules", "text"):
+        (entries,) = found[section].values()
+        wanted = {f"{method}, {schedule}" for method in methods for schedule in schedules}
+        assert wanted <= entries.keys()
+    assert found["robustness"].keys() == {"dropout", "noise", "batch-8"}
+    for section in ("schedules", "robustness", "text"):
+        for task in found[section].values():
+            for entry in task.values():
+                assert entry["best"] in entry["tried"]
+                # The same effort: two learning rates, and another if the best is at the edge.
+                assert len(entry["tried"]) == 3
+                assert all(gradients >= 60 for gradients in entry["gradients"])
+    assert found["text"]["text"]["FusePV, switch at half, constant"]["switch_step"] == [30, 30]
+    page = results["stochastic"]["printed"]
+    for duel in found["duels"]:
+        told = {"win": "wins", "draw": "is level", "loss": "loses"}[duel["verdict"]["steps"]]
+        assert f"{duel['question']}, at equal steps: " in page and told in page
+    assert {row["rate"] for row in found["change"]} == {0.01, 0.001}
+    assert "60 steps after the change FusePV's training loss is" in page
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_help(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(f"benchmarks.{name}").main()
+        package = find_spec(f"benchmarks.{name}").submodule_search_locations
+        importlib.import_module(f"benchmarks.{name}{'.__main__' if package else ''}").main()
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert f"python -m benchmarks.{name}" in text and "--quick" in text and "--out" in text

@@ -11,11 +11,12 @@ pytest.importorskip("sklearn")
 
 from matplotlib import pyplot as plt
 
-from benchmarks import stochastic
 from benchmarks.harness import comparison
 from benchmarks.harness.comparison import METHODS, PRINTED, Outcome, Plan, Sample, verdict
+from benchmarks.harness.rate_search import Search, neighbour, search
 from benchmarks.paper import __main__ as paper
 from benchmarks.paper import criteria, images
+from benchmarks.stochastic import images as stochastic
 
 
 def sample(*values):
@@ -165,10 +166,35 @@ def test_outcomes(run):
 
 def test_edges_of_grids_are_told(run):
     outcome = Outcome.of("usps", "tuned", run.plan, run.results)
-    assert comparison.at_the_edge([outcome], run.plan).startswith("No tuned learning rate")
-    outcome.rates["adam"] = 0.03
-    told = "Tuned learning rates at the edge of their grid: Adam on usps (0.03)."
-    assert comparison.at_the_edge([outcome], run.plan) == told
+    assert comparison.at_the_edge([outcome]).startswith("No tuned learning rate")
+    outcome.searches["adam"] = Search((0.001, 0.003), 0.003)
+    told = "Tuned learning rates at the edge of what was tried: Adam on usps (0.003)."
+    assert comparison.at_the_edge([outcome]) == told
+
+
+def test_grids_grow_until_the_best_is_inside():
+    def peak(at, far=math.inf):
+        return lambda rate: -abs(math.log(rate / at)) if rate < far else -math.inf
+
+    start = (0.001, 0.003, 0.01)
+    assert search(start, peak(0.003), 9) == Search(start, 0.003)
+    found = search(start, peak(0.3), 9)
+    assert found.best == 0.3 and found.tried == (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+    found = search(start, peak(3e-5), 9)
+    assert found.best == 3e-5 and found.tried[0] == 1e-5 and not found.at_edge
+    # Not for ever, and it says so; all that diverges is no reason to go on upwards.
+    assert search(start, peak(0.3), 2).at_edge
+    assert search(start, lambda rate: -math.inf, 99).tried[-1] == 0.01
+    # What is missing is asked for.
+    done = {0.001: 1.0, 0.003: 2.0, 0.01: 3.0}
+    assert search(start, done.get, 9) == Search((*start, 0.03), None)
+    assert [neighbour(0.003, d) for d in (-1, 1)] == [0.001, 0.01]
+    assert [neighbour(1.0, d) for d in (-1, 1)] == [0.3, 3.0]
+
+
+def test_cells_without_a_result_are_not_asked_for_again():
+    cells = [comparison.Plan().describe(problem) for problem in ("usps", "mnist")]
+    assert comparison.staged(lambda done: cells, lambda todo: {}) == {}
 
 
 def made_up_section(module, name, change=None):

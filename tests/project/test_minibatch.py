@@ -9,7 +9,8 @@ import torch
 pytest.importorskip("sklearn")
 
 from benchmarks.harness import networks
-from benchmarks.harness.minibatch import PROBLEMS, batches, describe, make_switch, make_theta, train
+from benchmarks.harness.minibatch import PROBLEMS, batches, describe, train
+from benchmarks.harness.ours import make_switch, make_theta
 from fuse_ext import AfterSteps, GradNorm, Never
 
 ADAM = {"name": "adam", "lr": 0.01}
