@@ -184,8 +184,9 @@ class Moments:
         groups: list[ParamGroup],
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        leave_out: frozenset[int] = frozenset(),
     ) -> None:
-        """One step on every parameter that has a gradient.
+        """One step on every parameter that has a gradient and is not to be left out.
 
         Raises:
             TypeError, ValueError, RuntimeError: A gradient or parameter that the kernels cannot
@@ -198,10 +199,10 @@ class Moments:
         flat.check_unchanged()
         self._check_amsgrad(groups)
         shared, plain = counts.shared(), flat.layout.grads()
-        if plain is not None and shared is not None and len(groups) == 1:
+        if plain is not None and shared is not None and len(groups) == 1 and not leave_out:
             self._step_all(counts, groups[0], shared + 1, plain, grad_scale, found_inf)
             return None
-        grads = [p.grad for p in flat.params]
+        grads = [None if i in leave_out else p.grad for i, p in enumerate(flat.params)]
         calls = counts.calls(groups, grads)
         check_grads(flat.params, grads)  # no call may fail after another has changed things
         options = [adam_numbers(group, step, float(group["lr"])) for group, _, step in calls]

@@ -88,20 +88,20 @@ class FusePV(FlatOptimizer):
             instead of two; where a trial does not fit what is remembered the start is evaluated
             again. False: it is not. None: find out, on averages by a first step that does not move,
             with a line search by holding a step's start against the last one's end. If they agree
-            all is as if promised. If they do not, time and again, Adam takes over where nothing was
-            said of searches, and averages after it.
+            all is as if promised; if not, time and again, Adam takes over, and averages after it.
         trial_errors: As in :class:`~fuse_ext.LBFGS`.
         pairs: How curvature pairs are made, so that none mixes two batches.
 
-            - "averaged": of means over 10 batches, with a step on the averaged gradient in Adam's
-              metric (:mod:`~fuse_ext.phase.averages`): one gradient a step, no closure needed, 6
-              vectors more. Not with a line search or a matrix.
+            - "averaged": of means over 10 batches (:mod:`~fuse_ext.phase.averages`): one gradient a
+              step, no closure needed, 6 vectors more. Not with a line search or a matrix.
             - "same_batch": of two gradients on the step's own batch. A line search has the second
               one anyway, a fixed step evaluates once more; ``step(pair_closure=...)`` takes both
               on another sample, such as the overlap of two batches.
             - "consecutive": with a fixed step, of the gradients of two steps, right where both are
               of one batch (see ``batch_id`` in :meth:`step`).
             - "auto": averaged or same_batch, as ``line_search`` is without or with one.
+        metric: On minibatches in place of pairs: "diagonal", Adam's own, or "kronecker" for weight
+            matrices, both alive, with longer steps at first (:mod:`~fuse_ext.phase.living`).
         step_cap: Longest step on averages, in lengths of Adam's last step (above lr = 1e-3 of one
             with 1e-3, but not below Adam's own), in Adam's metric; nor does any element move by
             more than so many times lr. It falls as steps go by, and halves where g jumps.
@@ -163,6 +163,7 @@ class FusePV(FlatOptimizer):
         deterministic: bool | None = None,
         trial_errors: tuple[type[Exception], ...] = (),
         pairs: str = AUTO,
+        metric: str | None = None,
         step_cap: float = 7.0,
         check_finite: bool = True,
         capturable: bool = False,
@@ -300,7 +301,7 @@ class FusePV(FlatOptimizer):
         phase = succession.successor(self._ground(), self._phase, log, self._unsaid)
         log["switches"] += 1
         log["switch_step"], log["switch_reason"] = log["adam_steps"], reason
-        succession.drop_adam_state(self._ground())
+        succession.drop_adam_state(self._ground(), phase)
         self._phase = phase
         for group in self.param_groups:
             group["phase"], group["lr_at_switch"] = LBFGS, float(group["lr"])
@@ -314,8 +315,8 @@ class FusePV(FlatOptimizer):
             return
         if self._phase is None:  # the switch at once, taken back before the first step
             self._log["switches"] += 1
+        succession.leave_second(self._ground(), self._phase)
         self._phase = None
-        succession.drop_lbfgs_state(self._entry)
         self._begin_adam()
         self._log.update(phase_steps=0, phase_epochs=0)
 

@@ -44,6 +44,11 @@ def averages(group: ParamGroup) -> bool:
     return group["line_search"] == AUTO and group["max_iter"] == 1 and not group["deterministic"]
 
 
+def living(group: ParamGroup) -> bool:
+    """Whether the phase on minibatches is one in a living metric, without pairs."""
+    return averages(group) and group["pairs"] == AUTO and group.get("metric") is not None
+
+
 def finds_out(group: ParamGroup) -> bool:
     """Whether the closure will be watched to learn if it is the same function at every call."""
     return averages(group) and group["pairs"] == AUTO and group["deterministic"] is None

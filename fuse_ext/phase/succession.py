@@ -18,6 +18,8 @@ from fuse_ext.phase.lbfgs.device import DevicePhase
 from fuse_ext.phase.lbfgs.device import settle as settle_entry
 from fuse_ext.phase.lbfgs.iteration import ITERATION_NAMES, check_lbfgs_state
 from fuse_ext.phase.lbfgs.phase import LbfgsPhase, make_lbfgs
+from fuse_ext.phase.living.kronecker import KRONECKER_NAMES, check_kronecker_state
+from fuse_ext.phase.living.phase import LIVING_NAMES, LivingPhase, living_names
 from fuse_ext.phase.modes import (
     ADAM,
     AVERAGED,
@@ -25,6 +27,7 @@ from fuse_ext.phase.modes import (
     averages,
     check_signs,
     finds_out,
+    living,
     self_scales,
     takes_matrix,
     watches_searches,
@@ -35,7 +38,14 @@ from fuse_ext.vector.flat import FlatParams, ParamGroup
 
 AnyPhase: TypeAlias = AdamPhase | QuasiNewton
 # What the L-BFGS phase gives up beside its ring when it ends: all that it holds but the counters.
-_HELD = *MATRIX_NAMES, *ITERATION_NAMES, *AVERAGED_NAMES, *Watch.NAMES, "batch_id"
+_HELD = (
+    *MATRIX_NAMES,
+    *ITERATION_NAMES,
+    *AVERAGED_NAMES,
+    *Watch.NAMES,
+    *living_names(),
+    "batch_id",
+)
 _GIVEN_UP = {*_HELD} - {*COUNTERS}
 
 
@@ -83,6 +93,10 @@ class Ground(NamedTuple):
         size, dtype = self.groups[0]["history_size"], self.groups[0]["history_dtype"]
         return AveragesPhase(self.flat, self.ops, self.entry, size, dtype)
 
+    def living(self) -> LivingPhase:
+        """The phase in a living metric, with the moments that the state holds."""
+        return LivingPhase(self.flat, self.ops, self.state, self.groups)
+
 
 def adopted(ground: Ground, phase: str) -> AnyPhase | None:
     """The phase of a state at hand; None where its first step is still to come."""
@@ -92,6 +106,8 @@ def adopted(ground: Ground, phase: str) -> AnyPhase | None:
         begun = any("step" in state.get(param, {}) for param in flat.params)
         return ground.adam() if begun else None
     entry = state.get(flat.params[0], {})
+    if "living_steps" in entry:
+        return ground.living()
     if "history" not in entry:
         return None
     if entry["history"].shape[2] != flat.numel:
@@ -111,8 +127,12 @@ def successor(
     groups = ground.groups
     moments = before.moments if isinstance(before, AdamPhase) else None
     if averages(groups[0]) and moments is not None and log["phase_steps"]:
-        phase = ground.averages()
         watches = finds_out(groups[0]) and not mixed_signs(groups) and not log.get("batches")
+        if living(groups[0]):
+            begun = ground.living()
+            begun.inherit(groups, bool(log.get("scheduled")), watches)
+            return begun
+        phase = ground.averages()
         phase.inherit(moments, groups, watches)
         return phase
     if groups[0]["pairs"] == AVERAGED:
@@ -124,6 +144,7 @@ def successor(
 def found_one_function(ground: Ground) -> LbfgsPhase | DevicePhase:
     """The phase that follows averages which turn out not to be needed."""
     drop_lbfgs_state(ground.entry)
+    drop_adam_state(ground, None)  # a living metric has kept them
     phase = ground.lbfgs(one_function=True)
     ground.entry["agreed"] = 1.0  # as it was seen at one point
     return phase
@@ -159,10 +180,15 @@ def settle(phase: AnyPhase | None, entry: dict[str, Any], log: dict[str, Any]) -
         phase.settle(log)
 
 
-def drop_adam_state(ground: Ground) -> None:
-    """Gives Adam's moments up; what else the state holds stays."""
+def drop_adam_state(ground: Ground, after: AnyPhase | None) -> None:
+    """Gives Adam's moments up, unless the phase after it goes on with them.
+
+    What else the state holds stays.
+    """
+    if isinstance(after, LivingPhase):
+        return
     for param in ground.flat.params:
-        for name in ("step", *MOMENTS):
+        for name in ("step", *MOMENTS, *KRONECKER_NAMES):
             ground.state[param].pop(name, None)
         if not ground.state[param]:
             del ground.state[param]
@@ -187,6 +213,13 @@ def enlarge(entry: dict[str, Any], slots: int) -> None:
             old = entry[name]
             entry[name] = old.new_zeros(2, slots, old.shape[2])
             entry[name][:, : len(kept)] = old[:, kept]
+
+
+def leave_second(ground: Ground, phase: AnyPhase | None) -> None:
+    """Takes out of the state what belongs to the phase after Adam; its counts stay."""
+    if isinstance(phase, LivingPhase):
+        phase.leave(ground.groups)
+    drop_lbfgs_state(ground.entry)
 
 
 def drop_lbfgs_state(entry: dict[str, Any]) -> None:
@@ -214,6 +247,9 @@ def check_phase_state(
     if groups[0].get("phase", ADAM) == LBFGS:
         # Until then a switch at once is still to come.
         if groups[0].get("lr_at_switch") is not None or first.keys() - {own}:
+            if "living_steps" in first:
+                check_living_state(state, flat, keys)
+                return
             size = groups[0].get("history_size", defaults["history_size"])
             check_lbfgs_state(first, size + 1, flat)
             check_averaged_state(first, flat)
@@ -224,3 +260,18 @@ def check_phase_state(
             name: value for name, value in first.items() if name not in (own, *ITERATION_NAMES)
         }
         check_adam_state({**state, keys[0]: moments}, flat.params, keys)
+
+
+def check_living_state(state: dict[Any, Any], flat: FlatParams, keys: list[Any]) -> None:
+    """Raises ValueError unless a saved state is that of a phase in a living metric."""
+    for name in LIVING_NAMES:
+        value = state[keys[0]].get(name)
+        if not isinstance(value, (int, float)) and not (name == "held" and value is None):
+            raise ValueError(f"state_dict does not fit: {name} is {value!r}, no number")
+    moments = {
+        key: {name: entry[name] for name in ("step", *MOMENTS) if name in entry}
+        for key, entry in state.items()
+    }
+    check_adam_state(moments, flat.params, keys)
+    for i, (param, key) in enumerate(zip(flat.params, keys, strict=True)):
+        check_kronecker_state(state.get(key, {}), param, i)

@@ -11,6 +11,7 @@ from fuse_ext.phase.adam import AdamPhase
 from fuse_ext.phase.averages import AveragesPhase
 from fuse_ext.phase.lbfgs.device import DevicePhase
 from fuse_ext.phase.lbfgs.phase import LbfgsPhase
+from fuse_ext.phase.living.phase import LivingPhase
 from fuse_ext.phase.modes import CONSECUTIVE, SEARCH, check_capturable, check_signs
 from fuse_ext.phase.protocol import NO_SCALING, Call, Outcome, QuasiNewton
 from fuse_ext.phase.succession import AnyPhase
@@ -27,6 +28,7 @@ def ask(phase: AnyPhase, call: Call, flat: FlatParams) -> Outcome:
     if call.closure is None and call.loss is None:
         call.empty = would_not_move(call.groups)
     if isinstance(phase, AdamPhase):
+        note_rate(call)
         return phase.step(call)
     if call.empty and phase.host_decides:
         return Outcome(None)
@@ -47,7 +49,7 @@ def tell(phase: QuasiNewton, call: Call, flat: FlatParams) -> None:
     if isinstance(phase, DevicePhase):
         check_capturable(groups[0], "line_search")
         lr = shared_lr(groups, flat.device)
-    if not isinstance(phase, AveragesPhase):
+    if not isinstance(phase, (AveragesPhase, LivingPhase)):
         check_signs(groups)
     if lr is None:
         lrs = [lbfgs_lr(group) for group in groups]
@@ -96,6 +98,16 @@ def shared_lr(groups: list[ParamGroup], device: torch.device) -> Tensor | None:
     check_lr_tensor(lrs[0], device)
     first: Tensor = lrs[0]
     return first
+
+
+def note_rate(call: Call) -> None:
+    """Notes in the log whether lr changes while Adam steps, where the next phase asks for that."""
+    group, log = call.groups[0], call.log
+    if log is None or group.get("metric") is None:
+        return
+    lr = float(group["lr"])
+    if log.setdefault("last_lr", lr) != lr:
+        log.update(last_lr=lr, scheduled=True)
 
 
 def would_not_move(groups: list[ParamGroup]) -> bool:

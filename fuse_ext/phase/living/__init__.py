@@ -1,0 +1,5 @@
+"""The second phase on minibatches in a living metric: Adam's averages go on, longer steps first.
+
+:mod:`phase` is the phase, :mod:`lengths` says how long a step is beside Adam's, and
+:mod:`kronecker` holds the metric of matrices.
+"""

@@ -1,0 +1,324 @@
+r"""A Kronecker-factored metric for matrices: Adam in the eigenbasis of the gradients' covariances.
+
+For a weight G of [m, n] the covariances L = E[G G^T] and R = E[G^T G] are averaged, Q_L and Q_R are
+their eigenvectors, and Adam's second moment is that of Q_L^T G Q_R: the metric is the best diagonal
+one in that basis, and R and L together are the Kronecker factors of the gradient's covariance. Its
+first moment stays in the weight's own coordinates. Bases are renewed every ``REFRESH`` steps by one
+step of orthogonal iteration.
+
+A basis needs data. For ``GATHER`` steps the covariances are averaged, for ``MEASURE`` more the
+second moment in the new basis, and only then does it take the place of Adam's, which steps until
+then.
+
+References:
+    - Gupta, Koren, Singer, Shampoo: preconditioned stochastic tensor optimization, ICML 2018,
+      arXiv 1802.09568.
+    - Vyas et al., SOAP: improving and stabilizing Shampoo using Adam, ICLR 2025, arXiv 2409.11321.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fuse_ext.curvature.moments import Moments
+from fuse_ext.curvature.step_counts import HostCounts
+from fuse_ext.vector.flat import FlatParams, ParamGroup
+
+GATHER, MEASURE = 10, 10
+# Decay of the covariances and steps between two renewals of the bases, as in SOAP.
+FACTOR_DECAY, REFRESH = 0.95, 10
+# A side up to this long gets a basis, on a CPU where a step then takes about as long as a gradient
+# of a thousand rows, and on a GPU, which multiplies matrices best; the other one stays as it is.
+LONGEST_SIDE = {"cpu": 256, "cuda": 2048}
+# A matrix with a side beyond it is taken for an embedding, few of whose rows have a gradient.
+EMBEDDING_SIDE = 8192
+
+# In a parameter's own state: covariances, bases (of the sides that have one), the second moment in
+# them while it is measured, and steps since the covariances, and since the measuring, began.
+FACTORS = ("row_factor", "column_factor")
+BASES = ("row_basis", "column_basis")
+MEASURED = "rotated_sq"
+STEPS = ("factor_steps", "basis_steps")
+KRONECKER_NAMES = (*FACTORS, *BASES, MEASURED, *STEPS)
+
+
+def matrix_shape(param: Tensor) -> tuple[int, int]:
+    """A weight as a matrix: its first dimension, and all others."""
+    rows = param.shape[0] if param.ndim else 1
+    return rows, param.numel() // max(rows, 1)
+
+
+def rotated_sides(param: Tensor, amsgrad: bool, narrow: bool) -> tuple[bool, bool]:
+    """Which sides of a parameter get a basis.
+
+    None do of vectors, complex numbers, with AMSGrad, whose largest moment is of one basis, and
+    with moments that are stored ``narrow``.
+    """
+    if param.ndim < 2 or param.is_complex() or amsgrad or narrow:
+        return False, False
+    rows, columns = matrix_shape(param)
+    if min(rows, columns) < 2 or max(rows, columns) > EMBEDDING_SIDE:
+        return False, False
+    most = LONGEST_SIDE.get(param.device.type, LONGEST_SIDE["cpu"])
+    return rows <= most, columns <= most
+
+
+def check_kronecker_state(entry: dict[str, Any], param: Tensor, i: int) -> None:
+    """Raises ValueError for a saved state whose factors or bases are not of this parameter."""
+    for name, side in zip((*FACTORS, *BASES), matrix_shape(param) * 2, strict=True):
+        factor = entry.get(name)
+        if factor is not None and (
+            not isinstance(factor, Tensor) or tuple(factor.shape) != (side, side)
+        ):
+            what = tuple(factor.shape) if isinstance(factor, Tensor) else repr(factor)
+            raise ValueError(
+                f"state_dict does not fit: {name} of params[{i}] is {what}, not {(side, side)}"
+            )
+    if any(name in entry for name in FACTORS):
+        for name in STEPS:
+            if not isinstance(entry.get(name), int) or entry[name] < 0:
+                raise ValueError(
+                    f"state_dict does not fit: {name} of params[{i}] is {entry.get(name)!r}, "
+                    "no count"
+                )
+
+
+class KroneckerMetric:
+    """The metric of those parameters that have one.
+
+    Memory: for each of a weight's sides of length a that has a basis 8 a^2 bytes in float32, 4 more
+    a parameter while the second moment is measured, and none for the moments, which are Adam's.
+
+    Args:
+        flat: The parameters.
+        state: ``Optimizer.state``; what it holds is taken over.
+        moments: Adam's, whose averages go on.
+        groups: ``Optimizer.param_groups``.
+    """
+
+    def __init__(
+        self,
+        flat: FlatParams,
+        state: dict[Any, Any],
+        moments: Moments,
+        groups: list[ParamGroup],
+    ) -> None:
+        self._flat, self._state, self._moments = flat, state, moments
+        narrow = moments.stored("exp_avg").dtype != flat.dtype
+        self._sides: dict[int, tuple[bool, bool]] = {}
+        for group, place in zip(groups, flat.group_slices, strict=True):
+            for i in range(place.start, place.stop):
+                sides = rotated_sides(flat.params[i], bool(group["amsgrad"]), narrow)
+                if any(sides):
+                    self._sides[i] = sides
+        for i in self._sides:
+            entry = state.get(flat.params[i], {})
+            for name in (*FACTORS, *BASES, MEASURED):
+                if name in entry:  # perhaps of a checkpoint in another dtype
+                    entry[name] = entry[name].to(dtype=flat.dtype, device=flat.device)
+
+    def _begin(self, entry: dict[str, Any], i: int) -> None:
+        """Zeros where nothing has been gathered."""
+        flat = self._flat
+        shape = matrix_shape(flat.params[i])
+        for names in (FACTORS, BASES):
+            for name, side, has in zip(names, shape, self._sides[i], strict=True):
+                if has:
+                    entry[name] = torch.zeros(side, side, dtype=flat.dtype, device=flat.device)
+        entry.update(dict.fromkeys(STEPS, 0))
+
+    def entry(self, i: int) -> dict[str, Any]:
+        """The state of ``params[i]``."""
+        found: dict[str, Any] = self._state[self._flat.params[i]]
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state held."""
+        held = (self.entry(i).get(name) for i in self._sides for name in (*FACTORS, *BASES))
+        measured = (self.entry(i).get(MEASURED) for i in self._sides)
+        return sum(tensor.nbytes for tensor in (*held, *measured) if tensor is not None)
+
+    def ready(self) -> frozenset[int]:
+        """The parameters with a gradient whose step is taken here and not by Adam."""
+        return frozenset(
+            i
+            for i in self._sides
+            if self._flat.params[i].grad is not None and self._is_ready(self.entry(i))
+        )
+
+    @staticmethod
+    def _is_ready(entry: dict[str, Any]) -> bool:
+        return bool(entry.get("basis_steps", 0) >= MEASURE)
+
+    # --- a step -----------------------------------------------------------------------------
+
+    def step(self, groups: list[ParamGroup], factor: float) -> None:
+        """Takes in the gradients at hand, and steps where the metric is ready.
+
+        To be called after Adam has stepped the others.
+        """
+        flat, stepped = self._flat, []
+        for group, place in zip(groups, flat.group_slices, strict=True):
+            for i in range(place.start, place.stop):
+                if i not in self._sides or flat.params[i].grad is None:
+                    continue
+                if self._is_ready(self.entry(i)):
+                    self._advance(i, group, float(group["lr"]) * factor)
+                    stepped.append(i)
+                else:
+                    self._gather(i, group)
+        if stepped and isinstance(self._moments.counts, HostCounts):
+            self._moments.counts.advance(stepped)
+
+    def _gradient(self, i: int, group: ParamGroup) -> Tensor:
+        """Of what is minimised, an L2 penalty included, in the flat state's dtype."""
+        param = self._flat.params[i]
+        assert param.grad is not None
+        grad = param.grad.to(self._flat.dtype)
+        grad = -grad if group["maximize"] else grad
+        if group["weight_decay"] and not group["decoupled_weight_decay"]:
+            grad = grad.add(param.to(grad.dtype), alpha=float(group["weight_decay"]))
+        return grad
+
+    def _moment(self, name: str, i: int) -> Tensor:
+        return self._flat.piece(self._moments.stored(name), i)
+
+    def _average(self, entry: dict[str, Any], matrix: Tensor) -> None:
+        """Takes a gradient into the covariances."""
+        # The first one counts in full: what is averaged needs no correction.
+        weight = max(1.0 - FACTOR_DECAY, 1.0 / (entry["factor_steps"] + 1))
+        for name, side in zip(FACTORS, (matrix, matrix.T), strict=True):
+            if name in entry:
+                entry[name].lerp_(side @ side.T, weight)
+        entry["factor_steps"] += 1
+
+    def _gather(self, i: int, group: ParamGroup) -> None:
+        """Learns the covariances, then the second moment in their basis; Adam steps meanwhile."""
+        entry, grad = self.entry(i), self._gradient(i, group)
+        if "factor_steps" not in entry:
+            self._begin(entry, i)
+        matrix = grad.reshape(matrix_shape(grad))
+        self._average(entry, matrix)
+        if entry["factor_steps"] < GATHER:
+            return
+        if MEASURED not in entry:
+            if not self._find_bases(entry):
+                return
+            entry[MEASURED] = torch.zeros_like(matrix)
+        rotated = self._rotate(entry, matrix)
+        beta1, beta2 = map(float, group["betas"])
+        entry[MEASURED].mul_(beta2).addcmul_(rotated, rotated, value=1.0 - beta2)
+        entry["basis_steps"] += 1
+        if entry["basis_steps"] < MEASURE:
+            return
+        # E[g]^2 <= E[g^2]: where a direction has not been seen for long, m says more of it.
+        mean = self._corrected_mean(i, entry, beta1)
+        floor = mean.square_().mul_(1.0 - beta2 ** entry["basis_steps"])
+        second = torch.maximum(entry.pop(MEASURED), floor)
+        self._moment("exp_avg_sq", i).copy_(second.view(grad.shape))
+
+    def _corrected_mean(self, i: int, entry: dict[str, Any], beta1: float) -> Tensor:
+        """The bias-corrected first moment in the basis."""
+        average = self._moment("exp_avg", i)
+        rotated = self._rotate(entry, average.reshape(matrix_shape(average)))
+        return rotated.div_(1.0 - beta1 ** self._moments.counts.of(i))
+
+    def _find_bases(self, entry: dict[str, Any]) -> bool:
+        """Eigenvectors, largest first; False where there are none to be had this time."""
+        found = {}
+        for factor, basis in zip(FACTORS, BASES, strict=True):
+            if factor in entry:
+                try:
+                    found[basis] = torch.linalg.eigh(entry[factor])[1].flip(1)
+                except RuntimeError:  # of which torch.linalg's are
+                    return False
+        for basis, vectors in found.items():
+            entry[basis].copy_(vectors)
+        return True
+
+    @staticmethod
+    def _rotate(entry: dict[str, Any], matrix: Tensor) -> Tensor:
+        """Q_L^T G Q_R; always a new tensor."""
+        left, right = (entry.get(name) for name in BASES)
+        rotated = matrix if left is None else left.T @ matrix
+        return rotated if right is None else rotated @ right
+
+    @staticmethod
+    def _rotate_back(entry: dict[str, Any], matrix: Tensor) -> Tensor:
+        """Q_L X Q_R^T."""
+        left, right = (entry.get(name) for name in BASES)
+        rotated = matrix if left is None else left @ matrix
+        return rotated if right is None else rotated @ right.T
+
+    def _advance(self, i: int, group: ParamGroup, lr: float) -> None:
+        """Adam's step in the basis."""
+        entry, param = self.entry(i), self._flat.params[i]
+        grad = self._gradient(i, group)
+        matrix = grad.reshape(matrix_shape(grad))
+        (beta1, beta2), eps = map(float, group["betas"]), float(group["eps"])
+        steps = self._moments.counts.of(i) + 1.0
+        self._average(entry, matrix)
+        average = self._moment("exp_avg", i).lerp_(grad, 1.0 - beta1)
+        rotated = self._rotate(entry, matrix)
+        stored = self._moment("exp_avg_sq", i)
+        second = stored.reshape(matrix.shape)  # a copy where the weight is not row-major
+        second.mul_(beta2).addcmul_(rotated, rotated, value=1.0 - beta2)
+        entry["basis_steps"] += 1
+        variance = second / (1.0 - beta2 ** entry["basis_steps"])
+        root = (
+            variance.add_(eps).sqrt_() if group["eps_inside_root"] else variance.sqrt_().add_(eps)
+        )
+        step = self._rotate(entry, average.reshape(matrix.shape)).div_(1.0 - beta1**steps)
+        step = self._rotate_back(entry, step.div_(root)).view(grad.shape)
+        if group["decoupled_weight_decay"] and group["weight_decay"]:
+            param.mul_(1.0 - lr * float(group["weight_decay"]))
+        param.add_(step.to(param.dtype), alpha=-lr)
+        if entry["basis_steps"] % REFRESH == 0:
+            second = self._renew(entry, second)
+        if second.data_ptr() != stored.data_ptr():
+            stored.copy_(second.view(grad.shape))
+
+    def _renew(self, entry: dict[str, Any], second: Tensor) -> Tensor:
+        """One step of orthogonal iteration on each basis, largest eigenvalues first.
+
+        The second moment goes with its directions, which move little in so few steps.
+        """
+        for side, (factor, basis) in enumerate(zip(FACTORS, BASES, strict=True)):
+            if factor not in entry:
+                continue
+            vectors = entry[basis]
+            image = entry[factor] @ vectors
+            order = torch.argsort((vectors * image).sum(0), descending=True, stable=True)
+            entry[basis] = torch.linalg.qr(image[:, order])[0].contiguous()
+            second = second.index_select(side, order)
+        return second
+
+    # --- leaving ----------------------------------------------------------------------------
+
+    def leave(self, groups: list[ParamGroup]) -> None:
+        """Gives the metric up: Adam's second moment becomes that of the weights' own elements.
+
+        Coordinates of the basis are next to uncorrelated, so that the variance of an element is
+        the sum of theirs, each by the square of its share.
+        """
+        betas = self._flat.per_segment([group["betas"] for group in groups], None)
+        for i in self._sides:
+            entry = self.entry(i)
+            if self._is_ready(entry):
+                stored = self._moment("exp_avg_sq", i)
+                second = stored.reshape(matrix_shape(stored))
+                squares = {name: entry[name].square() for name in BASES if name in entry}
+                second = self._rotate_back(squares, second)
+                # Its own count becomes the parameter's.
+                beta2 = betas[i][1]
+                second = second * (
+                    (1.0 - beta2 ** self._moments.counts.of(i))
+                    / (1.0 - beta2 ** entry["basis_steps"])
+                )
+                stored.copy_(second.view(stored.shape))
+            for name in KRONECKER_NAMES:
+                entry.pop(name, None)

@@ -1,0 +1,178 @@
+"""The phase itself: what it looks at before a step, and who takes the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from fuse_ext.checks import loss_value
+from fuse_ext.curvature.moments import Moments
+from fuse_ext.kernels.hooks import with_grad
+from fuse_ext.kernels.ops import Ops
+from fuse_ext.kernels.scalars import Header
+from fuse_ext.objective.progress import Progress
+from fuse_ext.objective.setbacks import COUNTERS, TALLIES
+from fuse_ext.objective.step_options import mixed_signs
+from fuse_ext.objective.watch import Watch
+from fuse_ext.phase.adam import make_moments
+from fuse_ext.phase.living.kronecker import KRONECKER_NAMES, KroneckerMetric
+from fuse_ext.phase.living.lengths import NAMES, Lengths
+from fuse_ext.phase.protocol import Call, Outcome
+from fuse_ext.search.noise import Precision
+from fuse_ext.vector.flat import FlatParams, ParamGroup
+from fuse_ext.vector.gradients import GradStats, grad_stats_into
+
+DIAGONAL, KRONECKER = "diagonal", "kronecker"
+METRICS = (None, DIAGONAL, KRONECKER)
+# What an entry holds beside the lengths: lr of the first group at the last step.
+LIVING_NAMES = (*NAMES, "last_lr")
+_NO_PAIRS = Header(*[0.0] * len(fields(Header)))
+
+
+@dataclass
+class NoPairs:
+    """What a report asks of a history, of a phase without one.
+
+    Attributes:
+        kind: The metric's.
+    """
+
+    kind: str
+
+    def header(self) -> Header:
+        """No pair was held, accepted or skipped."""
+        return _NO_PAIRS
+
+
+class LivingPhase:
+    """Adam's averages go on, in a metric that lives; one gradient a step.
+
+    Args:
+        flat: The parameters.
+        ops: Kernels to use.
+        state: ``Optimizer.state``; holds Adam's moments, and takes the metric of matrices.
+        groups: ``Optimizer.param_groups``.
+    """
+
+    begun, host_decides = True, True
+
+    def __init__(
+        self, flat: FlatParams, ops: Ops, state: dict[Any, Any], groups: list[ParamGroup]
+    ) -> None:
+        self._flat, self._ops, self._state = flat, ops, state
+        self._entry: dict[str, Any] = state[flat.params[0]]
+        self.moments: Moments = make_moments(flat, ops, state, groups)
+        for name in (*COUNTERS, *TALLIES):
+            self._entry.setdefault(name, 0)
+        self.history = NoPairs(groups[0]["metric"])
+        self._matrices: KroneckerMetric | None = None
+        if groups[0]["metric"] == KRONECKER:
+            self._matrices = KroneckerMetric(flat, state, self.moments, groups)
+        self._lengths = Lengths(self._entry)
+        self._watch = Watch(flat, ops, self._entry)
+        self._stats = torch.zeros(len(GradStats._fields), dtype=torch.float64, device=flat.device)
+        self._largest = torch.finfo(flat.dtype).max
+        self.progress = Progress()
+        self.precision = Precision(self._entry, torch.finfo(flat.dtype).eps)
+
+    def inherit(self, groups: list[ParamGroup], scheduled: bool, watches: bool) -> None:
+        """Begins where Adam ends.
+
+        Args:
+            groups: ``Optimizer.param_groups``.
+            scheduled: Whether lr has changed in the Adam phase.
+            watches: Whether to find out if the closure is one function.
+        """
+        self._lengths.begin(scheduled)
+        self._entry["last_lr"] = float(groups[0]["lr"])
+        if watches:
+            self._watch.begin()
+
+    def outdated(self, state: dict[Any, Any]) -> bool:
+        """Whether the user has cleared or replaced ``Optimizer.state``."""
+        return state.get(self._flat.params[0]) is not self._entry
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state held."""
+        return self.moments.nbytes + (0 if self._matrices is None else self._matrices.nbytes)
+
+    @property
+    def workspace_nbytes(self) -> int:
+        """Bytes of scratch vectors held between steps: none."""
+        return 0
+
+    def new_objective(self) -> None:
+        """The closure is another function: gradients before and after are not compared."""
+        self._lengths.restart()
+        if self._watch.on:
+            self._watch.begin()
+
+    def settle(self, log: dict[str, Any]) -> None:
+        """The host has counted everything itself."""
+
+    def refuse(self) -> None:
+        """Counts a step that was not taken for a value that is not finite."""
+        self._entry["non_finite"] += 1
+        self.progress.reason = "non_finite"
+
+    def leave(self, groups: list[ParamGroup]) -> None:
+        """Leaves Adam's moments as Adam would have them."""
+        if self._matrices is not None:
+            self._matrices.leave(groups)
+
+    def step(self, call: Call) -> Outcome:
+        """One step, unless the closure turns out to be one function all along."""
+        entry, closure, groups = self._entry, call.closure, call.groups
+        loss = None
+        if closure is not None:
+            loss = with_grad(closure)
+            entry["func_evals"] += 1
+        if mixed_signs(groups) or (closure is not None and loss is None):
+            self._watch.give_up()  # no function to minimise, be it one or not
+        if loss is not None:
+            value = loss_value(loss)
+            if self._watch.on:
+                one_function = self._watch.tell(value)
+                if one_function is None:
+                    self.progress.reason = "watch"
+                if one_function is not False:
+                    return Outcome(loss, one_function=bool(one_function))
+            if not math.isfinite(value):
+                self.refuse()
+                return Outcome(loss, refused=True)
+        self._flat.check_unchanged()
+        if not grad_stats_into(self._flat, self._ops, self._stats):
+            self.progress.stop_untrained(entry["n_iter"])
+            return Outcome(loss)
+        square = GradStats(*self._stats.tolist()).square
+        if not square <= self._largest:  # nor may its square overflow in the metric
+            self.refuse()
+            return Outcome(loss, refused=True)
+        self._move(groups, math.sqrt(square))
+        return Outcome(loss)
+
+    def _move(self, groups: list[ParamGroup], norm: float) -> None:
+        entry, lengths = self._entry, self._lengths
+        lr, cap = float(groups[0]["lr"]), float(groups[0]["step_cap"])
+        if lr != entry["last_lr"]:
+            lengths.hold(cap, entry["last_lr"])
+            entry["last_lr"] = lr
+        factor = lengths.factor(cap, lr)
+        scaled = [{**group, "lr": float(group["lr"]) * factor} for group in groups]
+        ready = frozenset() if self._matrices is None else self._matrices.ready()
+        self.moments.step(scaled, leave_out=ready)
+        if self._matrices is not None:
+            self._matrices.step(groups, factor)
+        lengths.count(norm, cap, lr)
+        entry["n_iter"] += 1
+        self.progress.step_length = factor
+        self.progress.reason, self.progress.line_search = "max_iter", "fixed"
+
+
+def living_names() -> tuple[str, ...]:
+    """What the phase keeps in a parameter's state beside Adam's moments."""
+    return (*LIVING_NAMES, *KRONECKER_NAMES)
