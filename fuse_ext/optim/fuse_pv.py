@@ -47,9 +47,9 @@ class FusePV(FlatOptimizer):
         lr: Adam's step size. Learning-rate schedulers drive it; after the switch the L-BFGS step is
             scaled by lr over the lr at the switch (or the first later one, if that was 0).
         switch: A :class:`~fuse_ext.Switchover`; an int for that many steps; a callable on an
-            :class:`~fuse_ext.Observation`; None for 50 steps where L-BFGS may go on on averages
-            (see ``pairs``), else :class:`~fuse_ext.LossPlateau` or, if ``deterministic``, a short
-            :class:`~fuse_ext.WarmUp`.
+            :class:`~fuse_ext.Observation`; None for 20 steps where minibatches may follow (50 with
+            ``pairs="averaged"``), else :class:`~fuse_ext.LossPlateau` or, if ``deterministic``, a
+            short :class:`~fuse_ext.WarmUp`.
         betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root, moment_dtype: As
             in :class:`~fuse_ext.Adam`. On averages weight decay is what it is in the Adam phase.
             With a line search or a fixed step it is an L2 term, weight_decay/2 \|x\|^2, decoupled
@@ -99,12 +99,11 @@ class FusePV(FlatOptimizer):
               on another sample, such as the overlap of two batches.
             - "consecutive": with a fixed step, of the gradients of two steps, right where both are
               of one batch (see ``batch_id`` in :meth:`step`).
-            - "auto": averaged or same_batch, as ``line_search`` is without or with one.
-        metric: On minibatches in place of pairs: "diagonal", Adam's own, or "kronecker" for weight
-            matrices, both alive, with longer steps at first (:mod:`~fuse_ext.phase.living`).
-        step_cap: Longest step on averages, in lengths of Adam's last step (above lr = 1e-3 of one
-            with 1e-3, but not below Adam's own), in Adam's metric; nor does any element move by
-            more than so many times lr. It falls as steps go by, and halves where g jumps.
+            - "auto": same_batch with a line search; without one none (see ``metric``).
+        metric: On minibatches without pairs: "diagonal", Adam's, or "kronecker" for matrices
+            (:mod:`~fuse_ext.phase.living`), "auto" for sides up to 256 (on a GPU 2,048).
+        step_cap: Longest step on minibatches, in Adam's steps (above lr = 1e-3 in those of 1e-3,
+            but not below Adam's own). It falls as steps go by, and halves where g jumps.
         check_finite: Before an Adam step, check loss and gradient, and skip the step if either is
             not finite: one more read of the gradients (4 bytes beside 28). L-BFGS always checks.
         capturable: Steps read nothing from the device, which decides instead, so that a CUDA graph
@@ -118,7 +117,7 @@ class FusePV(FlatOptimizer):
     Attributes:
         phase: "adam" or "lbfgs"; also in every parameter group, and saved with it.
 
-    Memory: Adam 8 bytes a parameter; L-BFGS 4 (2 m + 2), and 24 more on averages, or the matrix.
+    Memory: Adam 8 bytes a parameter, and 8 a^2 for a weight's side of a; L-BFGS 4 (2 m + 2).
 
     Raises:
         ValueError, TypeError: An option out of range, or parameters that cannot share one vector.
@@ -163,7 +162,7 @@ class FusePV(FlatOptimizer):
         deterministic: bool | None = None,
         trial_errors: tuple[type[Exception], ...] = (),
         pairs: str = AUTO,
-        metric: str | None = None,
+        metric: str = AUTO,
         step_cap: float = 7.0,
         check_finite: bool = True,
         capturable: bool = False,

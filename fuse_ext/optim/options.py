@@ -134,10 +134,10 @@ def _any_of(names: tuple[str, ...]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-def _one_of(*names: str | None) -> Callable[[str, Any], None]:
+def _one_of(*names: str) -> Callable[[str, Any], None]:
     def check(name: str, value: Any) -> None:
         if value not in names:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, names))}, got {value!r}")
+            raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
 
     return check
 
@@ -167,7 +167,7 @@ _OPTIONS = (
     Option("curvature_tol", "a number in [0, 1]", _SECOND, _at_least(0.0, 1.0), shared=True),
     Option("history_dtype", "None, a float dtype or torch.int8", _SECOND, _history_dtype, True),
     Option("pairs", _any_of(PAIRS), _SECOND, _one_of(*PAIRS), shared=True),
-    Option("metric", 'None, "diagonal" or "kronecker"', _SECOND, _one_of(*METRICS), shared=True),
+    Option("metric", _any_of(METRICS), _SECOND, _one_of(*METRICS), shared=True),
     Option("line_search", f'"auto", {_SEARCHES}', _SECOND, _line_search_or_auto, shared=True),
     Option("line_search_fn", _SEARCHES, _SECOND, _line_search, shared=True),
     Option("deterministic", "True, False or None", _SECOND, _yes_no_or_none, shared=True),
@@ -236,16 +236,6 @@ def _matrix_on_host(group: ParamGroup) -> None:
     for name, refused in (("capturable", True), ("pairs", AVERAGED)):
         if group[name] == refused:
             raise ValueError(f"curvature='dense' does not go with {name}={refused!r}")
-
-
-def _metric_alone(group: ParamGroup) -> None:
-    if group.get("metric") is None:
-        return
-    for name, allowed in (("capturable", False), ("pairs", AUTO)):
-        if group[name] != allowed:
-            raise ValueError(
-                f"metric={group['metric']!r} goes with {name}={allowed!r}, got {group[name]!r}"
-            )
 
 
 def check_switch(switch: Switchover, capturable: bool) -> None:
@@ -376,6 +366,5 @@ FUSE_PV_TABLE = Table(
         Rule(
             'curvature="dense" goes with neither capturable nor pairs="averaged"', _matrix_on_host
         ),
-        Rule('metric goes with pairs="auto" alone, and not with capturable', _metric_alone),
     ),
 )

@@ -20,9 +20,12 @@ PAIRS = (AUTO, AVERAGED, SAME_BATCH, CONSECUTIVE)
 SEARCH = "approximate_wolfe"
 # Curvature test without and with noise in the gradients, by ``deterministic``.
 CURVATURE_TOL = {True: 1e-8, False: 1e-4}
-# Adam steps that give the averaged gradient and its metric, and L-BFGS on averages a start; from
-# there it is ahead of Adam (python -m benchmarks.stochastic).
-FIRST_STEPS = 50
+# Adam steps before the phase on minibatches: two spans of the averaged gradient at beta1 = 0.9.
+# Later ones gain nothing (python -m benchmarks.stochastic), and rates that suit the next phase can
+# be too long for Adam.
+FIRST_STEPS = 20
+# As many as give averages with pairs a metric to keep.
+FIRST_STEPS_OF_PAIRS = 50
 # Curvature pairs if nothing is said. On one function more are better, as long as they are cheap.
 LEAST_PAIRS, MOST_PAIRS = 10, 500
 HISTORY_BYTES = 64 * 2**20
@@ -46,7 +49,7 @@ def averages(group: ParamGroup) -> bool:
 
 def living(group: ParamGroup) -> bool:
     """Whether the phase on minibatches is one in a living metric, without pairs."""
-    return averages(group) and group["pairs"] == AUTO and group.get("metric") is not None
+    return averages(group) and group["pairs"] == AUTO
 
 
 def finds_out(group: ParamGroup) -> bool:
@@ -62,7 +65,7 @@ def watches_searches(group: ParamGroup) -> bool:
 def default_switch(group: ParamGroup) -> Switchover:
     """When to leave Adam if nothing is said."""
     if averages(group):
-        return AfterSteps(FIRST_STEPS)
+        return AfterSteps(FIRST_STEPS if living(group) else FIRST_STEPS_OF_PAIRS)
     if group["deterministic"]:
         return WarmUp() | LossPlateau()
     return LossPlateau()

@@ -269,8 +269,9 @@ def check_living_state(state: dict[Any, Any], flat: FlatParams, keys: list[Any])
         if not isinstance(value, (int, float)) and not (name == "held" and value is None):
             raise ValueError(f"state_dict does not fit: {name} is {value!r}, no number")
     moments = {
-        key: {name: entry[name] for name in ("step", *MOMENTS) if name in entry}
-        for key, entry in state.items()
+        key: {name: state[key][name] for name in ("step", *MOMENTS) if name in state[key]}
+        for key in keys
+        if key in state
     }
     check_adam_state(moments, flat.params, keys)
     for i, (param, key) in enumerate(zip(flat.params, keys, strict=True)):

@@ -12,7 +12,7 @@ from fuse_ext.phase.averages import AveragesPhase
 from fuse_ext.phase.lbfgs.device import DevicePhase
 from fuse_ext.phase.lbfgs.phase import LbfgsPhase
 from fuse_ext.phase.living.phase import LivingPhase
-from fuse_ext.phase.modes import CONSECUTIVE, SEARCH, check_capturable, check_signs
+from fuse_ext.phase.modes import CONSECUTIVE, SEARCH, check_capturable, check_signs, living
 from fuse_ext.phase.protocol import NO_SCALING, Call, Outcome, QuasiNewton
 from fuse_ext.phase.succession import AnyPhase
 from fuse_ext.vector.flat import FlatParams, ParamGroup
@@ -103,7 +103,7 @@ def shared_lr(groups: list[ParamGroup], device: torch.device) -> Tensor | None:
 def note_rate(call: Call) -> None:
     """Notes in the log whether lr changes while Adam steps, where the next phase asks for that."""
     group, log = call.groups[0], call.log
-    if log is None or group.get("metric") is None:
+    if log is None or group["capturable"] or not living(group):
         return
     lr = float(group["lr"])
     if log.setdefault("last_lr", lr) != lr:

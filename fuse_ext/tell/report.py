@@ -46,7 +46,8 @@ class Report:
         switch_step: Adam steps before the last switch, or None.
         switch_reason: Why it switched; empty before.
         evaluations: Calls of the closure.
-        curvature: "pairs" or "dense", as L-BFGS keeps it; empty in the Adam phase.
+        curvature: "pairs" or "dense", as L-BFGS keeps it; "diagonal" or "kronecker", the metric of
+            the phase on minibatches; empty in the Adam phase.
         pairs_held: Curvature pairs in the history, or seen by the matrix since it began.
         pairs_accepted: Pairs accepted so far.
         pairs_skipped: Pairs refused by the curvature test so far.

@@ -47,7 +47,8 @@ def curvature(fit: Fit) -> str:
         ({**ONE, "history_dtype": torch.bfloat16}, "pairs"),
         ({**ONE, "line_search": None}, "pairs"),
         ({**ONE, "line_search": None, "max_iter": 1, "capturable": True}, "pairs"),
-        ({"deterministic": False, "switch": 5}, "pairs"),  # on averages
+        ({"deterministic": False, "switch": 5}, "kronecker"),
+        ({"deterministic": False, "pairs": "averaged", "switch": 5}, "pairs"),
         ({"deterministic": False, "line_search": "armijo", "switch": 5}, "pairs"),
         ({"switch": 5}, "dense"),  # found out
         ({"line_search": "approximate_wolfe", "switch": 5}, "dense"),  # so too

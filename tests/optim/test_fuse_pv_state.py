@@ -440,7 +440,7 @@ def test_parameters_may_change_their_dtype_before_the_first_step() -> None:
         param.data = param.data.double()
     fit.inputs, fit.targets = fit.inputs.double(), fit.targets.double()
     fit.step(3)
-    assert fit.optimizer.state[fit.params[0]]["history"].dtype == torch.float64
+    assert fit.optimizer.state[fit.params[0]]["exp_avg_sq"].dtype == torch.float64
     fit.step(3)
 
 

@@ -36,6 +36,16 @@ def test_batches_get_averages() -> None:
     report = opt.report()
     assert (report.lbfgs_iterations, report.evaluations) == (24, 30)
     assert report.line_search == "fixed"
+    assert report.curvature in ("diagonal", "kronecker")
+    assert "exp_avg" in opt.state[problem.params[0]]
+
+
+def test_batches_get_averages_with_pairs_where_they_are_asked_for() -> None:
+    problem = Noisy()
+    opt = FusePV(problem.params, lr=0.02, switch=5, pairs="averaged")
+    for _ in range(30):
+        opt.step(problem)
+    assert opt.report().curvature == "pairs"
     assert "root_metric" in opt.state[problem.params[0]]
 
 
@@ -49,7 +59,7 @@ def test_who_asks_for_something_else_gets_it(options: dict[str, Any]) -> None:
     opt = FusePV(problem.params, lr=0.02, switch=5, **options)
     for _ in range(7):
         opt.step(problem)
-    assert "root_metric" not in opt.state[problem.params[0]]
+    assert opt.state[problem.params[0]].keys().isdisjoint({"root_metric", "living_steps"})
     assert opt.report().lbfgs_iterations >= 2
 
 

@@ -78,7 +78,7 @@ def test_said_on_averages_no_blocks_are_compared() -> None:
 
 def test_said_while_it_finds_out_it_looks_twice_again() -> None:
     run = Regression(make=MAKERS["found out"])
-    run.step(51)  # one look at the point
+    run.step(21)  # one look at the point
     assert run.optimizer.report().stop_reason == "watch"
     new_targets(run)
     run.optimizer.new_objective()

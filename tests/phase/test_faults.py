@@ -306,7 +306,7 @@ def test_adam_follows_a_state_that_was_cleared() -> None:
 def test_defaults() -> None:
     full, batches = Fit(deterministic=True).optimizer, Fit().optimizer
     assert repr(full._switch) == f"Any(WarmUp(n=100), {LossPlateau()!r})"
-    assert repr(batches._switch) == "AfterSteps(n=50)"
+    assert repr(batches._switch) == "AfterSteps(n=20)"
     assert isinstance(Fit(line_search="armijo").optimizer._switch, LossPlateau)
     for fit in (Fit(deterministic=True, switch=1), Fit(switch=1)):  # the other one finds out
         fit.step(4)

@@ -51,7 +51,7 @@ def matrix_shape(param: Tensor) -> tuple[int, int]:
     return rows, param.numel() // max(rows, 1)
 
 
-def rotated_sides(param: Tensor, amsgrad: bool, narrow: bool) -> tuple[bool, bool]:
+def rotated_sides(param: Tensor, amsgrad: bool, narrow: bool, limited: bool) -> tuple[bool, bool]:
     """Which sides of a parameter get a basis.
 
     None do of vectors, complex numbers, with AMSGrad, whose largest moment is of one basis, and
@@ -62,7 +62,9 @@ def rotated_sides(param: Tensor, amsgrad: bool, narrow: bool) -> tuple[bool, boo
     rows, columns = matrix_shape(param)
     if min(rows, columns) < 2 or max(rows, columns) > EMBEDDING_SIDE:
         return False, False
-    most = LONGEST_SIDE.get(param.device.type, LONGEST_SIDE["cpu"])
+    most = EMBEDDING_SIDE
+    if limited:
+        most = LONGEST_SIDE.get(param.device.type, LONGEST_SIDE["cpu"])
     return rows <= most, columns <= most
 
 
@@ -97,6 +99,10 @@ class KroneckerMetric:
         state: ``Optimizer.state``; what it holds is taken over.
         moments: Adam's, whose averages go on.
         groups: ``Optimizer.param_groups``.
+        limited: Whether long sides get no basis.
+
+    Attributes:
+        sides: Of each parameter that has a metric here, which sides have a basis.
     """
 
     def __init__(
@@ -105,16 +111,17 @@ class KroneckerMetric:
         state: dict[Any, Any],
         moments: Moments,
         groups: list[ParamGroup],
+        limited: bool = True,
     ) -> None:
         self._flat, self._state, self._moments = flat, state, moments
         narrow = moments.stored("exp_avg").dtype != flat.dtype
-        self._sides: dict[int, tuple[bool, bool]] = {}
+        self.sides: dict[int, tuple[bool, bool]] = {}
         for group, place in zip(groups, flat.group_slices, strict=True):
             for i in range(place.start, place.stop):
-                sides = rotated_sides(flat.params[i], bool(group["amsgrad"]), narrow)
+                sides = rotated_sides(flat.params[i], bool(group["amsgrad"]), narrow, limited)
                 if any(sides):
-                    self._sides[i] = sides
-        for i in self._sides:
+                    self.sides[i] = sides
+        for i in self.sides:
             entry = state.get(flat.params[i], {})
             for name in (*FACTORS, *BASES, MEASURED):
                 if name in entry:  # perhaps of a checkpoint in another dtype
@@ -125,7 +132,7 @@ class KroneckerMetric:
         flat = self._flat
         shape = matrix_shape(flat.params[i])
         for names in (FACTORS, BASES):
-            for name, side, has in zip(names, shape, self._sides[i], strict=True):
+            for name, side, has in zip(names, shape, self.sides[i], strict=True):
                 if has:
                     entry[name] = torch.zeros(side, side, dtype=flat.dtype, device=flat.device)
         entry.update(dict.fromkeys(STEPS, 0))
@@ -138,15 +145,15 @@ class KroneckerMetric:
     @property
     def nbytes(self) -> int:
         """Bytes of state held."""
-        held = (self.entry(i).get(name) for i in self._sides for name in (*FACTORS, *BASES))
-        measured = (self.entry(i).get(MEASURED) for i in self._sides)
+        held = (self.entry(i).get(name) for i in self.sides for name in (*FACTORS, *BASES))
+        measured = (self.entry(i).get(MEASURED) for i in self.sides)
         return sum(tensor.nbytes for tensor in (*held, *measured) if tensor is not None)
 
     def ready(self) -> frozenset[int]:
         """The parameters with a gradient whose step is taken here and not by Adam."""
         return frozenset(
             i
-            for i in self._sides
+            for i in self.sides
             if self._flat.params[i].grad is not None and self._is_ready(self.entry(i))
         )
 
@@ -164,7 +171,7 @@ class KroneckerMetric:
         flat, stepped = self._flat, []
         for group, place in zip(groups, flat.group_slices, strict=True):
             for i in range(place.start, place.stop):
-                if i not in self._sides or flat.params[i].grad is None:
+                if i not in self.sides or flat.params[i].grad is None:
                     continue
                 if self._is_ready(self.entry(i)):
                     self._advance(i, group, float(group["lr"]) * factor)
@@ -306,7 +313,7 @@ class KroneckerMetric:
         the sum of theirs, each by the square of its share.
         """
         betas = self._flat.per_segment([group["betas"] for group in groups], None)
-        for i in self._sides:
+        for i in self.sides:
             entry = self.entry(i)
             if self._is_ready(entry):
                 stored = self._moment("exp_avg_sq", i)

@@ -20,13 +20,14 @@ from fuse_ext.objective.watch import Watch
 from fuse_ext.phase.adam import make_moments
 from fuse_ext.phase.living.kronecker import KRONECKER_NAMES, KroneckerMetric
 from fuse_ext.phase.living.lengths import NAMES, Lengths
+from fuse_ext.phase.modes import AUTO
 from fuse_ext.phase.protocol import Call, Outcome
 from fuse_ext.search.noise import Precision
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 from fuse_ext.vector.gradients import GradStats, grad_stats_into
 
 DIAGONAL, KRONECKER = "diagonal", "kronecker"
-METRICS = (None, DIAGONAL, KRONECKER)
+METRICS = (AUTO, DIAGONAL, KRONECKER)
 # What an entry holds beside the lengths: lr of the first group at the last step.
 LIVING_NAMES = (*NAMES, "last_lr")
 _NO_PAIRS = Header(*[0.0] * len(fields(Header)))
@@ -67,10 +68,13 @@ class LivingPhase:
         self.moments: Moments = make_moments(flat, ops, state, groups)
         for name in (*COUNTERS, *TALLIES):
             self._entry.setdefault(name, 0)
-        self.history = NoPairs(groups[0]["metric"])
+        metric = groups[0]["metric"]
         self._matrices: KroneckerMetric | None = None
-        if groups[0]["metric"] == KRONECKER:
-            self._matrices = KroneckerMetric(flat, state, self.moments, groups)
+        if metric != DIAGONAL:
+            limited = metric == AUTO
+            found = KroneckerMetric(flat, state, self.moments, groups, limited)
+            self._matrices = found if found.sides else None
+        self.history = NoPairs(DIAGONAL if self._matrices is None else KRONECKER)
         self._lengths = Lengths(self._entry)
         self._watch = Watch(flat, ops, self._entry)
         self._stats = torch.zeros(len(GradStats._fields), dtype=torch.float64, device=flat.device)
@@ -149,11 +153,18 @@ class LivingPhase:
             self.progress.stop_untrained(entry["n_iter"])
             return Outcome(loss)
         square = GradStats(*self._stats.tolist()).square
+        if square == 0.0 and not entry["living_steps"] and not self._has_trained():
+            self.progress.stop_untrained(0)
+            return Outcome(loss)
         if not square <= self._largest:  # nor may its square overflow in the metric
             self.refuse()
             return Outcome(loss, refused=True)
         self._move(groups, math.sqrt(square))
         return Outcome(loss)
+
+    def _has_trained(self) -> bool:
+        """Whether Adam has met a gradient that is not 0."""
+        return bool(self.moments.stored("exp_avg").any())
 
     def _move(self, groups: list[ParamGroup], norm: float) -> None:
         entry, lengths = self._entry, self._lengths

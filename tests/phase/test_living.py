@@ -1,0 +1,366 @@
+"""The phase on minibatches in a living metric: against an oracle in float64, and its edges."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fuse_ext import FusePV
+from fuse_ext.phase.living import kronecker
+from fuse_ext.phase.living.kronecker import GATHER, MEASURE, REFRESH, rotated_sides
+from fuse_ext.phase.living.lengths import BLOCK, FALL_FROM, RISE, Lengths
+
+SWITCH = 4
+READY = GATHER + MEASURE - 1  # steps of this phase that Adam still takes
+
+
+class Batches:
+    """Noisy least squares: a matrix, a bias, a convolution's weight; another batch at each call."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, **options: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.truth = torch.randn(6, 5, generator=generator, dtype=torch.float64).to(dtype)
+        self.params = [
+            torch.randn(6, 5, generator=generator, dtype=torch.float64).to(dtype),
+            torch.randn(6, generator=generator, dtype=torch.float64).to(dtype),
+            torch.randn(3, 2, 2, 2, generator=generator, dtype=torch.float64).to(dtype),
+        ]
+        for param in self.params:
+            param.requires_grad_()
+        self.calls = 0
+        options = {"deterministic": False, "switch": SWITCH, **options}
+        self.optimizer = FusePV(self.params, options.pop("lr", 0.01), **options)
+
+    def closure(self) -> Tensor:
+        """Of the batch that belongs to this call."""
+        generator = torch.Generator().manual_seed(1000 + self.calls)
+        self.calls += 1
+        self.optimizer.zero_grad()
+        weight, bias, kernel = self.params
+        x = torch.randn(8, 5, generator=generator, dtype=torch.float64).to(weight.dtype)
+        image = torch.randn(8, 2, 3, 3, generator=generator, dtype=torch.float64).to(weight.dtype)
+        loss = (x @ (weight - self.truth).T + bias).square().mean()
+        loss = loss + torch.nn.functional.conv2d(image, kernel).sub(0.3).square().mean()
+        loss.backward()
+        return loss
+
+    def step(self, count: int = 1) -> list[float]:
+        """So many steps."""
+        return [float(self.optimizer.step(self.closure).detach()) for _ in range(count)]
+
+    @property
+    def flat(self) -> Tensor:
+        """All parameters."""
+        return torch.cat([param.detach().flatten() for param in self.params])
+
+
+def oracle(
+    run: Batches,
+    steps: int,
+    factors: Callable[[int], float],
+    matrices: bool,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    decay: float = 0.0,
+    decoupled: bool = False,
+) -> None:
+    """The textbook's formulas, matrix by matrix, on the parameters of ``run``.
+
+    Eigenvectors are taken in full where the phase takes one step of orthogonal iteration, so that
+    this is its equal until the first renewal.
+    """
+    beta1, beta2 = betas
+    lr = 0.01
+    held: list[dict[str, Any]] = [
+        {"m": torch.zeros_like(p), "v": torch.zeros_like(p)} for p in run.params
+    ]
+    for k in range(1, steps + 1):
+        run.closure()
+        after = k - SWITCH  # steps of the phase, this one included
+        factor = factors(after - 1) if after > 0 else 1.0
+        with torch.no_grad():
+            for param, s in zip(run.params, held, strict=True):
+                assert param.grad is not None
+                g = param.grad + (0.0 if decoupled else decay) * param
+                s["m"] = beta1 * s["m"] + (1 - beta1) * g
+                mean = s["m"] / (1 - beta1**k)
+                matrix = g.reshape(g.shape[0], -1)
+                rotate = matrices and param.ndim > 1 and after > 0
+                if rotate:
+                    weight = max(0.05, 1 / after)
+                    for name, product in (("L", matrix @ matrix.T), ("R", matrix.T @ matrix)):
+                        old = s.get(name, torch.zeros_like(product))
+                        s[name] = old + weight * (product - old)
+                if rotate and after == GATHER:
+                    s["QL"], s["QR"] = (torch.linalg.eigh(s[name])[1].flip(1) for name in "LR")
+                    s["w"] = torch.zeros_like(matrix)
+                if rotate and after >= GATHER:
+                    rotated = s["QL"].T @ matrix @ s["QR"]
+                    s["w"] = beta2 * s["w"] + (1 - beta2) * rotated**2
+                if rotate and after > READY:
+                    seen = after - GATHER + 1
+                    inner = s["QL"].T @ mean.reshape(matrix.shape) @ s["QR"]
+                    inner = inner / ((s["w"] / (1 - beta2**seen)).sqrt() + eps)
+                    step = (s["QL"] @ inner @ s["QR"].T).reshape(param.shape)
+                else:
+                    s["v"] = beta2 * s["v"] + (1 - beta2) * g**2
+                    step = mean / ((s["v"] / (1 - beta2**k)).sqrt() + eps)
+                if rotate and after == READY:  # what takes its place
+                    inner = s["QL"].T @ mean.reshape(matrix.shape) @ s["QR"]
+                    s["w"] = torch.maximum(s["w"], inner**2 * (1 - beta2**MEASURE))
+                if decoupled:
+                    param.mul_(1 - lr * factor * decay)
+                param.sub_(lr * factor * step)
+
+
+def factor_at(k: int, cap: float = 7.0, lr: float = 0.01) -> float:
+    """Of the k-th step after the switch, as the docstring has it."""
+    peak = max(1.0, cap * 1e-3 / lr)
+    return (1 + (peak - 1) * min(1, k / RISE)) * math.sqrt(FALL_FROM / (FALL_FROM + k))
+
+
+@pytest.mark.parametrize("metric", ["diagonal", "kronecker", "auto"])
+@pytest.mark.parametrize("options", [{}, {"betas": (0.8, 0.99), "eps": 1e-3}], ids=str)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_the_textbook(metric: str, options: dict[str, Any], decay: float, decoupled: bool) -> None:
+    given = {"weight_decay": decay, "decoupled_weight_decay": decoupled, **options}
+    run, plain = Batches(metric=metric, **given), Batches()
+    steps = SWITCH + GATHER + REFRESH - 1  # up to the first renewal
+    run.step(steps)
+    oracle(plain, steps, factor_at, metric != "diagonal", decay=decay, decoupled=decoupled,
+           **options)  # fmt: skip
+    torch.testing.assert_close(run.flat, plain.flat, rtol=1e-9, atol=1e-9)
+    entry = run.optimizer.state[run.params[0]]
+    assert ("row_basis" in entry) == (metric != "diagonal")
+
+
+def test_the_metric_is_used_and_lives() -> None:
+    """Past the first renewal: bases stay orthonormal, and near the eigenvectors."""
+    run = Batches(metric="kronecker")
+    run.step(SWITCH + READY + 8 * REFRESH)
+    for param in (run.params[0], run.params[2]):
+        entry = run.optimizer.state[param]
+        for factor, basis in (("row_factor", "row_basis"), ("column_factor", "column_basis")):
+            q = entry[basis]
+            torch.testing.assert_close(q.T @ q, torch.eye(len(q), dtype=q.dtype))
+            rotated = q.T @ entry[factor] @ q
+            off = rotated - torch.diag(rotated.diagonal())
+            assert off.norm() < 0.5 * rotated.norm()
+    diagonal = Batches(metric="diagonal")
+    diagonal.step(SWITCH + READY + 8 * REFRESH)
+    assert not torch.equal(run.flat, diagonal.flat)
+
+
+@pytest.mark.parametrize("more", [1, GATHER - 1, GATHER, READY, READY + 1, READY + 15])
+@pytest.mark.parametrize("metric", ["diagonal", "kronecker"])
+def test_checkpoints_at_every_stage(metric: str, more: int) -> None:
+    run, again = Batches(metric=metric), Batches(metric=metric)
+    run.step(SWITCH + more)
+    with torch.no_grad():
+        for param, other in zip(run.params, again.params, strict=True):
+            other.copy_(param)
+    again.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    again.calls = run.calls
+    assert run.step(25) == again.step(25)
+    assert torch.equal(run.flat, again.flat)
+    assert run.optimizer.report() == again.optimizer.report()
+
+
+def test_a_schedule_keeps_its_meaning() -> None:
+    """Where lr changes in the Adam phase a step of the diagonal metric is Adam's, to the bit."""
+    ours = Batches(metric="diagonal", switch=6)
+    adam = Batches(switch=10**6)
+    for run in (ours, adam):
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(run.optimizer, 60)
+        for _ in range(60):
+            run.step()
+            schedule.step()
+    assert ours.optimizer.phase == "lbfgs"
+    assert torch.equal(ours.flat, adam.flat)
+
+
+def test_a_later_schedule_finds_the_length_that_there_is() -> None:
+    run = Batches(metric="diagonal", lr=1e-3)
+    run.step(SWITCH + 50)
+    before = run.optimizer.report().step_length
+    run.optimizer.param_groups[0]["lr"] = 1e-4
+    run.step(30)
+    assert run.optimizer.report().step_length == pytest.approx(before, rel=0.02)
+
+
+def test_lengths_rise_and_fall() -> None:
+    run = Batches(metric="diagonal", lr=1e-3)
+    seen = []
+    for _ in range(SWITCH + 200):
+        run.step()
+        seen.append(run.optimizer.report().step_length)
+    after = seen[SWITCH:]
+    wanted = [factor_at(k, lr=1e-3) for k in range(200)]
+    assert after == pytest.approx(wanted)
+    assert after[0] == 1.0
+    assert max(after) > 5.0
+
+
+def test_a_jump_halves_the_factor_and_begins_the_fall_anew() -> None:
+    entry: dict[str, Any] = {}
+    lengths = Lengths(entry)
+    lengths.begin(scheduled=False)
+    for _ in range(100):
+        lengths.count(1.0, 7.0, 1e-3)
+    before = lengths.factor(7.0, 1e-3)
+    lengths.count(10.0, 7.0, 1e-3)
+    assert lengths.factor(7.0, 1e-3) == pytest.approx(before / 2, rel=0.02)
+    for _ in range(20_000):
+        lengths.count(1.0, 7.0, 1e-3)
+    assert lengths.factor(7.0, 1e-3) < 0.5
+    lengths.count(10.0, 7.0, 1e-3)  # the task has changed: Adam's own length
+    assert lengths.factor(7.0, 1e-3) == pytest.approx(1.0, rel=0.02)
+    held: dict[str, Any] = {}
+    of_schedule = Lengths(held)
+    of_schedule.begin(scheduled=True)
+    for norm in [1.0] * (BLOCK + 1) + [100.0]:
+        of_schedule.count(norm, 7.0, 1e-3)
+    assert of_schedule.factor(7.0, 1e-3) == 1.0
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_what_has_no_gradient_does_not_move(decay: float) -> None:
+    run = Batches(metric="kronecker", weight_decay=decay, decoupled_weight_decay=True)
+    run.step(SWITCH + READY + 5)
+    frozen = run.params[0].requires_grad_(False)
+    frozen.grad = None
+    before = frozen.detach().clone()
+    others = run.params[2].detach().clone()
+    run.truth.requires_grad_()  # the loss still needs some gradient
+    run.step(15)
+    assert torch.equal(frozen, before)
+    assert not torch.equal(run.params[2], others)
+
+
+def test_back_to_adam_with_moments_that_are_warm() -> None:
+    run = Batches(metric="kronecker")
+    run.step(SWITCH + READY + 30)
+    entry = run.optimizer.state[run.params[0]]
+    average, steps = entry["exp_avg"].clone(), float(entry["step"])
+    seen = []
+    for _ in range(300):  # of the gradients' own second moments
+        run.closure()
+        assert run.params[0].grad is not None
+        seen.append(run.params[0].grad.square())
+    run.optimizer.switch_back()
+    run.optimizer.param_groups[0]["lr"] = 0.0
+    entry = run.optimizer.state[run.params[0]]
+    assert torch.equal(entry["exp_avg"], average)
+    assert float(entry["step"]) == steps
+    second = entry["exp_avg_sq"] / (1 - 0.999**steps)
+    ratio = second.mean() / torch.stack(seen).mean()
+    assert 0.5 < float(ratio) < 4.0  # they were larger when it began
+    assert entry.keys().isdisjoint(kronecker.KRONECKER_NAMES)
+    run.step(3)
+    assert run.optimizer.phase == "adam"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_it_gains(dtype: torch.dtype) -> None:
+    """Noise is of the inputs alone: the minimum is 0, but for the kernel's part."""
+    runs = {metric: Batches(dtype, metric=metric, lr=0.03) for metric in ("diagonal", "kronecker")}
+    ends = {}
+    for metric, run in runs.items():
+        losses = run.step(400)
+        ends[metric] = sum(losses[-50:]) / 50
+        assert ends[metric] < 0.2 * losses[0]
+    if dtype != torch.bfloat16:
+        assert ends["kronecker"] < 1.5 * ends["diagonal"]
+
+
+def test_channels_last_weights() -> None:
+    first, second = Batches(metric="kronecker"), Batches(metric="kronecker")
+    kernel = second.params[2]
+    kernel.data = kernel.data.to(memory_format=torch.channels_last)
+    second.optimizer = FusePV(second.params, 0.01, SWITCH, deterministic=False, metric="kronecker")
+    first.step(SWITCH + READY + 30)
+    second.step(SWITCH + READY + 30)
+    torch.testing.assert_close(first.flat, second.flat, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("size", [1e25, math.inf, math.nan])
+def test_a_gradient_beyond_all_measure_is_not_stepped_on(size: float) -> None:
+    run = Batches(torch.float32, metric="kronecker")
+    run.step(SWITCH + READY + 5)
+    before = copy.deepcopy(run.optimizer.state_dict()["state"])
+    flat = run.flat
+
+    def closure() -> Tensor:
+        loss = run.closure()
+        assert run.params[0].grad is not None
+        run.params[0].grad[0, 0] = size
+        return loss
+
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        run.optimizer.step(closure)
+    assert torch.equal(run.flat, flat)
+    assert run.optimizer.report().non_finite == 1
+    now = run.optimizer.state_dict()["state"]
+    for key, entry in before.items():
+        for name, value in entry.items():
+            if isinstance(value, Tensor):
+                assert torch.equal(value, now[key][name]), name
+    run.step(20)
+    assert run.flat.isfinite().all()
+
+
+def test_who_gets_a_basis() -> None:
+    def sides(*shape: int, dtype: torch.dtype = torch.float32, **flags: bool) -> tuple[bool, bool]:
+        options = {"amsgrad": False, "narrow": False, "limited": True, **flags}
+        return rotated_sides(torch.empty(shape, dtype=dtype), **options)
+
+    assert sides(10, 784) == (True, False)
+    assert sides(10, 784, limited=False) == (True, True)
+    assert sides(16, 8, 3, 3) == (True, True)
+    assert sides(50_000, 64) == sides(50_000, 64, limited=False) == (False, False)
+    assert sides(7) == sides(1, 7) == sides(7, 1) == sides() == (False, False)
+    assert sides(4, 4, amsgrad=True) == sides(4, 4, narrow=True) == (False, False)
+    assert sides(4, 4, dtype=torch.complex64) == (False, False)
+
+
+def test_bad_states_are_refused() -> None:
+    run = Batches(metric="kronecker")
+    run.step(SWITCH + READY + 5)
+    fresh = Batches(metric="kronecker")
+    for change, match in (
+        (lambda entry: entry.update(row_basis=torch.zeros(2, 2)), "row_basis of params"),
+        (lambda entry: entry.update(factor_steps="x"), "factor_steps of params"),
+        (lambda entry: entry.update(share=None), "share is None"),
+        (lambda entry: entry.pop("exp_avg_sq"), "exp_avg_sq"),
+    ):
+        saved = copy.deepcopy(run.optimizer.state_dict())
+        change(saved["state"][0])
+        before = fresh.flat
+        with pytest.raises(ValueError, match=match):
+            fresh.optimizer.load_state_dict(saved)
+        assert torch.equal(fresh.flat, before)
+        assert fresh.optimizer.phase == "adam"
+
+
+def test_one_function_leaves_nothing_of_the_metric_behind() -> None:
+    run = Batches(deterministic=None)
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        run.calls, calls = 0, calls + 1
+        return run.closure()
+
+    for _ in range(30):
+        run.optimizer.step(closure)
+    assert run.optimizer.report().curvature == "dense"
+    for param in run.params:
+        held = run.optimizer.state[param].keys()
+        assert held.isdisjoint({"exp_avg", "exp_avg_sq", "step", *kronecker.KRONECKER_NAMES})
