@@ -21,7 +21,8 @@ from fuse_ext.optim.fuse import Fuse
 from fuse_ext.optim.fuse_pv import FusePV
 from fuse_ext.optim.lbfgs import LBFGS
 from fuse_ext.phase.averages import AveragesPhase
-from fuse_ext.phase.modes import AUTO, takes_matrix
+from fuse_ext.phase.living.kronecker import kronecker_nbytes
+from fuse_ext.phase.modes import AUTO, living, takes_matrix
 from fuse_ext.tell.memory import MemoryEstimate, PhaseMemory
 from fuse_ext.vector.checks import check_params
 
@@ -41,6 +42,8 @@ def estimate_memory(
     line_search: str | None = "auto",
     deterministic: bool | None = None,
     curvature: str = AUTO,
+    pairs: str = AUTO,
+    metric: str = AUTO,
 ) -> MemoryEstimate:
     """The memory that an optimizer will hold; allocates none of it.
 
@@ -49,7 +52,7 @@ def estimate_memory(
 
     ::
 
-        >>> print(fuse_ext.estimate_memory(1_000_000, history_dtype=torch.bfloat16))
+        >>> print(fuse_ext.estimate_memory(10**6, pairs="averaged", history_dtype=torch.bfloat16))
         FusePV, 1,000,000 parameters
         phase      state  workspace  bytes a parameter
         adam    7.63 MiB        0 B        8.00 + 0.00
@@ -65,11 +68,14 @@ def estimate_memory(
         history_dtype: Storage of the pairs.
         amsgrad: Adam's third moment.
         moment_dtype: Storage of Adam's moments.
-        line_search: Its name; None for a fixed step; "auto" for FusePV on averages, which holds
-            more than with a line search, and for strong Wolfe elsewhere.
+        line_search: Its name; None for a fixed step; "auto" for FusePV on minibatches, and for
+            strong Wolfe elsewhere.
         deterministic: What FusePV is told of the closure: with True "auto" is a line search, and
             the default is a matrix, or a larger history.
         curvature: "auto", "dense" or "pairs", of FusePV.
+        pairs: "averaged" for FusePV's on minibatches, or "auto" for none there.
+        metric: "auto", "diagonal" or "kronecker" there; a weight's bases go by its shape, so that a
+            number of parameters has none.
 
     Returns:
         Bytes of state and workspace for each phase.
@@ -97,6 +103,8 @@ def estimate_memory(
             "curvature": curvature,
             "moment_dtype": moment_dtype,
             "deterministic": deterministic,
+            "pairs": pairs,
+            "metric": metric,
         }
         opt = FusePV(groups, amsgrad=amsgrad, line_search=line_search, **options)
     else:
@@ -107,7 +115,11 @@ def estimate_memory(
     if optimizer != "LBFGS":
         dtype = opt.param_groups[0].get("moment_dtype")
         adam = Moments(flat, ops, defaultdict(dict), opt.param_groups, dtype).nbytes
-    if averages:
+    alive = averages and living(opt.param_groups[0])
+    if alive:
+        bases, scratch = kronecker_nbytes(flat, opt.param_groups)
+        lbfgs = adam + bases
+    elif averages:
         phase = AveragesPhase(flat, ops, {}, size, history_dtype)
         lbfgs, scratch = phase.nbytes, phase.workspace_nbytes
     elif optimizer != "Adam":
@@ -123,7 +135,10 @@ def estimate_memory(
     phases = {
         "Adam": (PhaseMemory("adam", adam, 0),),
         "LBFGS": (PhaseMemory("lbfgs", lbfgs, scratch),),
-        "FusePV": (PhaseMemory("adam", adam, 0), PhaseMemory("lbfgs", lbfgs, scratch, averages)),
+        "FusePV": (
+            PhaseMemory("adam", adam, 0),
+            PhaseMemory("lbfgs", lbfgs, scratch, averages and not alive, adam if alive else 0),
+        ),
         "Fuse": (PhaseMemory("fuse", adam + lbfgs, scratch),),
     }
     return MemoryEstimate(optimizer, flat.numel, phases[optimizer])

@@ -21,10 +21,14 @@ READY = GATHER + MEASURE - 1  # steps of this phase that Adam still takes
 
 
 class Batches:
-    """Noisy least squares: a matrix, a bias, a convolution's weight; another batch at each call."""
+    """Noisy least squares of correlated inputs: a matrix, a bias, a convolution's weight.
+
+    Another batch at each call.
+    """
 
     def __init__(self, dtype: torch.dtype = torch.float64, **options: Any) -> None:
         generator = torch.Generator().manual_seed(0)
+        self.mix = torch.randn(5, 5, generator=generator, dtype=torch.float64).to(dtype)
         self.truth = torch.randn(6, 5, generator=generator, dtype=torch.float64).to(dtype)
         self.params = [
             torch.randn(6, 5, generator=generator, dtype=torch.float64).to(dtype),
@@ -43,7 +47,7 @@ class Batches:
         self.calls += 1
         self.optimizer.zero_grad()
         weight, bias, kernel = self.params
-        x = torch.randn(8, 5, generator=generator, dtype=torch.float64).to(weight.dtype)
+        x = torch.randn(8, 5, generator=generator, dtype=torch.float64).to(weight.dtype) @ self.mix
         image = torch.randn(8, 2, 3, 3, generator=generator, dtype=torch.float64).to(weight.dtype)
         loss = (x @ (weight - self.truth).T + bias).square().mean()
         loss = loss + torch.nn.functional.conv2d(image, kernel).sub(0.3).square().mean()

@@ -117,12 +117,16 @@ def test_fuse_holds_both_states():
 
 def test_a_model_its_parameters_groups_and_a_number_give_the_same():
     model = nn.Linear(30, 70, bias=False)
+
+    def estimate(params):  # a number has no shape to make a metric of
+        return fuse_ext.estimate_memory(params, metric="diagonal")
+
     estimates = [
-        fuse_ext.estimate_memory(model),
-        fuse_ext.estimate_memory(model.parameters()),
-        fuse_ext.estimate_memory(model.named_parameters()),
-        fuse_ext.estimate_memory([{"params": model.weight, "lr": 0.1}]),
-        fuse_ext.estimate_memory(2100),
+        estimate(model),
+        estimate(model.parameters()),
+        estimate(model.named_parameters()),
+        estimate([{"params": model.weight, "lr": 0.1}]),
+        estimate(2100),
     ]
     assert all(estimate == estimates[0] for estimate in estimates)
 
@@ -148,7 +152,8 @@ def test_several_groups_of_several_dtypes():
 @pytest.mark.parametrize("history_dtype", [None, torch.bfloat16, torch.int8])
 def test_on_averages(history_dtype):
     params = [nn.Parameter(torch.randn(shape)) for shape in ((300, 4), (7,))]
-    estimate = phase(fuse_ext.estimate_memory(params, history_dtype=history_dtype), "lbfgs")
+    options = {"pairs": "averaged", "history_dtype": history_dtype}
+    estimate = phase(fuse_ext.estimate_memory(params, **options), "lbfgs")
     opt = fuse_ext.FusePV(params, switch=2, pairs="averaged", history_dtype=history_dtype)
     for _ in range(30):
         closure_of(params)()
@@ -159,6 +164,24 @@ def test_on_averages(history_dtype):
         report.workspace_bytes,
     )
     assert report.state_bytes == held(opt)
+
+
+@pytest.mark.parametrize("metric", ["auto", "diagonal", "kronecker"])
+@pytest.mark.parametrize("moment_dtype", [None, torch.bfloat16])
+def test_in_a_living_metric(metric, moment_dtype):
+    params = [nn.Parameter(torch.randn(shape)) for shape in ((300, 4), (7,), (8, 3, 2, 2))]
+    options = {"metric": metric, "moment_dtype": moment_dtype}
+    estimate = fuse_ext.estimate_memory(params, **options)
+    opt = fuse_ext.FusePV(params, switch=2, deterministic=False, **options)
+    most = 0
+    for _ in range(30):
+        closure_of(params)()
+        opt.step()
+        report = opt.report()
+        most = max(most, report.state_bytes + report.workspace_bytes)
+    assert phase(estimate, "lbfgs").state_bytes == opt.report().state_bytes == held(opt)
+    assert estimate.peak_bytes == most
+    assert opt.report().workspace_bytes == 0
 
 
 def test_nothing_is_allocated():

@@ -25,8 +25,11 @@ from torch import Tensor
 
 from fuse_ext.curvature.moments import Moments
 from fuse_ext.curvature.step_counts import HostCounts
+from fuse_ext.phase.modes import AUTO
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
+DIAGONAL, KRONECKER = "diagonal", "kronecker"
+METRICS = (AUTO, DIAGONAL, KRONECKER)
 GATHER, MEASURE = 10, 10
 # Decay of the covariances and steps between two renewals of the bases, as in SOAP.
 FACTOR_DECAY, REFRESH = 0.95, 10
@@ -88,6 +91,34 @@ def check_kronecker_state(entry: dict[str, Any], param: Tensor, i: int) -> None:
                 )
 
 
+def sides_of(
+    flat: FlatParams, groups: list[ParamGroup], narrow: bool, limited: bool
+) -> dict[int, tuple[bool, bool]]:
+    """Of each parameter that has a basis on some side, which ones; see :func:`rotated_sides`."""
+    found = {}
+    for group, place in zip(groups, flat.group_slices, strict=True):
+        for i in range(place.start, place.stop):
+            sides = rotated_sides(flat.params[i], bool(group["amsgrad"]), narrow, limited)
+            if any(sides):
+                found[i] = sides
+    return found
+
+
+def kronecker_nbytes(flat: FlatParams, groups: list[ParamGroup]) -> tuple[int, int]:
+    """Bytes of covariances and bases, and of the second moments while they are measured."""
+    metric = groups[0]["metric"]
+    narrow = groups[0]["moment_dtype"] not in (None, flat.dtype)
+    sides = sides_of(flat, groups, narrow, metric == AUTO) if metric != DIAGONAL else {}
+    squares = sum(
+        side * side
+        for i, has in sides.items()
+        for side, one in zip(matrix_shape(flat.params[i]), has, strict=True)
+        if one
+    )
+    measured = sum(flat.params[i].numel() for i in sides)
+    return 2 * squares * flat.dtype.itemsize, measured * flat.dtype.itemsize
+
+
 class KroneckerMetric:
     """The metric of those parameters that have one.
 
@@ -115,12 +146,7 @@ class KroneckerMetric:
     ) -> None:
         self._flat, self._state, self._moments = flat, state, moments
         narrow = moments.stored("exp_avg").dtype != flat.dtype
-        self.sides: dict[int, tuple[bool, bool]] = {}
-        for group, place in zip(groups, flat.group_slices, strict=True):
-            for i in range(place.start, place.stop):
-                sides = rotated_sides(flat.params[i], bool(group["amsgrad"]), narrow, limited)
-                if any(sides):
-                    self.sides[i] = sides
+        self.sides = sides_of(flat, groups, narrow, limited)
         for i in self.sides:
             entry = state.get(flat.params[i], {})
             for name in (*FACTORS, *BASES, MEASURED):
@@ -145,9 +171,16 @@ class KroneckerMetric:
     @property
     def nbytes(self) -> int:
         """Bytes of state held."""
-        held = (self.entry(i).get(name) for i in self.sides for name in (*FACTORS, *BASES))
-        measured = (self.entry(i).get(MEASURED) for i in self.sides)
-        return sum(tensor.nbytes for tensor in (*held, *measured) if tensor is not None)
+        return self._bytes_of(*FACTORS, *BASES)
+
+    @property
+    def measuring_nbytes(self) -> int:
+        """Bytes of second moments that are being measured."""
+        return self._bytes_of(MEASURED)
+
+    def _bytes_of(self, *names: str) -> int:
+        entries = (self._state.get(self._flat.params[i], {}) for i in self.sides)
+        return sum(entry[name].nbytes for entry in entries for name in names if name in entry)
 
     def ready(self) -> frozenset[int]:
         """The parameters with a gradient whose step is taken here and not by Adam."""

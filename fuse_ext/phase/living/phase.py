@@ -18,7 +18,12 @@ from fuse_ext.objective.setbacks import COUNTERS, TALLIES
 from fuse_ext.objective.step_options import mixed_signs
 from fuse_ext.objective.watch import Watch
 from fuse_ext.phase.adam import make_moments
-from fuse_ext.phase.living.kronecker import KRONECKER_NAMES, KroneckerMetric
+from fuse_ext.phase.living.kronecker import (
+    DIAGONAL,
+    KRONECKER,
+    KRONECKER_NAMES,
+    KroneckerMetric,
+)
 from fuse_ext.phase.living.lengths import NAMES, Lengths
 from fuse_ext.phase.modes import AUTO
 from fuse_ext.phase.protocol import Call, Outcome
@@ -26,8 +31,6 @@ from fuse_ext.search.noise import Precision
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 from fuse_ext.vector.gradients import GradStats, grad_stats_into
 
-DIAGONAL, KRONECKER = "diagonal", "kronecker"
-METRICS = (AUTO, DIAGONAL, KRONECKER)
 # What an entry holds beside the lengths: lr of the first group at the last step.
 LIVING_NAMES = (*NAMES, "last_lr")
 _NO_PAIRS = Header(*[0.0] * len(fields(Header)))
@@ -106,8 +109,8 @@ class LivingPhase:
 
     @property
     def workspace_nbytes(self) -> int:
-        """Bytes of scratch vectors held between steps: none."""
-        return 0
+        """Bytes of what is measured until matrices have their metric."""
+        return 0 if self._matrices is None else self._matrices.measuring_nbytes
 
     def new_objective(self) -> None:
         """The closure is another function: gradients before and after are not compared."""
