@@ -34,7 +34,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
-    # 50 steps of Adam, then L-BFGS on averages: a gradient a step all along, as with Adam alone.
+    # 20 steps of Adam, then a metric of matrices: a gradient a step all along, as with Adam alone.
     optimizer = FusePV(model.parameters(), lr=3e-3, weight_decay=1e-3)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)
 

@@ -1,7 +1,7 @@
 """FusePV on minibatches beside SGD, Adam, AdamW with schedules, Muon, Schedule-Free and SOAP.
 
-Images at printed and at tuned learning rates, a schedule for everyone, FusePV without its curvature
-pairs, what may go wrong (dropout, wrong labels, batches of all sizes, a change of task), and a
+Images at printed and at tuned learning rates, a schedule for everyone, FusePV in Adam's own
+metric, what may go wrong (dropout, wrong labels, batches of all sizes, a change of task), and a
 transformer on text. Every run is stored as it ends and is not repeated unless its code changes; the
 page shows all that is stored, so that the full mode, which takes hours, can be run in pieces:
 --sections, --only, --methods, --minutes.

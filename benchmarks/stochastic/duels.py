@@ -1,4 +1,4 @@
-"""Who wins: FusePV beside each rival and beside itself without pairs, counted and in words."""
+"""Who wins: FusePV beside each rival and beside itself in Adam's metric, counted and in words."""
 
 from __future__ import annotations
 
@@ -89,9 +89,9 @@ def duels(spec: Spec, standings: dict[Entry, Standing]) -> list[Duel]:
     for peer in PEERS:
         question = f"FusePV beside {METHODS[peer].title}, each with its best schedule"
         ask(question, best["fuse_pv"], best[peer])
-    question = "FusePV beside itself without pairs, without a schedule"
+    question = "FusePV beside itself in Adam's metric, without a schedule"
     ask(question, Entry("fuse_pv", "constant"), Entry("control", "constant"))
-    question = "FusePV beside itself without pairs, each with its best schedule"
+    question = "FusePV beside itself in Adam's metric, each with its best schedule"
     ask(question, best["fuse_pv"], best["control"])
     question = "The same with the switch at half"
     ask(question, best["fuse_pv_half"], best["control_half"])

@@ -22,7 +22,7 @@ def how(played: Played) -> str:
         f"held out and other seeds; {_numbers(seeds)} seeds are compared. All take the same "
         "batches from the same start, with the same betas (SOAP has its own) and the same "
         "decoupled weight decay. At equal gradients and equal CPU time a rival has as many steps "
-        "as FusePV's cost allows, and its schedule over those. FusePV without pairs is "
+        "as FusePV's cost allows, and its schedule over those. FusePV in Adam's metric is "
         f"`FusePV({listed})`. A win is a mean that is better by more than one standard deviation, "
         "the larger one of the two."
     )

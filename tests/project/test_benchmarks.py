@@ -175,7 +175,7 @@ def test_minibatch_methods_are_compared_on_equal_terms(results):
         # They leave Adam where FusePV does.
         steps = {str(outcome["methods"][name]["switch_step"]) for name in ("adam_sgd", "fuse_pv")}
         assert len(steps) == 1
-    assert {"no curvature pairs", "automatic switch", "Fuse, theta = 0.5"} <= found["ablation"][
+    assert {"Adam's metric", "automatic switch", "Fuse, theta = 0.5"} <= found["ablation"][
         "kmnist"
     ].keys()
     assert len(found["automatic_switch"]) == 2
@@ -184,7 +184,7 @@ def test_minibatch_methods_are_compared_on_equal_terms(results):
 def test_minibatch_methods_meet_on_every_task(results):
     found = results["stochastic"]
     schedules = ("constant", "cosine", "warm-up, cosine")
-    methods = ("AdamW", "FusePV", "FusePV, switch at half", "FusePV without pairs")
+    methods = ("AdamW", "FusePV", "FusePV, switch at half", "FusePV in Adam's metric")
     for section in ("schedules", "text"):
         (entries,) = found[section].values()
         wanted = {f"{method}, {schedule}" for method in methods for schedule in schedules}

@@ -275,7 +275,7 @@ def test_fuse_pv_can_win_and_lose(ours, words):
     assert beside[first].verdict("steps") == told
     assert beside[first].difference("steps") == pytest.approx(100 * ours, abs=1e-6)
     assert f"**{words}** on KMNIST, MLP (" in duels.sentences(found)
-    control = beside["FusePV beside itself without pairs, without a schedule"]
+    control = beside["FusePV beside itself in Adam's metric, without a schedule"]
     assert control.verdict("steps") == "draw" and [*control.samples] == ["steps"]
     # A lead that longer runs undo has a line of its own.
     if ours == 0.0:
