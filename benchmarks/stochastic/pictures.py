@@ -20,6 +20,7 @@ COLORS = {
     "fuse_pv_half": pictures.COLORS["ours bf16"],
     "control": pictures.COLORS["ours int8"],
     "control_half": pictures.COLORS["grey"],
+    "pairs": "tab:brown",
     "muon": pictures.COLORS["other"],
     "soap": pictures.COLORS["torch alone"],
     "schedule_free": "black",
