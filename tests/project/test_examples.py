@@ -131,7 +131,7 @@ def train_minibatch(monkeypatch: pytest.MonkeyPatch, out: Path, *args: str) -> d
 def test_a_restart_changes_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    # The switch comes in epoch 2: one restart before it, one after.
+    # The switch comes in epoch 1, the metric in epoch 2: one restart before it, one after.
     whole = train_minibatch(monkeypatch, tmp_path / "whole", "--epochs", "6")
     train_minibatch(monkeypatch, tmp_path / "parts", "--epochs", "1")
     train_minibatch(monkeypatch, tmp_path / "parts", "--epochs", "4", "--resume")
@@ -139,4 +139,4 @@ def test_a_restart_changes_nothing(
     assert parts["epoch"] == whole["epoch"] == 6
     for name, weight in whole["model"].items():
         assert torch.equal(weight, parts["model"][name]), name
-    assert "switch_step           50" in capsys.readouterr().out
+    assert "switch_step           20" in capsys.readouterr().out
