@@ -266,7 +266,9 @@ def check_living_state(state: dict[Any, Any], flat: FlatParams, keys: list[Any])
     """Raises ValueError unless a saved state is that of a phase in a living metric."""
     for name in LIVING_NAMES:
         value = state[keys[0]].get(name)
-        if not isinstance(value, (int, float)) and not (name == "held" and value is None):
+        if not isinstance(value, (int, float)) and not (
+            name in ("held", "usual_log") and value is None
+        ):
             raise ValueError(f"state_dict does not fit: {name} is {value!r}, no number")
     moments = {
         key: {name: state[key][name] for name in ("step", *MOMENTS) if name in state[key]}

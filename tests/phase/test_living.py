@@ -240,26 +240,48 @@ def test_lengths_rise_and_fall() -> None:
     assert max(after) > 5.0
 
 
-def test_a_jump_halves_the_factor_and_begins_the_fall_anew() -> None:
-    entry: dict[str, Any] = {}
-    lengths = Lengths(entry)
-    lengths.begin(scheduled=False)
+def begun(scheduled: bool = False) -> Lengths:
+    lengths = Lengths({})
+    lengths.begin(scheduled)
+    return lengths
+
+
+def counted(lengths: Lengths, norm: float, steps: int, lr: float = 1e-3) -> float:
+    """The factor after so many steps on gradients of this norm."""
+    for _ in range(steps):
+        lengths.count(norm, 7.0, lr)
+    return lengths.factor(7.0, lr)
+
+
+def test_after_a_jump_lengths_begin_anew() -> None:
+    lengths = begun()
+    assert counted(lengths, 1.0, 20_000) < 0.5
+    assert counted(lengths, 10.0, BLOCK) == 1.0  # the task has changed
+    assert counted(lengths, 10.0, RISE) == pytest.approx(factor_at(RISE, lr=1e-3))
+    assert counted(lengths, 5.0, 200) == pytest.approx(factor_at(RISE + 200, lr=1e-3))
+
+
+def test_a_jump_of_steps_that_are_longer_than_adams_halves_the_rise() -> None:
+    lengths = begun()
+    assert counted(lengths, 1.0, 100) > 2.0
+    counted(lengths, 10.0, BLOCK)
+    half = (1 + 6 * 0.5) * math.sqrt(FALL_FROM / (FALL_FROM + RISE))
+    assert counted(lengths, 10.0, RISE) == pytest.approx(half)
+
+
+def test_single_batches_are_no_jump() -> None:
+    lengths = begun()
     for _ in range(100):
-        lengths.count(1.0, 7.0, 1e-3)
-    before = lengths.factor(7.0, 1e-3)
-    lengths.count(10.0, 7.0, 1e-3)
-    assert lengths.factor(7.0, 1e-3) == pytest.approx(before / 2, rel=0.02)
-    for _ in range(20_000):
-        lengths.count(1.0, 7.0, 1e-3)
-    assert lengths.factor(7.0, 1e-3) < 0.5
-    lengths.count(10.0, 7.0, 1e-3)  # the task has changed: Adam's own length
-    assert lengths.factor(7.0, 1e-3) == pytest.approx(1.0, rel=0.02)
-    held: dict[str, Any] = {}
-    of_schedule = Lengths(held)
-    of_schedule.begin(scheduled=True)
-    for norm in [1.0] * (BLOCK + 1) + [100.0]:
-        of_schedule.count(norm, 7.0, 1e-3)
-    assert of_schedule.factor(7.0, 1e-3) == 1.0
+        counted(lengths, 1.0, 9)
+        counted(lengths, 300.0, 1)
+    assert lengths.factor(7.0, 1e-3) == pytest.approx(factor_at(1000, lr=1e-3))
+    assert counted(lengths, 0.0, 10) == pytest.approx(factor_at(1010, lr=1e-3))
+
+
+def test_a_jump_leaves_a_schedule_alone() -> None:
+    lengths = begun(scheduled=True)
+    counted(lengths, 1.0, 2 * BLOCK)
+    assert counted(lengths, 100.0, 2 * BLOCK) == 1.0
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fuse_ext.curvature.metric import longest
@@ -11,9 +12,11 @@ RISE = 20
 # The factor falls as (FALL_FROM / (FALL_FROM + k))^FALL, k steps after the switch: the rate that
 # stochastic approximation asks for, beginning after what used to be the first phase.
 FALL_FROM, FALL = 50.0, 0.5
-# Gradients that have grown so much over those of the last block of so many steps are no noise: the
-# task has changed, or steps are too long. The factor is halved then, but not below Adam's own.
-JUMP, RETREAT, BLOCK = 3.0, 0.5, 10
+# Gradients that are so much longer over a block of steps than they were on average, in logarithms,
+# which no single batch can move far, are no noise: the task has changed, or steps are too long.
+JUMP, BLOCK = 3.0, 10
+# What that leaves of the peak where steps were longer than Adam's; and the weight of a block.
+RETREAT, BLOCK_WEIGHT = 0.5, 0.2
 
 NAMES = (
     "living_steps",
@@ -21,9 +24,9 @@ NAMES = (
     "share",
     "held",
     "peak",
-    "norm_sum",
-    "block_norms",
-    "last_norm",
+    "log_sum",
+    "block_steps",
+    "usual_log",
 )
 
 
@@ -37,10 +40,10 @@ class Lengths:
     the factor falls no further than to 1, or to what it was if that was less.
 
     Args:
-        entry: Holds ``NAMES``: steps; those since the fall began; what jumps have left of the
-            factor; the least that it may be, None while nobody schedules; its peak, of the last lr
-            that nobody had changed; and of the gradient's norm the sum over a block, its steps, and
-            the mean of the last block.
+        entry: Holds ``NAMES``: steps since the lengths began; the same for the fall; what jumps
+            have left of the rise; the least that the factor may be, None while nobody schedules;
+            its peak, of the last lr that nobody had changed; and of the gradient's norm the sum of
+            logarithms over a block, its steps, and the usual mean, None before the first.
     """
 
     def __init__(self, entry: dict[str, Any]) -> None:
@@ -59,7 +62,7 @@ class Lengths:
 
     def restart(self) -> None:
         """What was seen of gradients says nothing of the next ones."""
-        self._entry.update(norm_sum=0.0, block_norms=0, last_norm=0.0)
+        self._entry.update(log_sum=0.0, block_steps=0, usual_log=None)
 
     def hold(self, step_cap: float, lr: float) -> None:
         """lr has changed from this one: whoever changes it sees to the fall."""
@@ -73,28 +76,33 @@ class Lengths:
             entry["peak"] = max(longest(step_cap, lr), min(step_cap, 1.0))
         risen = min(1.0, entry["living_steps"] / RISE)
         fallen = (FALL_FROM / (FALL_FROM + entry["fall_steps"])) ** FALL
-        own = (1.0 + (entry["peak"] - 1.0) * risen) * entry["share"] * fallen
+        own = (1.0 + (entry["peak"] - 1.0) * risen * entry["share"]) * fallen
         return float(max(own, entry["held"] or 0.0))
 
     def count(self, norm: float, step_cap: float, lr: float) -> None:
         """A step was taken on a gradient of this norm."""
         entry = self._entry
-        if entry["last_norm"] and norm > JUMP * entry["last_norm"]:
-            self._retreat(step_cap, lr)
         entry["living_steps"] += 1
         entry["fall_steps"] += 1
-        entry["norm_sum"] += norm
-        entry["block_norms"] += 1
-        if entry["block_norms"] == BLOCK:
-            entry.update(last_norm=entry["norm_sum"] / BLOCK, norm_sum=0.0, block_norms=0)
-
-    def _retreat(self, step_cap: float, lr: float) -> None:
-        """Half the factor, or Adam's own length from below, and the fall begins anew."""
-        entry = self._entry
-        self.restart()
-        factor = self.factor(step_cap, lr)
-        if entry["held"] is not None and factor <= 1.0:
+        if norm > 0.0:
+            entry["log_sum"] += math.log(norm)
+            entry["block_steps"] += 1
+        if entry["block_steps"] < BLOCK:
             return
-        wanted = max(1.0, RETREAT * factor)
-        entry.update(fall_steps=0, share=1.0)
-        entry["share"] = wanted / self.factor(step_cap, lr)
+        mean, usual = entry["log_sum"] / BLOCK, entry["usual_log"]
+        entry.update(log_sum=0.0, block_steps=0)
+        if usual is None:
+            entry["usual_log"] = mean
+        elif mean > usual + math.log(JUMP):
+            entry["usual_log"] = mean
+            self._begin_anew(step_cap, lr)
+        else:
+            entry["usual_log"] = usual + BLOCK_WEIGHT * (mean - usual)
+
+    def _begin_anew(self, step_cap: float, lr: float) -> None:
+        """As after the switch; to half the rise, where steps longer than Adam's may be why."""
+        entry = self._entry
+        if self.factor(step_cap, lr) > 1.0:
+            entry["share"] *= RETREAT
+        if entry["held"] is None:
+            entry.update(living_steps=0, fall_steps=0)
