@@ -309,7 +309,7 @@ class FusePV(FlatOptimizer):
         return phase
 
     def switch_back(self) -> None:
-        """Returns to Adam with fresh moments; the criterion starts anew."""
+        """Returns to Adam, with the moments if they were kept; the criterion starts anew."""
         if self.phase == ADAM:
             return
         if self._phase is None:  # the switch at once, taken back before the first step
