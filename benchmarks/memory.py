@@ -154,7 +154,7 @@ def _expected(case: Case, numel: int) -> tuple[int, int] | None:
     name = case.optimizer.rpartition(".")[2]
     searched = "auto" if "pairs" in given else "strong_wolfe"
     searches = {"FusePV": searched, "LBFGS": given.get("line_search_fn")}
-    known = ("history_size", *DTYPE_OPTIONS, "amsgrad", "deterministic")
+    known = ("history_size", *DTYPE_OPTIONS, "amsgrad", "deterministic", "pairs")
     estimate = fuse_ext.estimate_memory(
         [torch.empty(size, device="meta") for size in split(numel, TENSORS)],
         name,
