@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from fuse_ext.checks import loss_value
+from fuse_ext.kernels.hooks import with_grad
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.search.one_function import Values, agree
-from fuse_ext.vector.flat import FlatParams
+from fuse_ext.vector.flat import Closure, FlatParams
 from fuse_ext.vector.gradients import GradStats, grad_stats_into
+
+
+class Look(NamedTuple):
+    """What a call of the closure on a minibatch has told.
+
+    Attributes:
+        loss: As the closure returned it; None without one.
+        one_function: Whether it is one function after all.
+        undecided: Whether the next call will tell: until then no step may be taken.
+        finite: Whether the loss is, where there is one.
+    """
+
+    loss: Any = None
+    one_function: bool = False
+    undecided: bool = False
+    finite: bool = True
 
 
 class Watch:
@@ -40,6 +58,20 @@ class Watch:
     def on(self) -> bool:
         """Whether it is not known yet."""
         return "watched_loss" in self._entry
+
+    def look(self, closure: Closure | None, mixed: bool) -> Look:
+        """Calls the closure, if there is one; ``mixed``: groups ascend and descend at once."""
+        loss = None if closure is None else with_grad(closure)
+        if mixed or (closure is not None and loss is None):
+            self.give_up()  # no function to minimise, be it one or not
+        if loss is None:
+            return Look()
+        value = loss_value(loss)
+        if self.on:
+            one_function = self.tell(value)
+            if one_function is not False:
+                return Look(loss, bool(one_function), one_function is None)
+        return Look(loss, finite=math.isfinite(value))
 
     def tell(self, loss: float) -> bool | None:
         """Takes in a call; whether it is one function, None while that is not known."""

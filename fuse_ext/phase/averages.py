@@ -37,12 +37,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse_ext.checks import loss_value
 from fuse_ext.curvature.block_pairs import BLOCK_VECTORS, BlockPairs
 from fuse_ext.curvature.metric import legacy, longest, reduced, renew
 from fuse_ext.curvature.moments import Moments
 from fuse_ext.curvature.ring import History
-from fuse_ext.kernels.hooks import with_grad
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.kernels.scalars import Header
 from fuse_ext.objective.evaluations import effective_gradient
@@ -205,24 +203,17 @@ class AveragesPhase:
         """One step, unless the closure turns out to be one function all along."""
         entry, closure, groups, options = self._entry, call.closure, call.groups, call.options
         assert options is not None
-        loss, seen = None, entry["non_finite"]
+        seen = entry["non_finite"]
         mixed = mixed_signs(groups)
-        if closure is not None:
-            loss = with_grad(closure)
-            entry["func_evals"] += 1
-        if mixed or (closure is not None and loss is None):
-            self._watch.give_up()  # no function to minimise, be it one or not
-        if loss is not None:
-            value = loss_value(loss)
-            if self._watch.on:
-                one_function = self._watch.tell(value)
-                if one_function is None:
-                    self.progress.reason = "watch"
-                if one_function is not False:
-                    return Outcome(loss, one_function=bool(one_function))
-            if not math.isfinite(value):
-                self.refuse()
-                return Outcome(loss, refused=True)
+        look = self._watch.look(closure, mixed)
+        entry["func_evals"] += closure is not None
+        if look.undecided:
+            self.progress.reason = "watch"
+        if look.undecided or look.one_function:
+            return Outcome(look.loss, one_function=look.one_function)
+        if not look.finite:
+            self.refuse()
+            return Outcome(look.loss, refused=True)
         if mixed:
             ascends = self._flat.per_segment([bool(group["maximize"]) for group in groups], None)
             options = replace(options, maximize=False, ascends=ascends)
@@ -238,7 +229,7 @@ class AveragesPhase:
             float(groups[0]["step_cap"]),
             self._flat.per_segment(shrinks, None),
         )
-        return Outcome(loss, refused=entry["non_finite"] > seen)
+        return Outcome(look.loss, refused=entry["non_finite"] > seen)
 
     def step_on_gradients(
         self, options: StepOptions, beta: float, step_cap: float, shrink: list[float | None]

@@ -8,16 +8,13 @@ from typing import Any
 
 import torch
 
-from fuse_ext.checks import loss_value
 from fuse_ext.curvature.moments import Moments
-from fuse_ext.kernels.hooks import with_grad
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.kernels.scalars import Header
 from fuse_ext.objective.progress import Progress
 from fuse_ext.objective.setbacks import COUNTERS, TALLIES
 from fuse_ext.objective.step_options import mixed_signs
 from fuse_ext.objective.watch import Watch
-from fuse_ext.phase.adam import make_moments
 from fuse_ext.phase.living.kronecker import (
     DIAGONAL,
     KRONECKER,
@@ -68,7 +65,8 @@ class LivingPhase:
     ) -> None:
         self._flat, self._ops, self._state = flat, ops, state
         self._entry: dict[str, Any] = state[flat.params[0]]
-        self.moments: Moments = make_moments(flat, ops, state, groups)
+        # Counted on the host, which decides here, whatever Adam did.
+        self.moments = Moments(flat, ops, state, groups, groups[0]["moment_dtype"])
         for name in (*COUNTERS, *TALLIES):
             self._entry.setdefault(name, 0)
         metric = groups[0]["metric"]
@@ -134,36 +132,28 @@ class LivingPhase:
     def step(self, call: Call) -> Outcome:
         """One step, unless the closure turns out to be one function all along."""
         entry, closure, groups = self._entry, call.closure, call.groups
-        loss = None
-        if closure is not None:
-            loss = with_grad(closure)
-            entry["func_evals"] += 1
-        if mixed_signs(groups) or (closure is not None and loss is None):
-            self._watch.give_up()  # no function to minimise, be it one or not
-        if loss is not None:
-            value = loss_value(loss)
-            if self._watch.on:
-                one_function = self._watch.tell(value)
-                if one_function is None:
-                    self.progress.reason = "watch"
-                if one_function is not False:
-                    return Outcome(loss, one_function=bool(one_function))
-            if not math.isfinite(value):
-                self.refuse()
-                return Outcome(loss, refused=True)
+        look = self._watch.look(closure, mixed_signs(groups))
+        entry["func_evals"] += closure is not None
+        if look.undecided:
+            self.progress.reason = "watch"
+        if look.undecided or look.one_function:
+            return Outcome(look.loss, one_function=look.one_function)
+        if not look.finite:
+            self.refuse()
+            return Outcome(look.loss, refused=True)
         self._flat.check_unchanged()
         if not grad_stats_into(self._flat, self._ops, self._stats):
             self.progress.stop_untrained(entry["n_iter"])
-            return Outcome(loss)
+            return Outcome(look.loss)
         square = GradStats(*self._stats.tolist()).square
         if square == 0.0 and not entry["living_steps"] and not self._has_trained():
             self.progress.stop_untrained(0)
-            return Outcome(loss)
+            return Outcome(look.loss)
         if not square <= self._largest:  # nor may its square overflow in the metric
             self.refuse()
-            return Outcome(loss, refused=True)
+            return Outcome(look.loss, refused=True)
         self._move(groups, math.sqrt(square))
-        return Outcome(loss)
+        return Outcome(look.loss)
 
     def _has_trained(self) -> bool:
         """Whether Adam has met a gradient that is not 0."""
