@@ -248,6 +248,9 @@ def test_verdicts_follow_the_figures(results):
     )
     assert "win on 0, draw on 0 and loss on 4 at equal epochs" in found.sentence
     assert "win on 4, draw on 0 and loss on 0 at equal gradients" in found.sentence
+    untouched = authors.report("authors", results, True)
+    (on_all,) = [text for text in untouched.sentence.split(". ") if "On all test images" in text]
+    assert on_all in found.sentence
 
     changed = with_accuracies(changed, "usps", adam=(0.9, 0.9))
     found = authors.report("authors", changed, True)
