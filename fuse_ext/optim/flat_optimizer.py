@@ -17,6 +17,7 @@ from fuse_ext.objective.step_options import default_evaluations
 from fuse_ext.optim.options import Table
 from fuse_ext.phase import conversion
 from fuse_ext.phase.protocol import Phase
+from fuse_ext.vector.checks import listed
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
 
@@ -40,7 +41,7 @@ class FlatOptimizer(Optimizer, ABC):
         self._flat: FlatParams | None = None
         if backend not in ops.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
-        super().__init__(params, defaults)
+        super().__init__(listed(params), defaults)
         self._check_groups(self.param_groups)
         self._renew_layout()
 
@@ -226,7 +227,9 @@ class FlatOptimizer(Optimizer, ABC):
         theirs = [len(group["params"]) for group in groups]
         if ours != theirs:
             raise ValueError(
-                f"state_dict has parameter groups of {theirs} tensors, the optimizer of {ours}"
+                f"state_dict has parameter groups of {theirs} tensors, the optimizer of {ours}; an "
+                "optimizer's state is loaded whole (no strict=False): where layers have come or "
+                "gone, begin with a new optimizer"
             )
         groups = [
             {

@@ -52,6 +52,15 @@ def living(group: ParamGroup) -> bool:
     return averages(group) and group["pairs"] == AUTO
 
 
+def closure_wanted(group: ParamGroup) -> str:
+    """The option for whose sake the phase after Adam needs a closure; empty if it needs none."""
+    if averages(group) or (group["line_search"] is None and group["max_iter"] == 1):
+        return ""
+    if group["line_search"] not in (AUTO, None):
+        return f"line_search={group['line_search']!r}"
+    return "deterministic=True" if group["deterministic"] else f"max_iter={group['max_iter']}"
+
+
 def finds_out(group: ParamGroup) -> bool:
     """Whether the closure will be watched to learn if it is the same function at every call."""
     return averages(group) and group["pairs"] == AUTO and group["deterministic"] is None

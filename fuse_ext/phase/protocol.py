@@ -42,11 +42,13 @@ class Scaling(NamedTuple):
         return None if self.found_inf is None else float(self.found_inf) != 0.0
 
     def check(self, closure: Closure | None) -> None:
-        """Raises RuntimeError for a closure in the L-BFGS phase, whose losses are not scaled."""
+        """Raises RuntimeError for a closure, whose gradients the scaler has not looked at."""
         if self.factor is not None and closure is not None:
             raise RuntimeError(
-                "GradScaler does not go with a closure in the L-BFGS phase: losses and gradients "
-                "there must not be scaled; call step(closure) without it"
+                "GradScaler does not go with a closure: it looks for infinities before the closure "
+                "makes new gradients, and L-BFGS wants losses that are not scaled. Call "
+                "scaler.step(optimizer) after scaler.scale(loss).backward(), or step(closure) "
+                "without a scaler"
             )
 
     def unscale(self, params: list[Tensor]) -> None:
