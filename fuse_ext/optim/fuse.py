@@ -94,8 +94,8 @@ class Fuse(FlatOptimizer):
         trial_errors: As in :class:`~fuse_ext.LBFGS`.
         same_batch_pairs: Otherwise, with a closure, evaluate it once more after the step, so that
             no pair mixes two batches.
-        betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root, maximize,
-            lbfgs_lr, history_size, history_dtype, curvature_tol, backend: As in FusePV.
+        betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root: As in FusePV.
+        maximize, lbfgs_lr, history_size, history_dtype, curvature_tol, backend: As in FusePV.
 
     Memory: Adam's 8 bytes a parameter and L-BFGS's 4 (2 m + 2), and one vector of scratch (three
     with a line search).

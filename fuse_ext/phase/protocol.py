@@ -113,6 +113,7 @@ class Outcome(NamedTuple):
         rescued: Adam has tried, since all searches failed.
         failing: So many searches fail that another phase should go on.
         contradicted: Steps do not begin as the ones before ended: no function, but batches.
+        worse: Losses have stayed above those at the switch: Adam should go on, and for long.
         one_function: What looked like batches is one function; the step was not taken.
         believed: From this step on the closure is taken for one function, though not promised.
     """
@@ -123,6 +124,7 @@ class Outcome(NamedTuple):
     rescued: bool = False
     failing: bool = False
     contradicted: bool = False
+    worse: bool = False
     one_function: bool = False
     believed: bool = False
 

@@ -54,8 +54,10 @@ class Report:
         history_resets: Times the history was dropped: the direction did not descend, no acceptable
             step was found along it, or, on averages, the gradient had jumped.
         step_cuts: Times the next step along -g was made shorter, since none was found.
-        fallbacks: Times Adam took over again, since line searches kept failing or what had looked
-            like one function were batches; on one function for one step, see ``FusePV.step``.
+        fallbacks: Times Adam took over again, since line searches kept failing, what had looked
+            like one function were batches, or losses stayed above those at the switch; on one
+            function for one step, see ``FusePV.step``.
+        setbacks: Of these, times for losses that stayed above.
         function_changes: Steps that found the closure to be another function than was remembered.
         step_length: t of the last L-BFGS step.
         line_search: Why the last line search ended.
@@ -84,6 +86,7 @@ class Report:
     history_resets: int = 0
     step_cuts: int = 0
     fallbacks: int = 0
+    setbacks: int = 0
     function_changes: int = 0
     step_length: float = 0.0
     line_search: str = "none"
@@ -163,4 +166,5 @@ def report_of_phases(phase: str, log: dict[str, Any], entry: dict[str, Any], now
     if not tells:
         fields["state_bytes"] = 0 if now is None else now.nbytes
     counted = ("adam_steps", "switch_step", "switch_reason", "fallbacks")
+    fields["setbacks"] = log.get("setbacks", 0)
     return Report(phase=phase, **{name: log[name] for name in counted}, **fields)
