@@ -22,7 +22,9 @@ from fuse_ext.switch.known_optimum import LossGap, NearSolution  # noqa: E402
 from fuse_ext.switch.plateau import LossPlateau  # noqa: E402
 from fuse_ext.switch.steps import AfterEpochs, AfterSteps, AtOnce, Never, WarmUp  # noqa: E402
 from fuse_ext.switch.when import When  # noqa: E402
+from fuse_ext.tell.record import Log  # noqa: E402
 from fuse_ext.tell.report import Report  # noqa: E402
+from fuse_ext.tell.unwrap import unwrap  # noqa: E402
 
 __all__ = [
     "LBFGS",
@@ -35,6 +37,7 @@ __all__ = [
     "FusePV",
     "GradNorm",
     "LinearTheta",
+    "Log",
     "LossChange",
     "LossGap",
     "LossPlateau",
@@ -48,6 +51,7 @@ __all__ = [
     "__version__",
     "build_info",
     "estimate_memory",
+    "unwrap",
 ]
 
 

@@ -31,6 +31,7 @@ class FlatOptimizer(Optimizer, ABC):
 
     _table: ClassVar[Table]
     _phase: Phase | None = None
+    _loss: Any = None  # that of the last step
 
     # torch calls it on ``step`` when the first object of a class is made.
     profile_hook_step = staticmethod(hooks.noticed)
@@ -156,6 +157,15 @@ class FlatOptimizer(Optimizer, ABC):
         self._renew_layout()
         conversion.forget_rounding(self.state.get(self.flat.params[0], {}))
         self._adopt_state()
+
+    def _noted(self, loss: Any) -> Any:
+        """A step's loss, of which the report will tell."""
+        self._loss = loss.detach() if isinstance(loss, Tensor) else loss
+        return loss
+
+    @property
+    def _last_loss(self) -> float | None:
+        return None if self._loss is None else float(self._loss)
 
     @abstractmethod
     def _adopt_state(self) -> None:

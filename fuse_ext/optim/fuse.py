@@ -217,10 +217,10 @@ class Fuse(FlatOptimizer):
         point = lbfgs.objective.start(closure, options)
         if not point.finite:
             lbfgs.refuse(point)
-            return point.loss
+            return self._noted(point.loss)
         if not point.part.params:
             lbfgs.progress.reason = "gradient"
-            return point.loss
+            return self._noted(point.loss)
         header = lbfgs.find_direction(point, options)
         step = self._lbfgs_step_length(closure, options, point, header)
         origin = lbfgs.trials.origin()
@@ -234,7 +234,7 @@ class Fuse(FlatOptimizer):
         if closure is not None and options.same_batch_pairs and not options.deterministic:
             self._complete_pair(closure, options)
         lbfgs.objective.note_arrival(None, options)
-        return point.loss
+        return self._noted(point.loss)
 
     def _make_ready(self) -> None:
         """Makes the halves; anew where the user has cleared or replaced the state."""
@@ -321,4 +321,5 @@ class Fuse(FlatOptimizer):
         fields = lbfgs_fields(LbfgsPhase(self._lbfgs), self._entry)
         fields["state_bytes"] += self._adam.nbytes
         fields["workspace_bytes"] += 0 if self._grads is None else self._grads.nbytes
+        fields["loss"] = self._last_loss
         return Report(phase=PHASE, adam_steps=self._entry["n_iter"], **fields)

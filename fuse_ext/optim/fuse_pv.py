@@ -15,7 +15,7 @@ from fuse_ext.phase import modes, succession
 from fuse_ext.phase.averages import AveragesPhase
 from fuse_ext.phase.modes import ADAM, AUTO, LBFGS
 from fuse_ext.phase.protocol import Call, Outcome, Scaling
-from fuse_ext.phase.told import ask
+from fuse_ext.phase.told import ask, told_of
 from fuse_ext.switch.criterion import Observation, Switchover
 from fuse_ext.switch.when import as_switchover
 from fuse_ext.tell.log import LOG, NEW_LOG, criterion_in, falls_back, rested, warn_non_finite
@@ -267,13 +267,15 @@ class FusePV(FlatOptimizer):
             self.switch_now(self._switch.reason)
         if falls_back(self._log, outcome, modes.finds_out(self.param_groups[0])):
             self.switch_back()  # from where the last good step has led
-        return outcome.loss
+        return self._noted(outcome.loss)
 
     def report(self) -> Report:
         """What was done, and why."""
         self._notice_lost_state()
         self._settle()
-        return report_of_phases(self.phase, self._log, self._entry, self._phase)
+        told = told_of(self._ground(), self._phase, self._switch, self._log)
+        told["loss"] = self._last_loss
+        return report_of_phases(self.phase, self._log, self._entry, self._phase, **told)
 
     def _ground(self) -> succession.Ground:
         return succession.Ground(self.flat, self._ops, self.state, self.param_groups)

@@ -157,6 +157,10 @@ class QuasiNewton(Phase, Protocol):
     """A phase of L-BFGS."""
 
     @property
+    def history(self) -> Any:
+        """What it knows of H, with its name as ``kind``."""
+
+    @property
     def host_decides(self) -> bool:
         """Whether its steps read the device, so that the host may too."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,15 +16,18 @@ from fuse_ext.phase.lbfgs.device import DevicePhase
 from fuse_ext.phase.lbfgs.phase import LbfgsPhase
 from fuse_ext.phase.living.phase import LivingPhase
 from fuse_ext.phase.modes import (
+    ADAM,
     CONSECUTIVE,
     SEARCH,
     check_capturable,
     check_signs,
     closure_wanted,
     living,
+    second_phase,
 )
 from fuse_ext.phase.protocol import NO_SCALING, Call, Outcome, QuasiNewton
-from fuse_ext.phase.succession import AnyPhase
+from fuse_ext.phase.succession import AnyPhase, Ground
+from fuse_ext.switch.criterion import Switchover
 from fuse_ext.switch.steps import Never, WarmUp
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
@@ -56,6 +61,19 @@ def ask(phase: AnyPhase, call: Call, flat: FlatParams) -> Outcome:
             return Outcome(None)
         call.scaling.unscale(flat.params)
     return phase.step(call)
+
+
+def told_of(
+    ground: Ground, phase: AnyPhase | None, criterion: Switchover, log: dict[str, Any]
+) -> dict[str, Any]:
+    """What a report says of the choice of phases: ``second_phase`` and ``waiting``."""
+    group, kind, waiting = ground.groups[0], "", ""
+    if group["phase"] == ADAM:
+        waiting = criterion.waiting(log["phase_steps"], log["phase_epochs"])
+    elif phase is not None and not isinstance(phase, AdamPhase):
+        kind = phase.history.kind
+    follows = "" if isinstance(criterion, Never) else second_phase(group, ground.flat, kind)
+    return {"second_phase": follows, "waiting": waiting}
 
 
 def look_ahead(phase: AdamPhase, call: Call) -> None:
