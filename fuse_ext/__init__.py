@@ -24,7 +24,9 @@ from fuse_ext.switch.known_optimum import LossGap, NearSolution  # noqa: E402
 from fuse_ext.switch.plateau import LossPlateau  # noqa: E402
 from fuse_ext.switch.steps import AfterEpochs, AfterSteps, AtOnce, Never, WarmUp  # noqa: E402
 from fuse_ext.switch.when import When  # noqa: E402
+from fuse_ext.tell.record import Log  # noqa: E402
 from fuse_ext.tell.report import Report  # noqa: E402
+from fuse_ext.tell.unwrap import unwrap  # noqa: E402
 
 __all__ = [
     "LBFGS",
@@ -37,6 +39,7 @@ __all__ = [
     "FusePV",
     "GradNorm",
     "LinearTheta",
+    "Log",
     "LossChange",
     "LossGap",
     "LossPlateau",
@@ -52,6 +55,7 @@ __all__ = [
     "estimate_memory",
     "prepare_to_load",
     "save",
+    "unwrap",
 ]
 
 

@@ -13,8 +13,9 @@ from fuse_ext.curvature.protocol import InverseHessian
 from fuse_ext.kernels.hooks import with_grad
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.objective.step_options import StepOptions
+from fuse_ext.objective.watch import Habits
 from fuse_ext.search.noise import Precision
-from fuse_ext.search.one_function import OneFunction, Values
+from fuse_ext.search.one_function import SAME_LOSS, OneFunction, Values, agree
 from fuse_ext.vector import gradients
 from fuse_ext.vector.flat import Closure, FlatParams, Part
 from fuse_ext.vector.gradients import GradStats
@@ -98,6 +99,7 @@ class Evaluations:
         self.flat, self._entry, self.history = flat, entry, history
         self.precision = Precision(entry, torch.finfo(flat.dtype).eps)
         self.function = OneFunction(entry)
+        self.habits = Habits(flat, entry)
         entry.setdefault("pair_step", None)
         entry.setdefault("settled", "")
         # Whether the step under way stands on a point that was remembered and not evaluated since.
@@ -130,7 +132,7 @@ class Evaluations:
 
     def look(self, closure: Closure, options: StepOptions, along_direction: bool) -> Point:
         """:meth:`evaluate` where the step's budget has counted that evaluation already."""
-        loss = with_grad(closure)
+        loss = self.habits.call(closure) if compares(options) else with_grad(closure)
         self._entry["func_evals"] += 1
         check_loss(loss, options.needs_loss)
         return self._point(loss, options, along_direction)
@@ -171,6 +173,7 @@ class Evaluations:
         self.grant(options.max_eval)
         self.precision.begin_step()
         self.function.begin_step()
+        self.habits.begin_step()
         moved = self._moved_since(options)
         if moved:  # x or g changed by more than the step
             self._begin_function()
@@ -185,6 +188,9 @@ class Evaluations:
             if self.remembered:
                 self.precision.spend()
                 return memory.point
+        others = self._memory is not None and not self._memory.holds(self.flat)
+        if others and closure is not None and evaluated is None and not moved:
+            self.habits.check_own()
         del memory  # nobody else holds gradients that the closure may drop now
         self._memory = None
         if closure is None:
@@ -203,6 +209,8 @@ class Evaluations:
         same = self._as_before(point, options)
         if same is False:
             self._entry["changes"] += options.deterministic
+            if options.promises:
+                self.habits.tell_changed()
             self._begin_function()
         elif self.settled and self._settled_with not in (None, options):
             self._entry["settled"] = ""
@@ -219,8 +227,7 @@ class Evaluations:
 
     def _as_before(self, point: Point, options: StepOptions) -> bool | None:
         """Whether this is where the last step has ended; counts unless one function is promised."""
-        promised = options.deterministic and not options.seen
-        ask = self.function.compare if promised else self.function.meet
+        ask = self.function.compare if options.promises else self.function.meet
         return ask(point.values, point.part.absent, self.precision.noise)
 
     def look_again(self, closure: Closure, options: StepOptions) -> Point:
@@ -237,9 +244,23 @@ class Evaluations:
             return again
         self._begin_function()
         self._entry["changes"] += 1
+        if options.promises and again.finite:
+            again = self._again(again, closure, options)
         if again.finite:
             self.precision.begin(again.value)
         raise FunctionChanged(again)
+
+    def _again(self, here: Point, closure: Closure, options: StepOptions) -> Point:
+        """Calls the closure where it has just been called: does it give what it gave?"""
+        if not self.habits.doubles or not self.has_budget:
+            self.habits.tell_changed()
+            return here
+        there = self.evaluate(closure, options, False)
+        if agree(here.values, there.values, max(self.precision.noise, SAME_LOSS)):
+            self.habits.tell_changed()
+        elif there.finite:
+            self.habits.tell_differs(here.value, there.value)
+        return there
 
     def is_one_function(self, options: StepOptions) -> bool:
         """Whether two calls of the closure may be compared: promised or, with a search, seen."""

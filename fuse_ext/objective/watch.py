@@ -1,4 +1,7 @@
-"""Whether a closure is one function after all, found out by calling it twice at one point."""
+"""Whether a closure is one function, found out by calling it twice at one point.
+
+For minibatches that may be none (``Watch``), and for what was promised to be one (``Habits``).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from fuse_ext.checks import loss_value
+from fuse_ext.checks import loss_value, warn_caller
 from fuse_ext.kernels.hooks import with_grad
 from fuse_ext.kernels.ops import Ops
-from fuse_ext.search.one_function import Values, agree
+from fuse_ext.search.one_function import FORGETTING, Values, agree
 from fuse_ext.vector.flat import Closure, FlatParams
 from fuse_ext.vector.gradients import GradStats, grad_stats_into
 
@@ -87,3 +91,115 @@ class Watch:
         del entry["watched_loss"]
         entry.pop("watched_grad", None)
         return bool(now.finite and agree(before, now))
+
+
+# Changes of the function, each counting less from step to step, after which they are no accident:
+# every step or every second one. Points that are drawn anew every tenth step come to 1.5.
+MANY_CHANGES = 3.0
+
+
+class Habits:
+    """What a closure does that a function does not; each is said once.
+
+    Adding to the gradients that it finds is put right: they are taken away before each call.
+
+    Args:
+        flat: The parameters.
+        entry: The optimizer's state entry: counts ``func_evals``.
+
+    Attributes:
+        doubles: Whether nothing was said yet of two calls at one point that differ.
+    """
+
+    def __init__(self, flat: FlatParams, entry: dict[str, Any]) -> None:
+        self._flat, self._entry = flat, entry
+        self._adds: bool | None = None  # whether it adds to gradients; None while not known
+        self._changes = 0.0
+        self.doubles, self._said_changes = True, False
+
+    def call(self, closure: Closure) -> Any:
+        """Calls it, the first time where there are gradients with a mark on one of them."""
+        if self._adds:
+            self._clear()
+        mark = self._mark() if self._adds is None else None
+        if mark is None:
+            return with_grad(closure)
+        grad, place, value = mark
+        try:
+            loss = with_grad(closure)
+        except BaseException:
+            grad[place] = value
+            raise
+        owner = next((p for p in self._flat.params if p.grad is grad), None)
+        # A gradient that the closure has not made anew is the one with the mark.
+        self._adds = owner is not None and math.isnan(float(grad[place].real))
+        if not self._adds:
+            return loss
+        warn_caller(
+            "the closure adds to the gradients that it finds, so that at every trial of a step "
+            "they hold those of the trials before it. From here on FusePV takes them away before "
+            "each call. Begin the closure with optimizer.zero_grad(); sums over several backward "
+            "passes belong into one call of it"
+        )
+        self._clear()
+        self._entry["func_evals"] += 1
+        return with_grad(closure)
+
+    def _mark(self) -> tuple[Tensor, tuple[int, ...], Any] | None:
+        """Puts a NaN into a gradient that a closure has to make anew; what was there."""
+        for param in self._flat.params:
+            grad = param.grad
+            if grad is None or not param.requires_grad or not grad.numel():
+                continue
+            place = (0,) * grad.dim()
+            value = grad[place].clone()
+            grad[place] = math.nan
+            return grad, place, value
+        return None
+
+    def _clear(self) -> None:
+        for param in self._flat.params:
+            param.grad = None
+
+    def check_own(self) -> None:
+        """To be asked where a step begins with gradients that this package has not left there.
+
+        Raises:
+            RuntimeError: The closure adds to them: they are part of another sum.
+        """
+        if self._adds and any(param.grad is not None for param in self._flat.params):
+            raise RuntimeError(
+                "gradients were accumulated before step(closure), and the closure adds to them: a "
+                "line search cannot evaluate that sum again. Do all backward passes in one call of "
+                "the closure (with Lightning: leave accumulate_grad_batches at 1 and sum over the "
+                "parts in training_step), or leave out deterministic=True and the line search"
+            )
+
+    def begin_step(self) -> None:
+        """Changes that lie back count less."""
+        self._changes *= FORGETTING
+
+    def tell_differs(self, first: float, second: float) -> None:
+        """Two calls at one point, one after the other, gave these losses."""
+        self.doubles = False
+        warn_caller(
+            f"deterministic=True, but two calls of the closure at one point gave the losses "
+            f"{first:.7g} and {second:.7g}: dropout, noise, or batches that are drawn inside it. "
+            "FusePV evaluates a step's start again where a trial does not fit it, which costs "
+            "evaluations, and cannot converge. Call model.eval() or draw before step(closure); on "
+            "minibatches leave deterministic out"
+        )
+
+    def tell_changed(self) -> None:
+        """The step under way has begun on another function than the last one has ended on."""
+        self._changes += 1.0
+        if self._changes < MANY_CHANGES or self._said_changes or not self.doubles:
+            return
+        self._said_changes = True
+        warn_caller(
+            "deterministic=True, but the closure is another function from step to step, as "
+            "minibatches are. FusePV notices, and evaluates where the step began again, which "
+            "takes one or two evaluations a step; curvature of many functions is no function's. "
+            "On minibatches leave deterministic out; where points or weights change now and "
+            "then, call optimizer.new_objective()"
+        )

@@ -19,6 +19,7 @@ from fuse_ext.optim.checkpoint.record import RECORD, empty_record, opened, pack
 from fuse_ext.optim.options import Table, in_words, out_of_words
 from fuse_ext.phase import conversion
 from fuse_ext.phase.protocol import Phase
+from fuse_ext.vector.checks import listed
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
 
@@ -32,6 +33,7 @@ class FlatOptimizer(Optimizer, ABC):
 
     _table: ClassVar[Table]
     _phase: Phase | None = None
+    _loss: Any = None  # that of the last step
 
     # torch calls it on ``step`` when the first object of a class is made.
     profile_hook_step = staticmethod(hooks.noticed)
@@ -43,7 +45,7 @@ class FlatOptimizer(Optimizer, ABC):
         self._flat: FlatParams | None = None
         if backend not in ops.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
-        super().__init__(params, defaults)
+        super().__init__(listed(params), defaults)
         self._check_groups(self.param_groups)
         self._renew_layout()
 
@@ -161,6 +163,15 @@ class FlatOptimizer(Optimizer, ABC):
         conversion.forget_rounding(self.state.get(self.flat.params[0], {}))
         self._adopt_state()
 
+    def _noted(self, loss: Any) -> Any:
+        """A step's loss, of which the report will tell."""
+        self._loss = loss.detach() if isinstance(loss, Tensor) else loss
+        return loss
+
+    @property
+    def _last_loss(self) -> float | None:
+        return None if self._loss is None else float(self._loss)
+
     @abstractmethod
     def _adopt_state(self) -> None:
         """Rebuilds flat buffers from ``self.state``."""
@@ -253,7 +264,9 @@ class FlatOptimizer(Optimizer, ABC):
         theirs = [len(group["params"]) for group in groups]
         if ours != theirs:
             raise ValueError(
-                f"state_dict has parameter groups of {theirs} tensors, the optimizer of {ours}"
+                f"state_dict has parameter groups of {theirs} tensors, the optimizer of {ours}; an "
+                "optimizer's state is loaded whole (no strict=False): where layers have come or "
+                "gone, begin with a new optimizer"
             )
         groups = [
             {

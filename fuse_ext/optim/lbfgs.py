@@ -194,8 +194,8 @@ class LBFGS(FlatOptimizer):
         if self._phase is None or asked_for:
             self._phase = self._make_phase()
         if isinstance(self._phase, LbfgsPhase):  # without what FusePV has to ask of it: 1 us
-            return self._phase.iteration.run(closure, options)
-        return self._phase.step(Call(closure, groups, options=options, lr=lr)).loss
+            return self._noted(self._phase.iteration.run(closure, options))
+        return self._noted(self._phase.step(Call(closure, groups, options=options, lr=lr)).loss)
 
     def _settle(self) -> None:
         if self._phase is not None and not self._phase.outdated(self.state):
@@ -206,4 +206,5 @@ class LBFGS(FlatOptimizer):
         self._settle()
         if self._phase is None or self._phase.outdated(self.state):
             return Report(phase="lbfgs")
-        return Report(phase="lbfgs", **lbfgs_fields(self._phase, self._entry))
+        fields = lbfgs_fields(self._phase, self._entry)
+        return Report(phase="lbfgs", loss=self._last_loss, **fields)

@@ -52,6 +52,15 @@ def living(group: ParamGroup) -> bool:
     return averages(group) and group["pairs"] == AUTO
 
 
+def closure_wanted(group: ParamGroup) -> str:
+    """The option for whose sake the phase after Adam needs a closure; empty if it needs none."""
+    if averages(group) or (group["line_search"] is None and group["max_iter"] == 1):
+        return ""
+    if group["line_search"] not in (AUTO, None):
+        return f"line_search={group['line_search']!r}"
+    return "deterministic=True" if group["deterministic"] else f"max_iter={group['max_iter']}"
+
+
 def finds_out(group: ParamGroup) -> bool:
     """Whether the closure will be watched to learn if it is the same function at every call."""
     return averages(group) and group["pairs"] == AUTO and group["deterministic"] is None
@@ -170,6 +179,47 @@ def will_scale(group: ParamGroup, flat: FlatParams, unsaid: set[str]) -> bool:
     if "history_size" in unsaid:
         found["history_size"] = _numbers(group, flat, True)["history_size"]
     return self_scales(found)
+
+
+def second_phase(group: ParamGroup, flat: FlatParams, kind: str) -> str:
+    """Which kind of phase follows Adam, or is at work, and why, in words.
+
+    Args:
+        group: The first parameter group.
+        flat: The parameters.
+        kind: "dense", "pairs", "kronecker" or "diagonal", as the phase at work keeps its
+            curvature; empty before there is one.
+    """
+    if not kind:
+        if living(group):
+            watch = ", unless the closure is found to be one function" * finds_out(group)
+            return f"will be Adam's averages in a metric that grows, for minibatches{watch}"
+        dense = takes_matrix(group, flat) and not averages(group)
+        return f"will be {second_phase(group, flat, DENSE if dense else IN_PAIRS)}"
+    if kind not in (DENSE, IN_PAIRS):
+        metric = "a Kronecker-factored metric" if kind == "kronecker" else "Adam's diagonal metric"
+        unsaid = group["deterministic"] is None
+        known = "the closure is not known to be one function" if unsaid else "deterministic=False"
+        return f"Adam's averages in {metric}, for minibatches: {known}"
+    one_function = "deterministic=True" if group["deterministic"] else "found to be one function"
+    size = f"{flat.numel:,} parameters"
+    if kind == DENSE:
+        asked = "curvature='dense'" if group["curvature"] == DENSE else one_function
+        needs = matrix_nbytes(flat.numel) / 2**20
+        return (
+            f"a dense inverse Hessian ({group['dense_update']}): {asked}; {size}, {needs:.3g} MiB"
+        )
+    if averages(group) and group["pairs"] == AVERAGED:
+        return f"L-BFGS on averages, {group['history_size']} pairs: pairs='averaged'"
+    search = SEARCH if group["line_search"] == AUTO else group["line_search"]
+    step = "a fixed step" if search is None else search
+    if group["capturable"] or search is None or group["curvature"] == IN_PAIRS:
+        why = f"as was asked for; {size}"
+    elif takes_matrix({**group, "deterministic": True}, flat):
+        why = f"the closure is not known to be one function; {size}"
+    else:
+        why = f"{size} are too many for a matrix ({matrix_nbytes(flat.numel) / 2**20:,.0f} MiB)"
+    return f"L-BFGS with up to {group['history_size']} pairs and {step}: {why}"
 
 
 def check_signs(groups: list[ParamGroup]) -> None:
