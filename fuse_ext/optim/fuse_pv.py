@@ -192,8 +192,7 @@ class FusePV(FlatOptimizer):
     def _log(self) -> dict[str, Any]:
         """Counters and the criterion's state, saved with the rest."""
         self._began = True
-        log: dict[str, Any] = self._entry.setdefault(LOG, dict(NEW_LOG))
-        return log
+        return dict.setdefault(self._entry, LOG, dict(NEW_LOG))
 
     @without_grad
     def step(
@@ -367,8 +366,9 @@ class FusePV(FlatOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch: the phase is in the parameter groups, tensors and counters in the state."""
-        self._notice_lost_state()
-        self._log["criterion"] = self._switch.state_dict()
+        if self._waiting is None:
+            self._notice_lost_state()
+            self._log["criterion"] = self._switch.state_dict()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
