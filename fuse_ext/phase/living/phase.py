@@ -26,7 +26,6 @@ from fuse_ext.phase.modes import AUTO
 from fuse_ext.phase.protocol import Call, Outcome
 from fuse_ext.search.noise import Precision
 from fuse_ext.vector.flat import FlatParams, ParamGroup
-from fuse_ext.vector.gradients import GradStats, grad_stats_into
 
 # What an entry holds beside the lengths: lr of the first group at the last step.
 LIVING_NAMES = (*NAMES, "last_lr")
@@ -78,7 +77,6 @@ class LivingPhase:
         self.history = NoPairs(DIAGONAL if self._matrices is None else KRONECKER)
         self._lengths = Lengths(self._entry)
         self._watch = Watch(flat, ops, self._entry)
-        self._stats = torch.zeros(len(GradStats._fields), dtype=torch.float64, device=flat.device)
         self._largest = torch.finfo(flat.dtype).max
         self.progress = Progress()
         self.precision = Precision(self._entry, torch.finfo(flat.dtype).eps)
@@ -132,7 +130,7 @@ class LivingPhase:
     def step(self, call: Call) -> Outcome:
         """One step, unless the closure turns out to be one function all along."""
         entry, closure, groups = self._entry, call.closure, call.groups
-        look = self._watch.look(closure, mixed_signs(groups))
+        look = self._watch.look(closure, mixed_signs(groups), norms=True)
         entry["func_evals"] += closure is not None
         if look.undecided:
             self.progress.reason = "watch"
@@ -141,11 +139,10 @@ class LivingPhase:
         if not look.finite:
             self.refuse()
             return Outcome(look.loss, refused=True)
-        self._flat.check_unchanged()
-        if not grad_stats_into(self._flat, self._ops, self._stats):
+        if look.norms is None:
             self.progress.stop_untrained(entry["n_iter"])
             return Outcome(look.loss)
-        square = GradStats(*self._stats.tolist()).square
+        square = look.norms.square
         if square == 0.0 and not entry["living_steps"] and not self._has_trained():
             self.progress.stop_untrained(0)
             return Outcome(look.loss)
