@@ -12,6 +12,8 @@ _require()
 from fuse_ext import _C  # noqa: E402
 from fuse_ext._version import __version__  # noqa: E402
 from fuse_ext.optim.adam import Adam  # noqa: E402
+from fuse_ext.optim.checkpoint.file import save  # noqa: E402
+from fuse_ext.optim.checkpoint.prepare import prepare_to_load  # noqa: E402
 from fuse_ext.optim.estimate_memory import estimate_memory  # noqa: E402
 from fuse_ext.optim.fuse import CosineTheta, Fuse, LinearTheta  # noqa: E402
 from fuse_ext.optim.fuse_pv import FusePV  # noqa: E402
@@ -54,6 +56,8 @@ __all__ = [
     "build_info",
     "estimate_memory",
     "minimize",
+    "prepare_to_load",
+    "save",
     "unwrap",
 ]
 

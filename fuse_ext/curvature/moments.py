@@ -114,13 +114,20 @@ class Moments:
         }
         self._exposed = [False] * len(flat.params)
         # The sums of squared gradients, one for each call of the last step that has not been read.
-        self._sums = [self._new_sum()]
+        self._totals = self._new_totals(len(groups))
+        self._sums = list(self._totals.split(1))
         self._calls = 0
         self._grad_norm_sq: float | None = 0.0
         self._adopt()
 
-    def _new_sum(self) -> Tensor:
-        return torch.zeros(1, dtype=torch.float64, device=self._flat.device)
+    def _new_totals(self, calls: int) -> Tensor:
+        return torch.zeros(calls, dtype=torch.float64, device=self._flat.device)
+
+    def _make_room(self, calls: int) -> None:
+        """For the sums of so many calls."""
+        if calls > len(self._sums):
+            self._totals = self._new_totals(calls)
+            self._sums = list(self._totals.split(1))
 
     def _adopt(self) -> None:
         """Takes over whatever moments ``state`` holds and points it at the flat buffers."""
@@ -165,7 +172,7 @@ class Moments:
     def grad_norm_sq(self) -> float:
         """||g||^2 of the last step (Eq. 3's summand), out of the kernel that made it."""
         if self._grad_norm_sq is None:
-            self._grad_norm_sq = sum(float(total) for total in self._sums[: self._calls])
+            self._grad_norm_sq = float(sum(self._totals[: self._calls].tolist()))
         return self._grad_norm_sq
 
     @property
@@ -208,13 +215,10 @@ class Moments:
         options = [adam_numbers(group, step, float(group["lr"])) for group, _, step in calls]
         if found_inf is not None and float(found_inf) != 0.0:
             return None
-        norms = []
-        for (group, members, _), numbers in zip(calls, options, strict=True):
-            self._call(members, grads, group, numbers, self._sums[0], grad_scale=grad_scale)
-            if len(calls) > 1:
-                norms.append(float(self._sums[0]))
-        # One call's sum is read when it is asked for.
-        self._grad_norm_sq, self._calls = None if len(calls) == 1 else sum(norms), 1
+        self._make_room(len(calls))
+        for (group, members, _), numbers, total in zip(calls, options, self._sums, strict=False):
+            self._call(members, grads, group, numbers, total, grad_scale=grad_scale)
+        self._grad_norm_sq, self._calls = None, len(calls)  # read when asked for
         stepped = [i for _, members, _ in calls for i in members]
         if stepped:
             counts.advance(stepped)
@@ -281,8 +285,7 @@ class Moments:
         for i in resettled:
             if self._exposed[i]:
                 self._state[flat.params[i]]["step"] = counts.entry(i)
-        while len(self._sums) < len(classes):
-            self._sums.append(self._new_sum())
+        self._make_room(len(classes))
         self._grad_norm_sq, self._calls = None, len(classes)
         for which, total in zip(classes, self._sums, strict=False):
             group, lr = groups[counts.groups[which]], groups[counts.groups[which]]["lr"]

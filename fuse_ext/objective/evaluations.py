@@ -18,7 +18,7 @@ from fuse_ext.search.noise import Precision
 from fuse_ext.search.one_function import SAME_LOSS, OneFunction, Values, agree
 from fuse_ext.vector import gradients
 from fuse_ext.vector.flat import Closure, FlatParams, Part
-from fuse_ext.vector.gradients import GradStats
+from fuse_ext.vector.gradients import NO_GRADIENT, GradStats
 
 # What the state entry holds of all this, besides the counters.
 EVALUATION_NAMES = ("pair_step", "settled", *OneFunction.NAMES)
@@ -352,10 +352,6 @@ class Evaluations:
 def compares(options: StepOptions) -> bool:
     """Whether steps are compared with each other; a fixed step goes on as torch's does."""
     return options.deterministic or options.line_search is not None
-
-
-# Where no parameter has one.
-NO_GRADIENT = GradStats(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def effective_gradient(

@@ -205,6 +205,11 @@ class Fuse(FlatOptimizer):
                 leaves the parameters as they were; only an error in the evaluation after the step
                 (``same_batch_pairs``) leaves the step taken and its pair dropped.
         """
+        if closure is None and self._would_not_move():
+            self._make_ready()
+            assert self._adam is not None
+            self._adam.step(self.param_groups)
+            return None
         options, theta = self._options(), self.theta
         if closure is None and options.line_search is not None:
             raise ValueError(
@@ -235,6 +240,12 @@ class Fuse(FlatOptimizer):
             self._complete_pair(closure, options)
         lbfgs.objective.note_arrival(None, options)
         return self._noted(point.loss)
+
+    def _would_not_move(self) -> bool:
+        """Whether lr and gradients are 0, as where torch.distributed.checkpoint makes a state."""
+        if any(float(group["lr"]) for group in self.param_groups):
+            return False
+        return not any(p.grad is not None and bool(p.grad.any()) for p in self.flat.params)
 
     def _make_ready(self) -> None:
         """Makes the halves; anew where the user has cleared or replaced the state."""

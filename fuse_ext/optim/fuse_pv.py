@@ -59,7 +59,7 @@ class FusePV(FlatOptimizer):
         lbfgs_lr: First trial step of L-BFGS, and the step itself without a line search.
         curvature: "dense" for the inverse Hessian as a matrix of 4 d^2 bytes for d parameters
             (:mod:`~fuse_ext.curvature.dense`), "pairs" for L-BFGS, "auto" for a matrix up to
-            128 MiB (5,784 parameters; on a GPU 1 GiB, 16,376) on one function with a line search,
+            512 MiB (11,576 parameters; on a GPU 1 GiB, 16,376) on one function with a line search,
             where nothing is said of pairs, and for pairs elsewhere. Averages go with pairs alone.
         dense_update: The matrix's: "broyden", the self-scaled Broyden update, or "bfgs".
         history_size: m, the curvature pairs kept; None for 10 or, on one function, as many as fit
@@ -192,8 +192,7 @@ class FusePV(FlatOptimizer):
     def _log(self) -> dict[str, Any]:
         """Counters and the criterion's state, saved with the rest."""
         self._began = True
-        log: dict[str, Any] = self._entry.setdefault(LOG, dict(NEW_LOG))
-        return log
+        return dict.setdefault(self._entry, LOG, dict(NEW_LOG))
 
     @without_grad
     def step(
@@ -367,8 +366,9 @@ class FusePV(FlatOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch: the phase is in the parameter groups, tensors and counters in the state."""
-        self._notice_lost_state()
-        self._log["criterion"] = self._switch.state_dict()
+        if self._waiting is None:
+            self._notice_lost_state()
+            self._log["criterion"] = self._switch.state_dict()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

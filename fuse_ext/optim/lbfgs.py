@@ -183,6 +183,9 @@ class LBFGS(FlatOptimizer):
         lrs = [float(group["lr"]) if lr is None else 1.0 for group in groups]
         options = step_options(self.flat, groups, lrs, "line_search_fn")
         if closure is None and (options.line_search is not None or options.max_iter > 1):
+            if not any(lrs):  # as torch.distributed.checkpoint makes the state
+                self._phase = self._phase or self._make_phase()
+                return None
             raise ValueError(
                 f"closure=None needs line_search_fn=None and max_iter=1, got "
                 f"line_search_fn={options.line_search!r} and max_iter={options.max_iter}"
