@@ -212,7 +212,7 @@ class FusePV(FlatOptimizer):
         of up to ``max_eval`` evaluations, which ends at the least loss that it met; where it is
         not, losses cannot be compared, and Adam goes on from the last point that was accepted,
         with the criterion started anew. On minibatches so does it, for 100 steps at least, where
-        losses have stayed above those at the switch.
+        losses have stayed above those at the switch; or there is no memory for it.
 
         Where nothing can be gained any more (``report().converged``, or neither searches nor Adam
         find a lower loss) a step is one call of the closure, which sees whether that is still so:
@@ -283,19 +283,22 @@ class FusePV(FlatOptimizer):
         """The phase that begins with this step."""
         self._renew_layout()
         if self.phase == LBFGS:  # the switch comes at once
-            return self._begin_lbfgs(self._switch.reason)
-        self._phase = phase = self._ground().adam()
-        return phase
+            self._begin_lbfgs(self._switch.reason)
+        else:
+            self._phase = self._ground().adam()
+        return self._phase  # type: ignore[return-value]
 
     def switch_now(self, reason: str = "switch_now() was called") -> None:
-        """Leaves Adam for L-BFGS, whatever the criterion says; nothing if already there."""
+        """Leaves Adam, whatever the criterion says; nothing if already left, or without memory."""
         if self.phase == ADAM:
             self._begin_lbfgs(reason)
 
-    def _begin_lbfgs(self, reason: str) -> succession.AnyPhase:
+    def _begin_lbfgs(self, reason: str) -> None:
         self._settle()
         log = self._log
         phase = succession.successor(self._ground(), self._phase, log, self._unsaid)
+        if phase is None:
+            return
         log["switches"] += 1
         log["switch_step"], log["switch_reason"] = log["adam_steps"], reason
         succession.drop_adam_state(self._ground(), phase)
@@ -304,14 +307,12 @@ class FusePV(FlatOptimizer):
             group["phase"], group["lr_at_switch"] = LBFGS, float(group["lr"])
         if self._on_switch is not None:
             self._on_switch(self)
-        return phase
 
     def switch_back(self) -> None:
         """Returns to Adam, with the moments if they were kept; the criterion starts anew."""
         if self.phase == ADAM:
             return
-        if self._phase is None:  # the switch at once, taken back before the first step
-            self._log["switches"] += 1
+        self._log["switches"] += self._phase is None  # at once, taken back before the first step
         succession.leave_second(self._ground(), self._phase)
         self._phase = None
         self._begin_adam()

@@ -70,6 +70,8 @@ def told_of(
     group, kind, waiting = ground.groups[0], "", ""
     if group["phase"] == ADAM:
         waiting = criterion.waiting(log["phase_steps"], log["phase_epochs"])
+        if "out_of_memory" in log:
+            waiting = f"no memory for the next phase: {log['out_of_memory']}"
     elif phase is not None and not isinstance(phase, AdamPhase):
         kind = phase.history.kind
     follows = "" if isinstance(criterion, Never) else second_phase(group, ground.flat, kind)

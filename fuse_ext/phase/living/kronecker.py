@@ -161,6 +161,13 @@ class KroneckerMetric:
                 if name in entry:  # perhaps of a checkpoint in another dtype
                     entry[name] = entry[name].to(dtype=flat.dtype, device=flat.device)
 
+    def begin(self) -> None:
+        """Takes the memory for all parameters that have had a gradient."""
+        for i in self.sides:
+            entry = self.entry(i) if self._flat.params[i] in self._state else {}
+            if "exp_avg" in entry and "factor_steps" not in entry:
+                self._begin(entry, i)
+
     def _begin(self, entry: dict[str, Any], i: int) -> None:
         """Zeros where nothing has been gathered."""
         flat = self._flat

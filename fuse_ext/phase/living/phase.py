@@ -92,6 +92,8 @@ class LivingPhase:
             scheduled: Whether lr has changed in the Adam phase.
             watches: Whether to find out if the closure is one function.
         """
+        if self._matrices is not None:
+            self._matrices.begin()
         self._lengths.begin(scheduled)
         self._trend.restart()
         self._entry["last_lr"] = float(groups[0]["lr"])
