@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from fuse_ext.curvature.step_counts import DeviceCounts, HostCounts
-from fuse_ext.kernels.bound_ops import AdamNumbers, bind
+from fuse_ext.kernels.bound_ops import AdamNumbers
 from fuse_ext.kernels.capture import check_lr_tensor
 from fuse_ext.kernels.ops import Ops, zeros_in_large_pages
 from fuse_ext.vector.checks import check_grads
 from fuse_ext.vector.flat import FlatParams, ParamGroup
+from fuse_ext.vector.reduced_ops import bound_ops
+from fuse_ext.vector.shards import local, placed
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -103,7 +105,7 @@ class Moments:
         self.counts: HostCounts | DeviceCounts
         self.counts = DeviceCounts(flat) if on_device else HostCounts(flat)
         self._flat, self._ops, self._state = flat, ops, state
-        self._bound = bind(ops, flat.whole)
+        self._bound = bound_ops(ops, flat.whole)
         self._group_amsgrad = [group["amsgrad"] for group in groups]
         self._amsgrad = [group["amsgrad"] for group in groups for _ in group["params"]]
         names = MOMENTS if any(self._amsgrad) else MOMENTS[:2]
@@ -134,7 +136,8 @@ class Moments:
         for i, entry in held.items():
             for name, moment in self._moments.items():
                 if name in entry:
-                    self._flat.piece(moment, i).copy_(entry[name])
+                    mine = local(placed(entry[name], self._flat.params[i]))
+                    self._flat.piece(moment, i).copy_(mine)
             self._expose(i)
         self._entries = list(self._state.values())
         self._all_exposed = all(self._exposed)
@@ -143,7 +146,7 @@ class Moments:
         entry = self._state[self._flat.params[i]]
         entry["step"] = self.counts.entry(i)
         for name in MOMENTS if self._amsgrad[i] else MOMENTS[:2]:
-            entry[name] = self._flat.piece(self._moments[name], i)
+            entry[name] = self._flat.shown(self._moments[name], i)
         self._exposed[i] = True
 
     def _expose_new(self, stepped: Iterable[int]) -> None:
@@ -165,7 +168,8 @@ class Moments:
     def grad_norm_sq(self) -> float:
         """||g||^2 of the last step (Eq. 3's summand), out of the kernel that made it."""
         if self._grad_norm_sq is None:
-            self._grad_norm_sq = sum(float(total) for total in self._sums[: self._calls])
+            own = sum(float(total) for total in self._sums[: self._calls])
+            self._grad_norm_sq = self._flat.measures.total(own)[0]
         return self._grad_norm_sq
 
     @property
@@ -202,19 +206,23 @@ class Moments:
         if plain is not None and shared is not None and len(groups) == 1 and not leave_out:
             self._step_all(counts, groups[0], shared + 1, plain, grad_scale, found_inf)
             return None
-        grads = [None if i in leave_out else p.grad for i, p in enumerate(flat.params)]
+        grads = [None if i in leave_out else flat.grad(i) for i in range(len(flat.params))]
         calls = counts.calls(groups, grads)
-        check_grads(flat.params, grads)  # no call may fail after another has changed things
+        check_grads(flat.tensors, grads)  # no call may fail after another has changed things
         options = [adam_numbers(group, step, float(group["lr"])) for group, _, step in calls]
         if found_inf is not None and float(found_inf) != 0.0:
             return None
         norms = []
         for (group, members, _), numbers in zip(calls, options, strict=True):
-            self._call(members, grads, group, numbers, self._sums[0], grad_scale=grad_scale)
-            if len(calls) > 1:
-                norms.append(float(self._sums[0]))
-        # One call's sum is read when it is asked for.
-        self._grad_norm_sq, self._calls = None if len(calls) == 1 else sum(norms), 1
+            for some, share in flat.alike(members):
+                self._call(some, grads, group, numbers, self._sums[0], grad_scale=grad_scale)
+                if len(calls) > 1 or share != 1.0:
+                    norms.append(share * float(self._sums[0]))
+        # One call's sum is read when it is asked for, and ranks' sums are summed then.
+        self._grad_norm_sq, self._calls = sum(norms) if norms or not calls else None, 1
+        if self._grad_norm_sq is not None and flat.together is not None:
+            self._sums[0].fill_(self._grad_norm_sq)
+            self._grad_norm_sq = None
         stepped = [i for _, members, _ in calls for i in members]
         if stepped:
             counts.advance(stepped)
@@ -272,8 +280,8 @@ class Moments:
         assert isinstance(counts, DeviceCounts)
         flat.check_unchanged()
         self._check_amsgrad(groups)
-        grads = [p.grad for p in flat.params]
-        check_grads(flat.params, grads)
+        grads = flat.grads()
+        check_grads(flat.tensors, grads)
         for group in groups:
             if isinstance(group["lr"], Tensor):
                 check_lr_tensor(group["lr"], flat.device)
@@ -329,7 +337,7 @@ class Moments:
         flat = self._flat
         chosen: list[Any] = [grads[i] for i in members]
         self._ops.adam_step(
-            flat.reals([flat.params[i] for i in members]),
+            flat.reals([flat.tensors[i] for i in members]),
             flat.reals(chosen),
             [flat.offsets[i] for i in members],
             self._moments["exp_avg"],

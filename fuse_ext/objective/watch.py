@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fuse_ext.checks import loss_value
 from fuse_ext.kernels.hooks import with_grad
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.search.one_function import Values, agree
 from fuse_ext.vector.flat import Closure, FlatParams
-from fuse_ext.vector.gradients import GradStats, grad_stats_into
+from fuse_ext.vector.gradients import NO_GRADIENT, GradStats, survey
 
 
 class Look(NamedTuple):
@@ -22,13 +24,15 @@ class Look(NamedTuple):
         loss: As the closure returned it; None without one.
         one_function: Whether it is one function after all.
         undecided: Whether the next call will tell: until then no step may be taken.
-        finite: Whether the loss is, where there is one.
+        finite: Whether the loss is, where there is one, and where no other rank has another.
+        value: The loss as a number.
     """
 
     loss: Any = None
     one_function: bool = False
     undecided: bool = False
     finite: bool = True
+    value: float | None = None
 
 
 class Watch:
@@ -68,22 +72,44 @@ class Watch:
             return Look()
         value = loss_value(loss)
         if self.on:
-            one_function = self.tell(value)
-            if one_function is not False:
+            one_function, value = self.tell(value)
+            if one_function and self._flat.unsaid:
+                warn_unsaid()  # other ranks may see batches
+            elif one_function is not False:
                 return Look(loss, bool(one_function), one_function is None)
-        return Look(loss, finite=math.isfinite(value))
+        # Of other ranks' losses nothing is known yet, nor is whether one is not finite.
+        alone = self._flat.together is None
+        return Look(loss, finite=not alone or math.isfinite(value), value=value)
 
-    def tell(self, loss: float) -> bool | None:
-        """Takes in a call; whether it is one function, None while that is not known."""
-        entry, flat = self._entry, self._flat
-        stats = torch.zeros(len(GradStats._fields), dtype=torch.float64, device=flat.device)
-        grad_stats_into(flat, self._ops, stats)
-        norms = GradStats(*stats.tolist())
+    def _stats(self) -> Tensor:
+        fields = GradStats._fields
+        return torch.zeros(len(fields), dtype=torch.float64, device=self._flat.device)
+
+    def tell(self, loss: float) -> tuple[bool | None, float]:
+        """Takes in a call; whether it is one function, None while that is not known.
+
+        Also the loss, which is the mean over all ranks.
+        """
+        entry = self._entry
+        norms, loss = survey(self._flat, self._ops, self._stats(), loss)
+        norms = norms or NO_GRADIENT
         now = Values(loss, norms.square, norms.abs_sum)
         before = Values(entry["watched_loss"], *entry.get("watched_grad", (math.nan, math.nan)))
         if not before.finite and now.finite:
             entry["watched_loss"], entry["watched_grad"] = now.loss, [now.square, now.abs_sum]
-            return None
+            return None, loss
         del entry["watched_loss"]
         entry.pop("watched_grad", None)
-        return bool(now.finite and agree(before, now))
+        return bool(now.finite and agree(before, now)), loss
+
+
+def warn_unsaid() -> None:
+    """Tells why a closure that repeats is not taken for one function."""
+    warnings.warn(
+        "the closure looks like one function, for which L-BFGS with a line search would be better, "
+        "but there are other ranks, and with a search each would go its own way if their losses "
+        "differ: pass process_group=torch.distributed.group.WORLD if they train one model "
+        '(DistributedDataParallel), or process_group="local" if each trains its own',
+        RuntimeWarning,
+        stacklevel=6,
+    )

@@ -25,6 +25,8 @@ from fuse_ext.phase.living.kronecker import kronecker_nbytes
 from fuse_ext.phase.modes import AUTO, living, takes_matrix
 from fuse_ext.tell.memory import MemoryEstimate, PhaseMemory
 from fuse_ext.vector.checks import check_params
+from fuse_ext.vector.ranks import ALONE
+from fuse_ext.vector.shards import check_spread, local
 
 OPTIMIZERS = ("FusePV", "Adam", "LBFGS", "Fuse")
 # Line searches that may go on past a good trial, whose gradient they then keep.
@@ -89,12 +91,12 @@ def estimate_memory(
     averages = line_search == AUTO and optimizer == "FusePV" and not deterministic
     if line_search == AUTO and not averages:
         line_search = "strong_wolfe"
-    lbfgs_options: dict[str, Any] = {"history_dtype": history_dtype}
+    lbfgs_options: dict[str, Any] = {"history_dtype": history_dtype, "process_group": ALONE}
     if history_size is not None:
         lbfgs_options["history_size"] = history_size
     opt: FlatOptimizer  # made for the checks in its constructor, and for its flat layout
     if optimizer == "Adam":
-        opt = Adam(groups, amsgrad=amsgrad, moment_dtype=moment_dtype)
+        opt = Adam(groups, amsgrad=amsgrad, moment_dtype=moment_dtype, process_group=ALONE)
     elif optimizer == "LBFGS":
         opt = LBFGS(groups, line_search_fn=line_search, **lbfgs_options)
     elif optimizer == "FusePV":
@@ -162,9 +164,11 @@ def _on_meta(params: Any) -> list[dict[str, Any]]:
     groups = [own_group(group) for group in groups]
     # Each tensor of a group counts once, as in the optimizers.
     groups = [{**group, "params": [*dict.fromkeys(_tensors(group["params"]))]} for group in groups]
-    check_params([tensor for group in groups for tensor in group["params"]])
+    owners = [tensor for group in groups for tensor in group["params"]]
+    check_spread(owners)
+    check_params([local(tensor) for tensor in owners], owners)
     return [
-        {**group, "params": [torch.empty_like(t, device="meta") for t in group["params"]]}
+        {**group, "params": [torch.empty_like(local(t), device="meta") for t in group["params"]]}
         for group in groups
     ]
 

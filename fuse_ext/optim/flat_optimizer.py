@@ -16,8 +16,11 @@ from fuse_ext.kernels import hooks, ops
 from fuse_ext.objective.step_options import default_evaluations
 from fuse_ext.optim.options import Table
 from fuse_ext.phase import conversion
+from fuse_ext.phase.modes import check_ranks
 from fuse_ext.phase.protocol import Phase
 from fuse_ext.vector.flat import FlatParams, ParamGroup
+from fuse_ext.vector.ranks import Said
+from fuse_ext.vector.shards import is_dtensor
 
 
 class FlatOptimizer(Optimizer, ABC):
@@ -34,8 +37,10 @@ class FlatOptimizer(Optimizer, ABC):
     # torch calls it on ``step`` when the first object of a class is made.
     profile_hook_step = staticmethod(hooks.noticed)
 
-    def __init__(self, params: Any, defaults: dict[str, Any], backend: str) -> None:
-        self._backend = backend
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], backend: str, process_group: Any = None
+    ) -> None:
+        self._backend, self._said = backend, Said(process_group)
         self._incoming: dict[str, Any] | None = None
         self._flat: FlatParams | None = None
         if backend not in ops.BACKENDS:
@@ -46,7 +51,8 @@ class FlatOptimizer(Optimizer, ABC):
 
     def _renew_layout(self) -> None:
         """Lays the parameters out as they are now; state made for another layout is void then."""
-        flat = FlatParams(self.param_groups)
+        flat = FlatParams(self.param_groups, self._said.group)
+        check_ranks(self.param_groups[0], flat)
         check_moments_fit(self.param_groups[0].get("moment_dtype"), flat.params)
         self._flat = flat
         self._ops = ops.select(self._backend, self._flat.device)
@@ -247,6 +253,7 @@ class FlatOptimizer(Optimizer, ABC):
             **super().__getstate__(),
             "state": defaultdict(dict, state),
             "_backend": self._backend,
+            "_said": self._said,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -255,6 +262,7 @@ class FlatOptimizer(Optimizer, ABC):
         if not has_option:  # torch adds it to every optimizer's defaults here
             del self.defaults["differentiable"]
         self.__dict__.setdefault("_incoming", None)
+        self.__dict__.setdefault("_said", Said())  # of an older pickle
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
@@ -319,4 +327,6 @@ def _own_if_complex(tensor: Tensor) -> Tensor:
 
 def _compact(tensor: Tensor) -> Tensor:
     """The tensor, or a copy where it is a small part of its storage."""
+    if is_dtensor(tensor):
+        return _copy(tensor)
     return tensor if 2 * tensor.nbytes > tensor.untyped_storage().nbytes() else _copy(tensor)

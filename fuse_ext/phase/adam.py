@@ -16,7 +16,7 @@ from fuse_ext.kernels.ops import Ops
 from fuse_ext.phase.protocol import Call, Outcome
 from fuse_ext.switch.criterion import Observation
 from fuse_ext.vector.flat import FlatParams, ParamGroup
-from fuse_ext.vector.gradients import GradStats, grad_stats_into, grads_are_finite
+from fuse_ext.vector.gradients import GradStats, grad_stats_into, grads_are_finite, survey
 
 
 def make_moments(
@@ -105,14 +105,18 @@ class AdamPhase:
             check_loss(loss, f"switch={criterion!r}")
         log["adam_evaluations"] += call.closure is not None
         found_inf = call.scaling.found
+        finite_here = True
+        if self._flat.together is not None and not call.empty:
+            value, found_inf, finite_here = self._over_ranks(value, found_inf, checks)
         if found_inf:  # the scaler's business: it lowers its scale
             log["adam_non_finite"] += 1
             return Outcome(loss)
         if checks:
             self._flat.check_unchanged()
-            finite = value is None or math.isfinite(value)
-            # The scaler has checked the gradients already.
-            if not (finite and (found_inf is not None or grads_are_finite(self._flat, self._ops))):
+            finite = finite_here and (value is None or math.isfinite(value))
+            # The scaler, or whoever looked at all ranks' gradients, has checked them already.
+            checked = found_inf is not None or self._flat.together is not None
+            if not (finite and (checked or grads_are_finite(self._flat, self._ops))):
                 log["adam_non_finite"] += 1
                 return Outcome(loss, refused=True)
         self._ready(call.groups).step(call.groups, call.scaling.factor)
@@ -121,6 +125,25 @@ class AdamPhase:
         if value is not None and call.groups[0]["maximize"]:
             value = -value
         return Outcome(loss, self._counted_step(call, value))
+
+    def _over_ranks(
+        self, value: float | None, found_inf: bool | None, checks: bool
+    ) -> tuple[float | None, bool | None, bool]:
+        """The loss's mean, whether a scaler has found an infinity, whether gradients are finite.
+
+        One all-reduce, and none where nothing of this is asked for.
+        """
+        if found_inf is not None:
+            found_inf = self._flat.measures.any(found_inf)[0]
+        if not checks:
+            if value is not None:
+                value = self._flat.measures.total(value)[0] / self._flat.measures.ranks
+            return value, found_inf, True
+        self._flat.check_unchanged()
+        stats = torch.zeros(len(GradStats._fields), dtype=torch.float64, device=self._flat.device)
+        norms, mean = survey(self._flat, self._ops, stats, value)
+        finite = norms is None or found_inf is not None or norms.finite
+        return (None if value is None else mean), found_inf, finite
 
     def _ready(self, groups: list[ParamGroup]) -> Moments:
         if self.moments is None or self.moments.outdated(self._state):

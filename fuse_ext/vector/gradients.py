@@ -11,6 +11,8 @@ from torch import Tensor
 from fuse_ext.kernels.bound_ops import bind
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.vector.flat import FlatParams, Part
+from fuse_ext.vector.measures import PartsDiffer
+from fuse_ext.vector.reduced_ops import ReducedOps
 
 
 class GradStats(NamedTuple):
@@ -34,6 +36,10 @@ class GradStats(NamedTuple):
     def finite(self) -> bool:
         """Whether every element of g is finite."""
         return math.isfinite(self.square)
+
+
+# Where no parameter has one.
+NO_GRADIENT = GradStats(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def effective_gradient(
@@ -62,17 +68,17 @@ def effective_gradient(
             flat.piece(out, i).neg_()
     for i, coefficient in zip(part.indices, decay, strict=False):
         if coefficient:
-            flat.piece(out, i).add_(flat.params[i].detach(), alpha=coefficient)
+            flat.piece(out, i).add_(flat.tensors[i].detach(), alpha=coefficient)
     return out
 
 
 def grad_stats_into(flat: FlatParams, ops: Ops, stats: Tensor) -> bool:
     """``stats`` = :class:`GradStats` of the gradients at hand; False where there is none."""
     members = [i for i, p in enumerate(flat.params) if p.grad is not None]
-    grads: list[Any] = [flat.params[i].grad for i in members]
+    grads: list[Any] = [flat.grad(i) for i in members]
     if members:
         ops.grad_stats(
-            flat.reals([flat.params[i] for i in members]),
+            flat.reals([flat.tensors[i] for i in members]),
             flat.reals(grads),
             [flat.offsets[i] for i in members],
             [],
@@ -82,6 +88,32 @@ def grad_stats_into(flat: FlatParams, ops: Ops, stats: Tensor) -> bool:
             stats,
         )
     return bool(members)
+
+
+def survey(
+    flat: FlatParams, ops: Ops, stats: Tensor, loss: float | None
+) -> tuple[GradStats | None, float]:
+    """Norms of the gradients at hand, None where there is none, and the loss, NaN without one.
+
+    Over all ranks, where several step together; ``stats`` is overwritten.
+    """
+    if flat.together is None:
+        found = GradStats(*stats.tolist()) if grad_stats_into(flat, ops, stats) else None
+        return found, math.nan if loss is None else loss
+    absent = tuple(i for i, p in enumerate(flat.params) if p.grad is None)
+    try:
+        *norms, mean = flat.measures.point(_own_norms(flat, ops, absent, stats), loss, absent)
+    except PartsDiffer:
+        flat.fill_gradients()
+        return survey(flat, ops, stats, loss)
+    return GradStats(*norms) if len(absent) < len(flat.params) else None, mean
+
+
+def _own_norms(flat: FlatParams, ops: Ops, absent: tuple[int, ...], stats: Tensor) -> list[float]:
+    """This rank's share of the norms."""
+    part = flat.part(absent)
+    grads: list[Any] = [flat.grad(i) for i in part.indices]
+    return ReducedOps(ops, part).norms(flat.reals(grads), [], False, None, None, stats, None)
 
 
 def grads_are_finite(flat: FlatParams, ops: Ops) -> bool:

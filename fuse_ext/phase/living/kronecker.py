@@ -100,7 +100,7 @@ def sides_of(
     found = {}
     for group, place in zip(groups, flat.group_slices, strict=True):
         for i in range(place.start, place.stop):
-            sides = rotated_sides(flat.params[i], bool(group["amsgrad"]), narrow, limited)
+            sides = rotated_sides(flat.tensors[i], bool(group["amsgrad"]), narrow, limited)
             if any(sides):
                 found[i] = sides
     return found
@@ -114,10 +114,10 @@ def kronecker_nbytes(flat: FlatParams, groups: list[ParamGroup]) -> tuple[int, i
     squares = sum(
         side * side
         for i, has in sides.items()
-        for side, one in zip(matrix_shape(flat.params[i]), has, strict=True)
+        for side, one in zip(matrix_shape(flat.tensors[i]), has, strict=True)
         if one
     )
-    measured = sum(flat.params[i].numel() for i in sides)
+    measured = sum(flat.tensors[i].numel() for i in sides)
     return 2 * squares * flat.dtype.itemsize, measured * flat.dtype.itemsize
 
 
@@ -158,7 +158,7 @@ class KroneckerMetric:
     def _begin(self, entry: dict[str, Any], i: int) -> None:
         """Zeros where nothing has been gathered."""
         flat = self._flat
-        shape = matrix_shape(flat.params[i])
+        shape = matrix_shape(flat.tensors[i])
         for names in (FACTORS, BASES):
             for name, side, has in zip(names, shape, self.sides[i], strict=True):
                 if has:
@@ -219,9 +219,9 @@ class KroneckerMetric:
 
     def _gradient(self, i: int, group: ParamGroup) -> Tensor:
         """Of what is minimised, an L2 penalty included, in the flat state's dtype."""
-        param = self._flat.params[i]
-        assert param.grad is not None
-        grad = param.grad.to(self._flat.dtype)
+        param, own = self._flat.tensors[i], self._flat.grad(i)
+        assert own is not None
+        grad = own.to(self._flat.dtype)
         grad = -grad if group["maximize"] else grad
         if group["weight_decay"] and not group["decoupled_weight_decay"]:
             grad = grad.add(param.to(grad.dtype), alpha=float(group["weight_decay"]))
@@ -299,7 +299,7 @@ class KroneckerMetric:
 
     def _advance(self, i: int, group: ParamGroup, lr: float) -> None:
         """Adam's step in the basis."""
-        entry, param = self.entry(i), self._flat.params[i]
+        entry, param = self.entry(i), self._flat.tensors[i]
         grad = self._gradient(i, group)
         matrix = grad.reshape(matrix_shape(grad))
         (beta1, beta2), eps = map(float, group["betas"]), float(group["eps"])

@@ -26,7 +26,7 @@ from fuse_ext.phase.modes import AUTO
 from fuse_ext.phase.protocol import Call, Outcome
 from fuse_ext.search.noise import Precision
 from fuse_ext.vector.flat import FlatParams, ParamGroup
-from fuse_ext.vector.gradients import GradStats, grad_stats_into
+from fuse_ext.vector.gradients import GradStats, survey
 
 # What an entry holds beside the lengths: lr of the first group at the last step.
 LIVING_NAMES = (*NAMES, "last_lr")
@@ -142,14 +142,16 @@ class LivingPhase:
             self.refuse()
             return Outcome(look.loss, refused=True)
         self._flat.check_unchanged()
-        if not grad_stats_into(self._flat, self._ops, self._stats):
+        norms, value = survey(self._flat, self._ops, self._stats, look.value)
+        if norms is None:
             self.progress.stop_untrained(entry["n_iter"])
             return Outcome(look.loss)
-        square = GradStats(*self._stats.tolist()).square
+        square = norms.square
         if square == 0.0 and not entry["living_steps"] and not self._has_trained():
             self.progress.stop_untrained(0)
             return Outcome(look.loss)
-        if not square <= self._largest:  # nor may its square overflow in the metric
+        # Nor may its square overflow in the metric.
+        if not square <= self._largest or (look.value is not None and not math.isfinite(value)):
             self.refuse()
             return Outcome(look.loss, refused=True)
         self._move(groups, math.sqrt(square))
@@ -157,7 +159,8 @@ class LivingPhase:
 
     def _has_trained(self) -> bool:
         """Whether Adam has met a gradient that is not 0."""
-        return bool(self.moments.stored("exp_avg").any())
+        trained = bool(self.moments.stored("exp_avg").any())
+        return self._flat.measures.any(trained)[0]
 
     def _move(self, groups: list[ParamGroup], norm: float) -> None:
         entry, lengths = self._entry, self._lengths
