@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from fuse_ext import LBFGS, Adam, Fuse, FusePV
 
 ROWS, BATCH = 48, 12  # both divisible by the ranks
-STEPS = 40
+STEPS = 30
 
 # name -> (optimizer, options, whether each step is on all data)
 MODES: dict[str, tuple[Any, dict[str, Any], bool]] = {
