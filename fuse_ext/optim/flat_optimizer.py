@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from fuse_ext.curvature.moments import check_moments_fit
 from fuse_ext.kernels import hooks, ops
 from fuse_ext.objective.step_options import default_evaluations
+from fuse_ext.optim.checkpoint.shards import divide, join
 from fuse_ext.optim.options import Table
 from fuse_ext.phase import conversion
 from fuse_ext.phase.modes import check_ranks
@@ -179,6 +180,9 @@ class FlatOptimizer(Optimizer, ABC):
         kinds = {param.is_complex() for param in self.flat.params}
         if len(kinds) > 1:  # torch.save takes no storage that is seen in two dtypes
             saved["state"] = _map_tensors(saved["state"], _own_if_complex)
+        if self.flat.spread:
+            keys = [key for group in saved["param_groups"] for key in group["params"]]
+            saved["state"] = divide(saved["state"], keys, self.flat, self.param_groups)
         return saved
 
     @abstractmethod
@@ -198,6 +202,8 @@ class FlatOptimizer(Optimizer, ABC):
         def receive(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
             incoming = dict(incoming)  # it may be the one that a hook of the user's has kept
             self._check_incoming_groups(incoming)
+            keys = [key for group in incoming["param_groups"] for key in group["params"]]
+            incoming["state"] = join(incoming["state"], keys, self.flat)
             self._check_state_dict(incoming)
             self._incoming = incoming
             return incoming

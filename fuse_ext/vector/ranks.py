@@ -64,9 +64,18 @@ class Ranks:
 
     def __init__(self, group: Any, device: torch.device) -> None:
         self.group = group
+        self._mesh: Any = None
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         on_host = device.type == "meta" or dist.get_backend(group) in ("gloo", "mpi")
         self.device = torch.device("cpu") if on_host else device
+
+    def mesh(self, device: torch.device) -> Any:
+        """These ranks as a mesh of one dimension."""
+        if self._mesh is None:
+            from torch.distributed.device_mesh import DeviceMesh
+
+            self._mesh = DeviceMesh.from_group(self.group, device.type)
+        return self._mesh
 
     def add(self, sums: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Sums over all ranks, and the largest of all, with one all-reduce.

@@ -78,21 +78,29 @@ def like(local_tensor: Tensor, param: Tensor, leading: tuple[int, ...] = ()) -> 
 
     placements = [_behind(at, len(leading)) for at in param.placements]  # type: ignore[attr-defined]
     shape = torch.Size([*leading, *param.shape])
-    return DTensor.from_local(
-        local_tensor.detach(),
+    # pickle takes a DTensor for one with memory of its own where its part begins behind the
+    # beginning of a storage: the part is put in later, as fully_shard does too.
+    found = DTensor.from_local(
+        local_tensor.new_empty(()).expand(local_tensor.shape),
         param.device_mesh,  # type: ignore[attr-defined]
         placements,
         run_check=False,
         shape=shape,
         stride=torch.empty(shape, device="meta").stride(),
     )
+    found._local_tensor = local_tensor.detach()
+    return found
 
 
-def placed(value: Any, param: Tensor) -> Any:
-    """A state's tensor as ``param`` is spread: a whole one is divided, another DTensor moved."""
+def placed(value: Any, param: Tensor, leading: int = 0) -> Any:
+    """A state's tensor as ``param`` is spread: a whole one is divided, another DTensor moved.
+
+    ``leading`` says how many dimensions come before the parameter's.
+    """
     if not (is_dtensor(param) and isinstance(value, Tensor)):
         return value.full_tensor() if is_dtensor(value) else value
-    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    mesh = param.device_mesh  # type: ignore[attr-defined]
+    placements = tuple(_behind(at, leading) for at in param.placements)  # type: ignore[attr-defined]
     if not is_dtensor(value):
         from torch.distributed.tensor import distribute_tensor
 
@@ -119,6 +127,17 @@ def shards_of(param: Tensor) -> int:
     return math.prod(mesh.size(i) for i, at in enumerate(placements) if not at.is_replicate())
 
 
+def largest_here(param: Tensor) -> Tensor:
+    """A plain parameter itself; of a DTensor one without memory in the largest shard's shape."""
+    if not is_dtensor(param):
+        return param
+    shape = list(param.shape)
+    for i, at in enumerate(param.placements):  # type: ignore[attr-defined]
+        if not at.is_replicate():
+            shape[at.dim] = -(-shape[at.dim] // param.device_mesh.size(i))  # type: ignore[attr-defined]
+    return torch.empty(shape, dtype=param.dtype, device="meta")
+
+
 def check_spread(params: Sequence[Tensor]) -> None:
     """Raises TypeError for parameters that are spread in ways that are not supported."""
     for i, param in enumerate(params):
@@ -128,6 +147,8 @@ def check_spread(params: Sequence[Tensor]) -> None:
                 "whose flat parameters do not say which of their elements lie on which rank; use "
                 "torch.distributed.fsdp.fully_shard (FSDP2)"
             )
+        if is_dtensor(param) and param.is_complex():
+            raise TypeError(f"params[{i}] is a DTensor of {param.dtype}; only real ones can be")
         if is_dtensor(param) and any(p.is_partial() for p in param.placements):  # type: ignore[attr-defined]
             raise TypeError(
                 f"params[{i}] has placements {param.placements}: a sum that is not "  # type: ignore[attr-defined]

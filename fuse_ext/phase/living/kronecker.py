@@ -27,6 +27,7 @@ from fuse_ext.curvature.moments import Moments
 from fuse_ext.curvature.step_counts import HostCounts
 from fuse_ext.phase.modes import AUTO
 from fuse_ext.vector.flat import FlatParams, ParamGroup
+from fuse_ext.vector.shards import largest_here
 
 DIAGONAL, KRONECKER = "diagonal", "kronecker"
 METRICS = (AUTO, DIAGONAL, KRONECKER)
@@ -56,7 +57,9 @@ def matrix_shape(param: Tensor) -> tuple[int, int]:
     return rows, param.numel() // max(rows, 1)
 
 
-def rotated_sides(param: Tensor, amsgrad: bool, narrow: bool, limited: bool) -> tuple[bool, bool]:
+def rotated_sides(
+    param: Tensor, amsgrad: bool, narrow: bool, limited: bool, device: torch.device
+) -> tuple[bool, bool]:
     """Which sides of a parameter get a basis.
 
     None do of vectors, complex numbers, with AMSGrad, whose largest moment is of one basis, and
@@ -69,7 +72,7 @@ def rotated_sides(param: Tensor, amsgrad: bool, narrow: bool, limited: bool) -> 
         return False, False
     most = EMBEDDING_SIDE
     if limited:
-        most = LONGEST_SIDE.get(param.device.type, LONGEST_SIDE["cpu"])
+        most = LONGEST_SIDE.get(device.type, LONGEST_SIDE["cpu"])
     return rows <= most, columns <= most
 
 
@@ -100,7 +103,8 @@ def sides_of(
     found = {}
     for group, place in zip(groups, flat.group_slices, strict=True):
         for i in range(place.start, place.stop):
-            sides = rotated_sides(flat.tensors[i], bool(group["amsgrad"]), narrow, limited)
+            shape = largest_here(flat.params[i])  # ranks have bases of the same sides
+            sides = rotated_sides(shape, bool(group["amsgrad"]), narrow, limited, flat.device)
             if any(sides):
                 found[i] = sides
     return found
@@ -119,6 +123,31 @@ def kronecker_nbytes(flat: FlatParams, groups: list[ParamGroup]) -> tuple[int, i
     )
     measured = sum(flat.tensors[i].numel() for i in sides)
     return 2 * squares * flat.dtype.itemsize, measured * flat.dtype.itemsize
+
+
+def rotate(entry: dict[str, Any], matrix: Tensor) -> Tensor:
+    """Q_L^T G Q_R; always a new tensor."""
+    left, right = (entry.get(name) for name in BASES)
+    rotated = matrix if left is None else left.T @ matrix
+    return rotated if right is None else rotated @ right
+
+
+def rotate_back(entry: dict[str, Any], matrix: Tensor) -> Tensor:
+    """Q_L X Q_R^T."""
+    left, right = (entry.get(name) for name in BASES)
+    rotated = matrix if left is None else left @ matrix
+    return rotated if right is None else rotated @ right.T
+
+
+def adams_second(entry: dict[str, Any], second: Tensor, steps: float, beta2: float) -> Tensor:
+    """What Adam's second moment would be, from that in the bases; a new tensor.
+
+    Coordinates of the basis are next to uncorrelated, so that the variance of an element is the sum
+    of theirs, each by the square of its share. Its own count becomes the parameter's, ``steps``.
+    """
+    squares = {name: entry[name].square() for name in BASES if name in entry}
+    factor = (1.0 - beta2**steps) / (1.0 - beta2 ** entry["basis_steps"])
+    return rotate_back(squares, second) * factor
 
 
 class KroneckerMetric:
@@ -252,7 +281,7 @@ class KroneckerMetric:
             if not self._find_bases(entry):
                 return
             entry[MEASURED] = torch.zeros_like(matrix)
-        rotated = self._rotate(entry, matrix)
+        rotated = rotate(entry, matrix)
         beta1, beta2 = map(float, group["betas"])
         entry[MEASURED].mul_(beta2).addcmul_(rotated, rotated, value=1.0 - beta2)
         entry["basis_steps"] += 1
@@ -267,7 +296,7 @@ class KroneckerMetric:
     def _corrected_mean(self, i: int, entry: dict[str, Any], beta1: float) -> Tensor:
         """The bias-corrected first moment in the basis."""
         average = self._moment("exp_avg", i)
-        rotated = self._rotate(entry, average.reshape(matrix_shape(average)))
+        rotated = rotate(entry, average.reshape(matrix_shape(average)))
         return rotated.div_(1.0 - beta1 ** self._moments.counts.of(i))
 
     def _find_bases(self, entry: dict[str, Any]) -> bool:
@@ -283,20 +312,6 @@ class KroneckerMetric:
             entry[basis].copy_(vectors)
         return True
 
-    @staticmethod
-    def _rotate(entry: dict[str, Any], matrix: Tensor) -> Tensor:
-        """Q_L^T G Q_R; always a new tensor."""
-        left, right = (entry.get(name) for name in BASES)
-        rotated = matrix if left is None else left.T @ matrix
-        return rotated if right is None else rotated @ right
-
-    @staticmethod
-    def _rotate_back(entry: dict[str, Any], matrix: Tensor) -> Tensor:
-        """Q_L X Q_R^T."""
-        left, right = (entry.get(name) for name in BASES)
-        rotated = matrix if left is None else left @ matrix
-        return rotated if right is None else rotated @ right.T
-
     def _advance(self, i: int, group: ParamGroup, lr: float) -> None:
         """Adam's step in the basis."""
         entry, param = self.entry(i), self._flat.tensors[i]
@@ -306,7 +321,7 @@ class KroneckerMetric:
         steps = self._moments.counts.of(i) + 1.0
         self._average(entry, matrix)
         average = self._moment("exp_avg", i).lerp_(grad, 1.0 - beta1)
-        rotated = self._rotate(entry, matrix)
+        rotated = rotate(entry, matrix)
         stored = self._moment("exp_avg_sq", i)
         second = stored.reshape(matrix.shape)  # a copy where the weight is not row-major
         second.mul_(beta2).addcmul_(rotated, rotated, value=1.0 - beta2)
@@ -315,8 +330,8 @@ class KroneckerMetric:
         root = (
             variance.add_(eps).sqrt_() if group["eps_inside_root"] else variance.sqrt_().add_(eps)
         )
-        step = self._rotate(entry, average.reshape(matrix.shape)).div_(1.0 - beta1**steps)
-        step = self._rotate_back(entry, step.div_(root)).view(grad.shape)
+        step = rotate(entry, average.reshape(matrix.shape)).div_(1.0 - beta1**steps)
+        step = rotate_back(entry, step.div_(root)).view(grad.shape)
         if group["decoupled_weight_decay"] and group["weight_decay"]:
             param.mul_(1.0 - lr * float(group["weight_decay"]))
         param.add_(step.to(param.dtype), alpha=-lr)
@@ -343,25 +358,14 @@ class KroneckerMetric:
     # --- leaving ----------------------------------------------------------------------------
 
     def leave(self, groups: list[ParamGroup]) -> None:
-        """Gives the metric up: Adam's second moment becomes that of the weights' own elements.
-
-        Coordinates of the basis are next to uncorrelated, so that the variance of an element is
-        the sum of theirs, each by the square of its share.
-        """
+        """Gives the metric up: Adam's second moment becomes that of the weights' own elements."""
         betas = self._flat.per_segment([group["betas"] for group in groups], None)
         for i in self.sides:
             entry = self.entry(i)
             if self._is_ready(entry):
                 stored = self._moment("exp_avg_sq", i)
                 second = stored.reshape(matrix_shape(stored))
-                squares = {name: entry[name].square() for name in BASES if name in entry}
-                second = self._rotate_back(squares, second)
-                # Its own count becomes the parameter's.
-                beta2 = betas[i][1]
-                second = second * (
-                    (1.0 - beta2 ** self._moments.counts.of(i))
-                    / (1.0 - beta2 ** entry["basis_steps"])
-                )
+                second = adams_second(entry, second, self._moments.counts.of(i), betas[i][1])
                 stored.copy_(second.view(stored.shape))
             for name in KRONECKER_NAMES:
                 entry.pop(name, None)
