@@ -27,7 +27,7 @@ from fuse_ext.curvature.moments import Moments
 from fuse_ext.curvature.step_counts import HostCounts
 from fuse_ext.phase.modes import AUTO
 from fuse_ext.vector.flat import FlatParams, ParamGroup
-from fuse_ext.vector.shards import largest_here
+from fuse_ext.vector.shards import largest_here, shards_of
 
 DIAGONAL, KRONECKER = "diagonal", "kronecker"
 METRICS = (AUTO, DIAGONAL, KRONECKER)
@@ -97,24 +97,40 @@ def check_kronecker_state(entry: dict[str, Any], param: Tensor, i: int) -> None:
 
 
 def sides_of(
-    flat: FlatParams, groups: list[ParamGroup], narrow: bool, limited: bool
+    flat: FlatParams,
+    groups: list[ParamGroup],
+    narrow: bool,
+    limited: bool,
+    shards: list[int] | None = None,
 ) -> dict[int, tuple[bool, bool]]:
-    """Of each parameter that has a basis on some side, which ones; see :func:`rotated_sides`."""
+    """Of each parameter that has a basis on some side, which ones; see :func:`rotated_sides`.
+
+    ``shards``: in how many pieces each lies, if the parameters do not know.
+    """
     found = {}
+    pieces = shards or [shards_of(param) for param in flat.params]
     for group, place in zip(groups, flat.group_slices, strict=True):
         for i in range(place.start, place.stop):
             shape = largest_here(flat.params[i])  # ranks have bases of the same sides
             sides = rotated_sides(shape, bool(group["amsgrad"]), narrow, limited, flat.device)
+            if pieces[i] > 1:
+                # The longer side's would be of the whole matrix's size, and on every rank.
+                rows, columns = matrix_shape(shape)
+                sides = sides[0] and rows <= columns, sides[1] and columns <= rows
             if any(sides):
                 found[i] = sides
     return found
 
 
-def kronecker_nbytes(flat: FlatParams, groups: list[ParamGroup]) -> tuple[int, int]:
+def kronecker_nbytes(
+    flat: FlatParams, groups: list[ParamGroup], shards: list[int] | None = None
+) -> tuple[int, int]:
     """Bytes of covariances and bases, and of the second moments while they are measured."""
     metric = groups[0]["metric"]
     narrow = groups[0]["moment_dtype"] not in (None, flat.dtype)
-    sides = sides_of(flat, groups, narrow, metric == AUTO) if metric != DIAGONAL else {}
+    sides = {}
+    if metric != DIAGONAL:
+        sides = sides_of(flat, groups, narrow, metric == AUTO, shards)
     squares = sum(
         side * side
         for i, has in sides.items()
