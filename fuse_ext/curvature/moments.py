@@ -116,13 +116,20 @@ class Moments:
         }
         self._exposed = [False] * len(flat.params)
         # The sums of squared gradients, one for each call of the last step that has not been read.
-        self._sums = [self._new_sum()]
+        self._totals = self._new_totals(len(groups))
+        self._sums = list(self._totals.split(1))
         self._calls = 0
         self._grad_norm_sq: float | None = 0.0
         self._adopt()
 
-    def _new_sum(self) -> Tensor:
-        return torch.zeros(1, dtype=torch.float64, device=self._flat.device)
+    def _new_totals(self, calls: int) -> Tensor:
+        return torch.zeros(calls, dtype=torch.float64, device=self._flat.device)
+
+    def _make_room(self, calls: int) -> None:
+        """For the sums of so many calls."""
+        if calls > len(self._sums):
+            self._totals = self._new_totals(calls)
+            self._sums = list(self._totals.split(1))
 
     def _adopt(self) -> None:
         """Takes over whatever moments ``state`` holds and points it at the flat buffers."""
@@ -168,7 +175,7 @@ class Moments:
     def grad_norm_sq(self) -> float:
         """||g||^2 of the last step (Eq. 3's summand), out of the kernel that made it."""
         if self._grad_norm_sq is None:
-            own = sum(float(total) for total in self._sums[: self._calls])
+            own = float(sum(self._totals[: self._calls].tolist()))
             self._grad_norm_sq = self._flat.measures.total(own)[0]
         return self._grad_norm_sq
 
@@ -212,17 +219,17 @@ class Moments:
         options = [adam_numbers(group, step, float(group["lr"])) for group, _, step in calls]
         if found_inf is not None and float(found_inf) != 0.0:
             return None
-        norms = []
-        for (group, members, _), numbers in zip(calls, options, strict=True):
-            for some, share in flat.alike(members):
-                self._call(some, grads, group, numbers, self._sums[0], grad_scale=grad_scale)
-                if len(calls) > 1 or share != 1.0:
-                    norms.append(share * float(self._sums[0]))
-        # One call's sum is read when it is asked for, and ranks' sums are summed then.
-        self._grad_norm_sq, self._calls = sum(norms) if norms or not calls else None, 1
-        if self._grad_norm_sq is not None and flat.together is not None:
-            self._sums[0].fill_(self._grad_norm_sq)
-            self._grad_norm_sq = None
+        parts = [
+            (group, some, numbers, share)
+            for (group, members, _), numbers in zip(calls, options, strict=True)
+            for some, share in flat.alike(members)
+        ]
+        self._make_room(len(parts))
+        for (group, some, numbers, share), total in zip(parts, self._sums, strict=False):
+            self._call(some, grads, group, numbers, total, grad_scale=grad_scale)
+            if share != 1.0:
+                total.mul_(share)
+        self._grad_norm_sq, self._calls = None, len(parts)  # read when asked for
         stepped = [i for _, members, _ in calls for i in members]
         if stepped:
             counts.advance(stepped)
@@ -289,8 +296,7 @@ class Moments:
         for i in resettled:
             if self._exposed[i]:
                 self._state[flat.params[i]]["step"] = counts.entry(i)
-        while len(self._sums) < len(classes):
-            self._sums.append(self._new_sum())
+        self._make_room(len(classes))
         self._grad_norm_sq, self._calls = None, len(classes)
         for which, total in zip(classes, self._sums, strict=False):
             group, lr = groups[counts.groups[which]], groups[counts.groups[which]]["lr"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from fuse_ext.kernels import ops as kernels
 from fuse_ext.kernels import scalars as ring
 from fuse_ext.kernels.bound_ops import BoundOps
+from fuse_ext.kernels.capture import is_remote
 from fuse_ext.kernels.fixed_step import PLACES
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.kernels.reference.memory import SCALE_BLOCK, Rows
@@ -108,7 +109,7 @@ class History:
             len(GradStats._fields) + 1, dtype=torch.float64, device=self.scalars.device
         )
         self._stats = with_loss[:-1]
-        self._with_loss = None if flat.device.type == "cpu" else with_loss
+        self._with_loss = with_loss if is_remote(flat.device) else None
         tensors = {"history": self.rows, "scalars": self.scalars}
         if self.grad_prev is not None:
             tensors["grad_prev"] = self.grad_prev

@@ -15,10 +15,10 @@ from fuse_ext.phase import modes, succession
 from fuse_ext.phase.averages import AveragesPhase
 from fuse_ext.phase.modes import ADAM, AUTO, LBFGS
 from fuse_ext.phase.protocol import Call, Outcome, Scaling
-from fuse_ext.phase.told import ask
+from fuse_ext.phase.told import ask, told_of
 from fuse_ext.switch.criterion import Observation, Switchover
 from fuse_ext.switch.when import as_switchover
-from fuse_ext.tell.log import LOG, NEW_LOG, criterion_in, warn_non_finite
+from fuse_ext.tell.log import LOG, NEW_LOG, criterion_in, falls_back, rested, warn_non_finite
 from fuse_ext.tell.report import Report, report_of_phases
 from fuse_ext.vector.flat import Closure, FlatParams, ParamGroup
 
@@ -58,7 +58,7 @@ class FusePV(FlatOptimizer):
         lbfgs_lr: First trial step of L-BFGS, and the step itself without a line search.
         curvature: "dense" for the inverse Hessian as a matrix of 4 d^2 bytes for d parameters
             (:mod:`~fuse_ext.curvature.dense`), "pairs" for L-BFGS, "auto" for a matrix up to
-            128 MiB (5,784 parameters; on a GPU 1 GiB, 16,376) on one function with a line search,
+            512 MiB (11,576 parameters; on a GPU 1 GiB, 16,376) on one function with a line search,
             where nothing is said of pairs, and for pairs elsewhere. Averages go with pairs alone.
         dense_update: The matrix's: "broyden", the self-scaled Broyden update, or "bfgs".
         history_size: m, the curvature pairs kept; None for 10 or, on one function, as many as fit
@@ -100,7 +100,7 @@ class FusePV(FlatOptimizer):
               of one batch (see ``batch_id`` in :meth:`step`).
             - "auto": same_batch with a line search; without one none (see ``metric``).
         metric: On minibatches without pairs: "diagonal", Adam's, or "kronecker" for matrices
-            (:mod:`~fuse_ext.phase.living`), "auto" for sides up to 256 (on a GPU 2,048).
+            (:mod:`~fuse_ext.phase.living`), "auto" for sides up to 512 (on a GPU 2,048).
         step_cap: Longest step on minibatches, in Adam's steps (above lr = 1e-3 in those of 1e-3,
             but not below Adam's own). It falls as steps go by, and halves where g jumps.
         check_finite: Before an Adam step, check loss and gradient, and skip the step if either is
@@ -194,8 +194,7 @@ class FusePV(FlatOptimizer):
     def _log(self) -> dict[str, Any]:
         """Counters and the criterion's state, saved with the rest."""
         self._began = True
-        log: dict[str, Any] = self._entry.setdefault(LOG, dict(NEW_LOG))
-        return log
+        return dict.setdefault(self._entry, LOG, dict(NEW_LOG))
 
     @without_grad
     def step(
@@ -214,7 +213,8 @@ class FusePV(FlatOptimizer):
         though not for rounding, Adam tries: where the closure is one function, for a single step
         of up to ``max_eval`` evaluations, which ends at the least loss that it met; where it is
         not, losses cannot be compared, and Adam goes on from the last point that was accepted,
-        with the criterion started anew.
+        with the criterion started anew. On minibatches so does it, for 100 steps at least, where
+        losses have stayed above those at the switch.
 
         Where nothing can be gained any more (``report().converged``, or neither searches nor Adam
         find a lower loss) a step is one call of the closure, which sees whether that is still so:
@@ -261,22 +261,20 @@ class FusePV(FlatOptimizer):
         """Asks the criterion; leaves L-BFGS where it fails or has taken batches for a function."""
         if outcome.refused:
             warn_non_finite(self)
-        if outcome.observed is not None and modes.agreed(self._switch, outcome.observed, self.flat):
-            self.switch_now(self._switch.reason or "a criterion says so on another rank")
-        if outcome.rescued or outcome.failing or outcome.contradicted:
-            batches = outcome.contradicted and modes.finds_out(self.param_groups[0])
-            self._log["fallbacks"] += outcome.rescued + (outcome.failing or batches)
-            if outcome.failing or batches:
-                self.switch_back()  # from where the last good step has led
-            if batches:
-                self._log["batches"] = True
-        return outcome.loss
+        observed = outcome.observed
+        if observed and modes.agreed(self._switch, observed, self.flat) and rested(self._log):
+            self.switch_now(self._switch.reason or modes.ON_ANOTHER_RANK)
+        if falls_back(self._log, outcome, modes.finds_out(self.param_groups[0])):
+            self.switch_back()  # from where the last good step has led
+        return self._noted(outcome.loss)
 
     def report(self) -> Report:
         """What was done, and why."""
         self._notice_lost_state()
         self._settle()
-        return report_of_phases(self.phase, self._log, self._entry, self._phase)
+        told = told_of(self._ground(), self._phase, self._switch, self._log)
+        told["loss"] = self._last_loss
+        return report_of_phases(self.phase, self._log, self._entry, self._phase, **told)
 
     def _ground(self) -> succession.Ground:
         return succession.Ground(self.flat, self._ops, self.state, self.param_groups)
@@ -368,8 +366,9 @@ class FusePV(FlatOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch: the phase is in the parameter groups, tensors and counters in the state."""
-        self._notice_lost_state()
-        self._log["criterion"] = self._switch.state_dict()
+        if self._waiting is None:
+            self._notice_lost_state()
+            self._log["criterion"] = self._switch.state_dict()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -185,6 +185,9 @@ class LBFGS(FlatOptimizer):
         lrs = [float(group["lr"]) if lr is None else 1.0 for group in groups]
         options = step_options(self.flat, groups, lrs, "line_search_fn")
         if closure is None and (options.line_search is not None or options.max_iter > 1):
+            if not any(lrs):  # as torch.distributed.checkpoint makes the state
+                self._phase = self._phase or self._make_phase()
+                return None
             raise ValueError(
                 f"closure=None needs line_search_fn=None and max_iter=1, got "
                 f"line_search_fn={options.line_search!r} and max_iter={options.max_iter}"
@@ -193,8 +196,8 @@ class LBFGS(FlatOptimizer):
         if self._phase is None or asked_for:
             self._phase = self._make_phase()
         if isinstance(self._phase, LbfgsPhase):  # without what FusePV has to ask of it: 1 us
-            return self._phase.iteration.run(closure, options)
-        return self._phase.step(Call(closure, groups, options=options, lr=lr)).loss
+            return self._noted(self._phase.iteration.run(closure, options))
+        return self._noted(self._phase.step(Call(closure, groups, options=options, lr=lr)).loss)
 
     def _settle(self) -> None:
         if self._phase is not None and not self._phase.outdated(self.state):
@@ -205,4 +208,5 @@ class LBFGS(FlatOptimizer):
         self._settle()
         if self._phase is None or self._phase.outdated(self.state):
             return Report(phase="lbfgs")
-        return Report(phase="lbfgs", **lbfgs_fields(self._phase, self._entry))
+        fields = lbfgs_fields(self._phase, self._entry)
+        return Report(phase="lbfgs", loss=self._last_loss, **fields)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fuse_ext.checks import check_loss, loss_value
+from fuse_ext.checks import check_loss
 from fuse_ext.curvature.moments import Moments
 from fuse_ext.kernels.capture import device_loss, is_capturing, refuse_while_capturing
 from fuse_ext.kernels.hooks import with_grad
@@ -16,7 +15,7 @@ from fuse_ext.kernels.ops import Ops
 from fuse_ext.phase.protocol import Call, Outcome
 from fuse_ext.switch.criterion import Observation
 from fuse_ext.vector.flat import FlatParams, ParamGroup
-from fuse_ext.vector.gradients import GradStats, grad_stats_into, grads_are_finite, survey
+from fuse_ext.vector.gradients import GradStats, Readout, grad_stats_into
 
 
 def make_moments(
@@ -42,6 +41,7 @@ class AdamPhase:
 
     Attributes:
         moments: None before the first step that is taken, unless ``state`` holds some.
+        said: What the user was warned of.
     """
 
     def __init__(
@@ -55,7 +55,9 @@ class AdamPhase:
         # Steps taken and skipped, float64 [2] on the device; None where the log has the truth.
         self._counted: Tensor | None = None
         self._stats: Tensor | None = None
+        self._readout = Readout(flat, ops)
         self.moments: Moments | None = None
+        self.said: set[str] = set()
         # The user may keep other things in the state, under other keys.
         if any("step" in state.get(param, {}) for param in flat.params):
             self.moments = make_moments(flat, ops, state, groups)
@@ -98,52 +100,30 @@ class AdamPhase:
             )
         if call.closure is not None:
             loss = with_grad(call.closure)
-        value = None
-        if loss is not None and (criterion.needs_loss or checks):
-            value = loss_value(loss)
+        wants_loss = loss is not None and (criterion.needs_loss or checks)
+        if wants_loss:
+            check_loss(loss)
         elif criterion.needs_loss and not call.empty:
             check_loss(loss, f"switch={criterion!r}")
         log["adam_evaluations"] += call.closure is not None
-        found_inf = call.scaling.found
-        finite_here = True
-        if self._flat.together is not None and not call.empty:
-            value, found_inf, finite_here = self._over_ranks(value, found_inf, checks)
-        if found_inf:  # the scaler's business: it lowers its scale
+        found_inf = call.scaling.found_inf
+        looks = checks and found_inf is None  # else the scaler has checked the gradients already
+        if looks:
+            self._flat.check_unchanged()
+        told = self._readout.read(loss if wants_loss else None, found_inf, looks)
+        if told.found_inf:  # the scaler's business: it lowers its scale
             log["adam_non_finite"] += 1
             return Outcome(loss)
-        if checks:
-            self._flat.check_unchanged()
-            finite = finite_here and (value is None or math.isfinite(value))
-            # The scaler, or whoever looked at all ranks' gradients, has checked them already.
-            checked = found_inf is not None or self._flat.together is not None
-            if not (finite and (checked or grads_are_finite(self._flat, self._ops))):
-                log["adam_non_finite"] += 1
-                return Outcome(loss, refused=True)
+        if checks and not told.finite:
+            log["adam_non_finite"] += 1
+            return Outcome(loss, refused=True)
+        value = told.loss
         self._ready(call.groups).step(call.groups, call.scaling.factor)
         if call.empty:
             return Outcome(loss)
         if value is not None and call.groups[0]["maximize"]:
             value = -value
         return Outcome(loss, self._counted_step(call, value))
-
-    def _over_ranks(
-        self, value: float | None, found_inf: bool | None, checks: bool
-    ) -> tuple[float | None, bool | None, bool]:
-        """The loss's mean, whether a scaler has found an infinity, whether gradients are finite.
-
-        One all-reduce, and none where nothing of this is asked for.
-        """
-        if found_inf is not None:
-            found_inf = self._flat.measures.any(found_inf)[0]
-        if not checks:
-            if value is not None:
-                value = self._flat.measures.total(value)[0] / self._flat.measures.ranks
-            return value, found_inf, True
-        self._flat.check_unchanged()
-        stats = torch.zeros(len(GradStats._fields), dtype=torch.float64, device=self._flat.device)
-        norms, mean = survey(self._flat, self._ops, stats, value)
-        finite = norms is None or found_inf is not None or norms.finite
-        return (None if value is None else mean), found_inf, finite
 
     def _ready(self, groups: list[ParamGroup]) -> Moments:
         if self.moments is None or self.moments.outdated(self._state):

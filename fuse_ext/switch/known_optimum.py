@@ -29,6 +29,11 @@ class LossGap(MeanCriterion):
         self.sigma = float(sigma)
         super().__init__(window)
 
+    def waiting(self, step: int, epoch: int) -> str:
+        """The gap so far."""
+        value = self._mean.value - self.f_star if self._mean.full else 0.0
+        return self._holds("f - f*", value, f"sigma={self.sigma:g}")
+
     def _verdict(self, obs: Observation) -> str:
         if usable(obs.loss):
             self._mean.push(obs.loss)

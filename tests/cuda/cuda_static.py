@@ -1,17 +1,18 @@
 """What the compiled CUDA kernels are made of: registers, memory and instructions, per architecture.
 
-    python tests/cuda/cuda_static.py
+    python tests/cuda/cuda_static.py [--slots] [file ...]
 
-prints a table. Reads the machine code in the built extension with NVIDIA's cuobjdump; no GPU is
-needed.
+prints a table. Reads the machine code in the built extension, or in files that nvcc has made of
+csrc/cuda (-cubin), with NVIDIA's cuobjdump; no GPU is needed.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import subprocess
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,11 +24,15 @@ TYPES = {"f": "float", "d": "double"}
 # Loads and stores: 128 bits and narrower, from and to global memory; and what should not be there,
 # local memory (spills) and generic addresses.
 INSTRUCTION = re.compile(
-    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.MULTILINE
 )
 KERNEL = re.compile(
     r"(adam|update|direction|two_loop|decide|stats|move|blend|copy|dense_[a-z_]+?)_kernelI(.*?)EEv"
 )
+
+
+# Instead of the extension.
+FILES: list[str] = []
 
 
 def tool(name: str) -> Path | None:
@@ -61,6 +66,7 @@ class Kernel:
     stack: int = 0
     local: int = 0
     instructions: Counter[str] = field(default_factory=Counter)
+    code: list[tuple[int, bool, str, str]] = field(default_factory=list)
 
     def count(self, pattern: str) -> int:
         """Instructions whose whole name matches."""
@@ -83,6 +89,64 @@ class Kernel:
         return self.count(r"(LDL|STL)(\..*)?")
 
 
+def bytes_moved(instruction: str) -> int:
+    """What one thread moves between global memory and registers."""
+    name = re.fullmatch(r"(?:LDG|STG)\.E(\..*)?", instruction)
+    if name is None:
+        return 0
+    for suffix, size in (("ENL2.256", 32), ("128", 16), ("64", 8), ("U16", 2), ("U8", 1)):
+        if suffix in instruction:
+            return size
+    return 4
+
+
+def loops(code: list[tuple[int, bool, str, str]]) -> list[dict[int, int]]:
+    """For each loop: the fewest instructions of a round, by the bytes that a thread moves in it.
+
+    A round is a way through the control-flow graph from the loop's head back to it; an inner loop
+    is gone through once.
+    """
+    place = {address: i for i, (address, *_) in enumerate(code)}
+    following: list[list[int]] = []
+    for i, (_, conditional, name, operands) in enumerate(code):
+        after = [i + 1] if i + 1 < len(code) else []
+        if name.startswith(("BRA", "BRX")):
+            target = re.findall(r"0x([0-9a-f]+)", operands)
+            goals = [place[int(target[-1], 16)]] if target and int(target[-1], 16) in place else []
+            # A branch may also be conditional by an operand: BRA P0, ...
+            falls = conditional or re.match(r"\s*!?U?P\d", operands) or "DIV" in name
+            after = goals + (after if falls else [])
+        elif name.startswith(("EXIT", "RET")) and not conditional:
+            after = []
+        following.append(after)
+    heads = sorted({j for i, after in enumerate(following) for j in after if j <= i})
+    forward = [[j for j in after if j > i] for i, after in enumerate(following)]
+    found = []
+    for head in heads:
+        cheapest: dict[int, dict[int, int]] = defaultdict(dict)
+        cheapest[head] = {0: 0}
+        rounds: dict[int, int] = {}
+        for i in range(head, len(code)):
+            size = bytes_moved(code[i][2])
+            for moved, cost in cheapest.pop(i, {}).items():
+                now = (moved + size, cost + 1)
+                for j in forward[i]:
+                    known = cheapest[j].get(now[0])
+                    if known is None or now[1] < known:
+                        cheapest[j][now[0]] = now[1]
+                if head in following[i]:
+                    rounds[now[0]] = min(rounds.get(now[0], now[1]), now[1])
+        found.append(rounds)
+    return found
+
+
+def slots_of_round(kernel: Kernel, moved: int) -> int:
+    """Fewest instructions of a round of any loop in which a thread moves so many bytes."""
+    counts = [rounds[moved] for rounds in loops(kernel.code) if moved in rounds]
+    assert counts, f"{kernel.name}: no loop moves {moved} bytes a thread"
+    return min(counts)
+
+
 def readable(mangled: str) -> str:
     """``update<float, bf16>`` for the mangled name."""
     found = KERNEL.search(mangled)
@@ -99,8 +163,11 @@ def readable(mangled: str) -> str:
 
 
 def _dump(*options: str) -> str:
-    command = [str(tool("cuobjdump")), *options, str(_C.__file__)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    texts = []
+    for file in FILES or [str(_C.__file__)]:
+        command = [str(tool("cuobjdump")), *options, file]
+        texts.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return "\n".join(texts)
 
 
 def architectures() -> list[str]:
@@ -119,7 +186,12 @@ def kernels(architecture: str) -> dict[str, Kernel]:
         found[name] = Kernel(name, int(registers), int(stack), int(local))
     for part in _dump("-sass", "-arch", architecture).split("Function : ")[1:]:
         mangled, _, body = part.partition("\n")
-        found[readable(mangled)].instructions = Counter(INSTRUCTION.findall(body))
+        kernel = found[readable(mangled)]
+        kernel.code = [
+            (int(address, 16), bool(guard), name, operands)
+            for address, guard, name, operands in INSTRUCTION.findall(body)
+        ]
+        kernel.instructions = Counter(name for _, _, name, _ in kernel.code)
     return found
 
 
@@ -139,4 +211,7 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(why_not() or table())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="*")
+    FILES += parser.parse_args().files
+    print("" if FILES else why_not() or table())

@@ -1,5 +1,7 @@
-"""Within optim/: the forms in which a state is saved and loaded.
+"""Saving and loading, where torch's own ways ask something of a state.
 
-What lies on several ranks is saved as DTensors (``shards``), which torch.distributed.checkpoint
-divides anew for another number of them.
+:mod:`record` writes what an optimizer knows in words and lists as one tensor, so that a state_dict
+can be flattened; :mod:`prepare` gives a new optimizer the form of a checkpoint that
+torch.distributed.checkpoint is to load; :mod:`file` replaces a file in one piece; :mod:`shards`
+divides what lies on several ranks by parameters, for any number of ranks to load.
 """

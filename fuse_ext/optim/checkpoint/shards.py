@@ -20,22 +20,23 @@ from torch import Tensor
 from fuse_ext.kernels.reference.memory import SCALE_BLOCK
 from fuse_ext.kernels.scalars import new_scalars
 from fuse_ext.phase.averages import VECTORS
+from fuse_ext.phase.living.bases import BASES, adams_second, rotate_back
 from fuse_ext.phase.living.kronecker import (
-    BASES,
     FACTORS,
     KRONECKER_NAMES,
     MEASURE,
     MEASURED,
-    adams_second,
     matrix_shape,
 )
 from fuse_ext.phase.succession import drop_ring
 from fuse_ext.vector.flat import FlatParams, ParamGroup
-from fuse_ext.vector.shards import largest_here, like, local, placed
+from fuse_ext.vector.shards import is_dtensor, largest_here, like, local, placed
 
 # Flat vectors, perhaps with dimensions before.
 FLAT = ("history", "grad_prev", *VECTORS)
-SCALES, SECOND = "history_scale", "basis_sq"
+SCALES = "history_scale"
+# Adam's moments in the bases, as they are while those are used.
+IN_BASES = {"exp_avg": "basis_avg", "exp_avg_sq": "basis_sq"}
 # Says in the first entry that the flat ones are divided.
 DIVIDED = "divided"
 
@@ -92,12 +93,19 @@ def _divide_matrices(entry: dict[str, Any], flat: FlatParams, i: int, betas: Any
             entry[_own(flat, name)] = _rank_by_rank(flat, entry.pop(name), (most, most))
     if MEASURED in entry:
         entry[_own(flat, MEASURED)] = _rank_by_rank(flat, entry.pop(MEASURED), side)
-    if held.get("basis_steps", 0) >= MEASURE:
-        stored = local(held["exp_avg_sq"])
-        second = stored.reshape(matrix_shape(stored))
-        entry[_own(flat, SECOND)] = _rank_by_rank(flat, second, side)
-        found = adams_second(held, second, float(held["step"]), float(betas[1]))
-        entry["exp_avg_sq"] = like(found.view(stored.shape), flat.params[i])
+    if held.get("basis_steps", 0) < MEASURE:
+        return
+    shape = flat.tensors[i].shape
+    average, second = (local(held[name]) for name in IN_BASES)
+    average, second = (of.reshape(matrix_shape(of)) for of in (average, second))
+    for name, turned in zip(IN_BASES.values(), (average, second), strict=True):
+        entry[_own(flat, name)] = _rank_by_rank(flat, turned, side)
+    steps, beta2 = float(held["step"]), float(betas[1])
+    for name, own in (
+        ("exp_avg", rotate_back(held, average)),
+        ("exp_avg_sq", adams_second(held, second, steps, beta2)),
+    ):
+        entry[name] = like(own.contiguous().view(shape), flat.params[i])
 
 
 def _rank_by_rank(flat: FlatParams, mine: Tensor, most: tuple[int, ...]) -> Tensor:
@@ -172,16 +180,19 @@ def _of_this_rank(entry: dict[str, Any], flat: FlatParams, name: str) -> Tensor 
     mine = entry.pop(_own(flat, name), None)
     for other in [key for key in entry if isinstance(key, str) and key.startswith(f"{name}_of_")]:
         del entry[other]
-    return None if mine is None else local(mine)[0]
+    if mine is None:
+        return None
+    # A whole one holds those of all ranks.
+    return local(mine)[0] if is_dtensor(mine) else mine[flat.together.rank if flat.together else 0]
 
 
 def _join_matrices(entry: dict[str, Any], flat: FlatParams, i: int) -> None:
-    names = (*FACTORS, *BASES, MEASURED, SECOND)
+    names = (*FACTORS, *BASES, MEASURED, *IN_BASES.values())
     if not any(isinstance(k, str) and k.startswith(f"{n}_of_") for k in entry for n in names):
         return
     rows, columns = matrix_shape(flat.tensors[i])
     shapes = dict(zip((*FACTORS, *BASES), ((rows, rows), (columns, columns)) * 2, strict=True))
-    shapes |= {MEASURED: (rows, columns), SECOND: (rows, columns)}
+    shapes |= dict.fromkeys((MEASURED, *IN_BASES.values()), (rows, columns))
     kept = {name: _of_this_rank(entry, flat, name) for name in names}
     if all(value is None for value in kept.values()):  # of other shards
         for name in KRONECKER_NAMES:
@@ -190,10 +201,10 @@ def _join_matrices(entry: dict[str, Any], flat: FlatParams, i: int) -> None:
     for name, value in kept.items():
         if value is not None:
             entry[name] = value[: shapes[name][0], : shapes[name][1]].contiguous()
-    second = entry.pop(SECOND, None)
-    if second is not None:
-        shape = flat.tensors[i].shape
-        entry["exp_avg_sq"] = like(second.view(shape), flat.params[i])
+    for name, turned in IN_BASES.items():
+        if turned in entry:
+            mine = entry.pop(turned).view(flat.tensors[i].shape)
+            entry[name] = like(mine, flat.params[i])
 
 
 def _empty_ring(entry: dict[str, Any]) -> None:
