@@ -326,5 +326,5 @@ def check_living_state(state: dict[Any, Any], flat: FlatParams, keys: list[Any])
         if key in state
     }
     check_adam_state(moments, flat.params, keys)
-    for i, (param, key) in enumerate(zip(flat.params, keys, strict=True)):
+    for i, (param, key) in enumerate(zip(flat.tensors, keys, strict=True)):
         check_kronecker_state(state.get(key, {}), param, i)
