@@ -101,8 +101,9 @@ def look_ahead(phase: AdamPhase, call: Call) -> None:
 def tell_noise(phase: AdamPhase, call: Call, step: int) -> None:
     """Warns once where losses that were promised to be of one function look like batches."""
     assert call.criterion is not None
-    refused = [leaf for leaf in call.criterion._leaves() if isinstance(leaf, WarmUp)]
-    turns = max((leaf.refused for leaf in refused), default=0)
+    waits = [leaf for leaf in call.criterion._leaves() if isinstance(leaf, WarmUp)]
+    # Noise turns at two steps of three; where Adam itself makes the loss oscillate, at fewer.
+    turns = max((leaf.refused for leaf in waits if 2 * leaf.refused > leaf.n), default=0)
     if not turns or "noise" in phase.said:
         return
     phase.said.add("noise")
