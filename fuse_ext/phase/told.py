@@ -116,10 +116,10 @@ def tell_noise(phase: AdamPhase, call: Call, observed: Observation) -> None:
         return
     phase.said.add("noise")
     warn_caller(
-        f"deterministic=True, but after {observed.step} steps the loss goes up and down as on minibatches "
-        f"or with dropout ({turns} turning points). FusePV stays with Adam until it does not, or "
-        "no longer falls. Call model.eval() or use the full batch; on minibatches leave "
-        "deterministic out"
+        f"deterministic=True, but after {observed.step} steps the loss goes up and down as on "
+        f"minibatches or with dropout ({turns} turning points). FusePV stays with Adam until it "
+        "does not, or no longer falls. Call model.eval() or use the full batch; on minibatches "
+        "leave deterministic out"
     )
 
 
