@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -140,3 +141,19 @@ def test_a_restart_changes_nothing(
     for name, weight in whole["model"].items():
         assert torch.equal(weight, parts["model"][name]), name
     assert "switch_step           20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    # A tenth of the evaluations, and small networks: that they learn, not how well.
+    [("poisson", 0.1), ("inverse", 0.5), ("hard_constraints", 0.02), ("burgers", 0.9)],
+)
+def test_pinn(name: str, most: float, tmp_path: Path) -> None:
+    output = run_script(f"pinn/{name}.py", "--quick", "--out", str(tmp_path))
+    (error,) = re.findall(r"relative error (\S+), loss", output)
+    assert 0.0 < float(error) < most
+    assert "switch after 100 steps, a dense inverse Hessian" in output
+    if name == "inverse":
+        (of_a,) = re.findall(r"0\.3 is true: error (\S+)", output)
+        assert float(of_a) < 0.5  # it begins with 2.3
+    assert (tmp_path / f"pinn_{name}.png").read_bytes().startswith(PNG)
