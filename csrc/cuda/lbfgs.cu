@@ -435,8 +435,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, row>)
   static_cast<void>(last);
   if (!stores_late || !form_pair) return;
   // A warp has one tile at most where there are slices, and y is still there.
-  if (!is_last_to_come(counter_of_column(a, share.column),
-                       static_cast<unsigned>(a.shares.slices), shared)) {
+  if (!is_last_to_come(counter_of_column(a, share.column), static_cast<unsigned>(a.shares.slices),
+                       shared)) {
     return;
   }
   if (warp < warps && first * Pass::kLength < numel) {
@@ -780,8 +780,8 @@ void launch_lbfgs_direction(const Segments& segments, DType dtype, bool maximize
                                            const_cast<double*>(control), workspace);
     const Shares shares = a.shares = direction_shares<T, kRow>(ring.scalars.slots, ring.numel);
     const Index coefs = Index{2} * (shares.pairs + 1) * static_cast<Index>(sizeof(T));
-    FUSE_LAUNCH((direction_kernel<T, kRow>), shares.slices * shares.columns,
-                sums_bytes(3) + coefs, stream, a);
+    FUSE_LAUNCH((direction_kernel<T, kRow>), shares.slices * shares.columns, sums_bytes(3) + coefs,
+                stream, a);
   });
 }
 

@@ -143,8 +143,7 @@ struct Bits {
     if (size_of(dtype) == 2) {
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        out[k] =
-            half_value<T>(dtype, static_cast<std::uint16_t>(word[k / 2] >> (16 * (k % 2))));
+        out[k] = half_value<T>(dtype, static_cast<std::uint16_t>(word[k / 2] >> (16 * (k % 2))));
       }
     } else if (widest == 4 || size_of(dtype) == 4) {
 #pragma unroll
@@ -315,8 +314,7 @@ constexpr Index kPackStep = kWarp * N;
 // comes in one call, its packs kPackStep<N> elements apart; others pack by pack (U = 1), as
 // visit_pack has them.
 template <class T, int N, int packs, class Body>
-__device__ __forceinline__ void visit_tiles(const Segments& segments, bool together,
-                                            Body&& body) {
+__device__ __forceinline__ void visit_tiles(const Segments& segments, bool together, Body&& body) {
   constexpr Index kLength = packs * kPackStep<N>;
   TileSegment<T, N> at;
   for (Index tile = first_tile(); segments.begin + tile * kLength < segments.end;

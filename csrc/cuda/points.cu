@@ -48,9 +48,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 5 : 2)
   if (has_direction) direction = open_s_row(ring);
   double slope = 0, square = 0, absolute = 0, penalty = 0;
   T largest = 0;
-  visit_tiles<T, kPack, kPacks<T>>(segments, together,
-                                   [&](auto width, auto packs, const Segment& s, Index first,
-                                       Index at) {
+  visit_tiles<T, kPack, kPacks<T>>(
+      segments, together, [&](auto width, auto packs, const Segment& s, Index first, Index at) {
     constexpr int W = decltype(width)::value, U = decltype(packs)::value;
     T g[U][W];
     load_elements<W, U>(s.grad_dtype, grad_at(s, first), g);
@@ -126,9 +125,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 2)
   }
   const Row direction = open_s_row(ring);
   const T length = static_cast<T>(step);
-  visit_tiles<T, kPack, kPacks<T>>(segments, together,
-                                   [&](auto width, auto packs, const Segment& s, Index first,
-                                       Index at) {
+  visit_tiles<T, kPack, kPacks<T>>(
+      segments, together, [&](auto width, auto packs, const Segment& s, Index first, Index at) {
     constexpr int W = decltype(width)::value, U = decltype(packs)::value;
     T x[U][W], p[U][W];
     if (save) {
@@ -237,9 +235,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
 template <class T, bool to_flat>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 2)
     copy_kernel(const Segments segments, T* flat, bool together) {
-  visit_tiles<T, kPack, kPacks<T>>(segments, together,
-                                   [&](auto width, auto packs, const Segment& s, Index first,
-                                       Index at) {
+  visit_tiles<T, kPack, kPacks<T>>(
+      segments, together, [&](auto width, auto packs, const Segment& s, Index first, Index at) {
     constexpr int W = decltype(width)::value, U = decltype(packs)::value;
     void* const grad = const_cast<void*>(grad_at(s, first));
     T values[U][W];
@@ -258,8 +255,8 @@ void copy(const Segments& segments, DType dtype, void* flat, void* stream) {
   const Segments all = from_whole_pack(segments);
   with_state_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    FUSE_LAUNCH((copy_kernel<T, to_flat>), blocks_over<T>(all), 0, stream, all, static_cast<T*>(flat),
-                is_aligned(flat, 16));
+    FUSE_LAUNCH((copy_kernel<T, to_flat>), blocks_over<T>(all), 0, stream, all,
+                static_cast<T*>(flat), is_aligned(flat, 16));
   });
 }
 
@@ -282,8 +279,8 @@ void launch_lbfgs_move(const Segments& segments, DType dtype, void* origin, cons
   const Segments all = from_whole_pack(segments);
   with_state_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    FUSE_LAUNCH((move_kernel<T>), blocks_over<T>(all), 0, stream, all, static_cast<T*>(origin), ring,
-                rows_move_whole<T>(ring) && is_aligned(origin, 16), step, save, control);
+    FUSE_LAUNCH((move_kernel<T>), blocks_over<T>(all), 0, stream, all, static_cast<T*>(origin),
+                ring, rows_move_whole<T>(ring) && is_aligned(origin, 16), step, save, control);
   });
 }
 
@@ -291,8 +288,8 @@ void launch_fuse_blend(const Segments& segments, DType dtype, const void* origin
                        double theta, double step, Workspace workspace, void* stream) {
   with_state_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    FUSE_LAUNCH((blend_kernel<T>), blocks_over<T>(ring.numel),
-                sums_bytes(1), stream, segments, static_cast<const T*>(origin), ring,
+    FUSE_LAUNCH((blend_kernel<T>), blocks_over<T>(ring.numel), sums_bytes(1), stream, segments,
+                static_cast<const T*>(origin), ring,
                 rows_move_whole<T>(ring) && is_aligned(origin, 16), theta, step, workspace);
   });
 }

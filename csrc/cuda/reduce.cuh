@@ -160,8 +160,7 @@ class GridSums {
       __syncthreads();
       const int half = (left + 1) / 2;
       if (part < left - half) {
-        shared_[thread] =
-            join(column, shared_[thread], shared_[thread + half * columns]);
+        shared_[thread] = join(column, shared_[thread], shared_[thread + half * columns]);
       }
     }
     __syncthreads();

@@ -8,8 +8,8 @@ namespace fuse_ext::cuda {
 
 constexpr float kLargestByte = 127;
 
-// The place-th of a word's four bytes, with its sign. Put behind the exponent of 2^23 its bits are a
-// float without a conversion, which the hardware makes slowly.
+// The place-th of a word's four bytes, with its sign. Put behind the exponent of 2^23 its bits are
+// a float without a conversion, which the hardware makes slowly.
 template <class T>
 __device__ __forceinline__ T signed_byte(std::uint32_t word, int place) {
   constexpr std::uint32_t kSigns = 0x80808080u, kExponent = 0x4b000000u;
@@ -128,8 +128,7 @@ __device__ __forceinline__ void store_row_pack(const Row& row, Index at, Index n
       if (row.dtype == DType::f32) {
         values[k] = static_cast<T>(static_cast<float>(values[k]));
       } else if (row.dtype != DType::f64) {
-        values[k] =
-            half_value<T>(row.dtype, half_bits(row.dtype, static_cast<float>(values[k])));
+        values[k] = half_value<T>(row.dtype, half_bits(row.dtype, static_cast<float>(values[k])));
       }
     }
     return;

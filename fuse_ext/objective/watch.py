@@ -82,7 +82,9 @@ class Watch:
         told = self._readout.read(loss, norms=norms or compares)
         if compares:
             one_function = self._tell(told)
-            if one_function is not False:
+            if one_function and self._flat.unsaid:
+                warn_unsaid()  # other ranks may see batches
+            elif one_function is not False:
                 return Look(loss, bool(one_function), one_function is None)
         finite = told.loss is None or math.isfinite(told.loss)
         return Look(loss, finite=finite, norms=told.norms, value=told.loss)
@@ -100,6 +102,16 @@ class Watch:
         del entry["watched_loss"]
         entry.pop("watched_grad", None)
         return bool(now.finite and agree(before, now))
+
+
+def warn_unsaid() -> None:
+    """Tells why a closure that repeats is not taken for one function."""
+    warn_caller(
+        "the closure looks like one function, for which L-BFGS with a line search would be better, "
+        "but there are other ranks, and with a search each would go its own way if their losses "
+        "differ: pass process_group=torch.distributed.group.WORLD if they train one model "
+        '(DistributedDataParallel), or process_group="local" if each trains its own'
+    )
 
 
 # Changes of the function, each counting less from step to step, after which they are no accident:
@@ -130,18 +142,17 @@ class Habits:
         """Calls it, the first time where there are gradients with a mark on one of them."""
         if self._adds:
             self._clear()
-        mark = self._mark() if self._adds is None else None
-        if mark is None:
+        if self._adds is not None:
             return with_grad(closure)
-        grad, place, value = mark
-        try:
+        mark = self._mark()
+        marked, adds = self._flat.measures.any(mark is not None)[0], False
+        if not marked:
+            return with_grad(closure)
+        if mark is None:  # of other ranks' gradients there is one
             loss = with_grad(closure)
-        except BaseException:
-            grad[place] = value
-            raise
-        owner = next((p for p in self._flat.params if p.grad is grad), None)
-        # A gradient that the closure has not made anew is the one with the mark.
-        self._adds = owner is not None and math.isnan(float(grad[place].real))
+        else:
+            loss, adds = self._call_with(closure, *mark)
+        self._adds = self._flat.measures.any(adds)[0]
         if not self._adds:
             return loss
         warn_caller(
@@ -154,10 +165,23 @@ class Habits:
         self._entry["func_evals"] += 1
         return with_grad(closure)
 
+    def _call_with(
+        self, closure: Closure, grad: Tensor, place: tuple[int, ...], value: Any
+    ) -> tuple[Any, bool]:
+        """The loss, and whether the gradient still holds the mark."""
+        try:
+            loss = with_grad(closure)
+        except BaseException:
+            grad[place] = value
+            raise
+        held = (self._flat.grad(i) for i in range(len(self._flat.params)))
+        # A gradient that the closure has not made anew is the one with the mark.
+        return loss, any(g is grad for g in held) and math.isnan(float(grad[place].real))
+
     def _mark(self) -> tuple[Tensor, tuple[int, ...], Any] | None:
         """Puts a NaN into a gradient that a closure has to make anew; what was there."""
-        for param in self._flat.params:
-            grad = param.grad
+        for i, param in enumerate(self._flat.params):
+            grad = self._flat.grad(i)
             if grad is None or not param.requires_grad or not grad.numel():
                 continue
             place = (0,) * grad.dim()

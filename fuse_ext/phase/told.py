@@ -56,10 +56,10 @@ def ask(phase: AnyPhase, call: Call, flat: FlatParams) -> Outcome:
     if call.scaling is not NO_SCALING:
         # L-BFGS looks at the gradients itself, without the scaler's factor.
         call.scaling.check(call.closure)
-        if phase.host_decides and call.scaling.found:
+        if phase.host_decides and flat.measures.any(bool(call.scaling.found))[0]:
             phase.refuse()
             return Outcome(None)
-        call.scaling.unscale(flat.params)
+        call.scaling.unscale(flat.grads())
     return phase.step(call)
 
 
@@ -70,6 +70,8 @@ def told_of(
     group, kind, waiting = ground.groups[0], "", ""
     if group["phase"] == ADAM:
         waiting = criterion.waiting(log["phase_steps"], log["phase_epochs"])
+        if "out_of_memory" in log:
+            waiting = f"no memory for the next phase: {log['out_of_memory']}"
     elif phase is not None and not isinstance(phase, AdamPhase):
         kind = phase.history.kind
     follows = "" if isinstance(criterion, Never) else second_phase(group, ground.flat, kind)

@@ -328,9 +328,8 @@ def one_function_counts(counter: Counter) -> dict[str, Counts]:
         )
         found[f"the switch, to a search with {name}"] = steps[1][0]
         later = steps[PAIRS + 2 :]
-        print(name, [t for _, t in steps])
-        one = next(counts for counts, trials in later if trials == 1)
-        two = next(counts for counts, trials in later if trials == 2)
+        one = next(counts for counts, trials in reversed(later) if trials == 1)
+        two = next(counts for counts, trials in reversed(later) if trials == 2)
         found[f"search with {name}, one trial"] = one
         found[f"search with {name}, each trial more"] = two.less(one)
     return found

@@ -9,6 +9,7 @@ csrc/cuda (-cubin), with NVIDIA's cuobjdump; no GPU is needed.
 from __future__ import annotations
 
 import argparse
+import operator
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeAlias
 
 from fuse_ext import _C
 
@@ -89,62 +91,99 @@ class Kernel:
         return self.count(r"(LDL|STL)(\..*)?")
 
 
-def bytes_moved(instruction: str) -> int:
-    """What one thread moves between global memory and registers."""
-    name = re.fullmatch(r"(?:LDG|STG)\.E(\..*)?", instruction)
-    if name is None:
-        return 0
-    for suffix, size in (("ENL2.256", 32), ("128", 16), ("64", 8), ("U16", 2), ("U8", 1)):
-        if suffix in instruction:
-            return size
-    return 4
+# Accesses to global memory of 128, 64 and 32 bits, and narrower ones.
+Accesses: TypeAlias = tuple[int, int, int, int]
 
 
-def loops(code: list[tuple[int, bool, str, str]]) -> list[dict[int, int]]:
-    """For each loop: the fewest instructions of a round, by the bytes that a thread moves in it.
+def accesses(instruction: str) -> Accesses:
+    """Which of them an instruction is."""
+    if not re.fullmatch(r"(?:LDG|STG)\.E(\..*)?", instruction):
+        return 0, 0, 0, 0
+    if "ENL2.256" in instruction:
+        return 2, 0, 0, 0
+    suffixes = ("128", "64", r"[US](?:8|16)")
+    wide, half, narrow = (bool(re.search(rf"\.{x}(\.|$)", instruction)) for x in suffixes)
+    return int(wide), int(half), int(not (wide or half or narrow)), int(narrow)
 
-    A round is a way through the control-flow graph from the loop's head back to it; an inner loop
-    is gone through once.
+
+def slots_of_round(kernel: Kernel, target: Accesses) -> int:
+    """Fewest instructions of a round of any loop with just these accesses.
+
+    A round is a way through the control-flow graph from a loop's head back to it; an inner loop is
+    gone through once.
     """
+    following = _control_flow(kernel.code)
+    none: Accesses = (0, 0, 0, 0)
+    # What is guarded by a predicate is made or not.
+    kinds = [
+        {accesses(name), none} if guarded else {accesses(name)}
+        for _, guarded, name, _ in kernel.code
+    ]
+    heads = sorted({j for i, after in enumerate(following) for j in after if j <= i})
+    counts = [
+        count
+        for head in heads
+        if (count := _shortest_round(following, kinds, head, target)) is not None
+    ]
+    assert counts, f"{kernel.name}: no loop makes the accesses {target}"
+    return min(counts)
+
+
+def _control_flow(code: list[tuple[int, bool, str, str]]) -> list[list[int]]:
+    """The instructions that may follow each one."""
     place = {address: i for i, (address, *_) in enumerate(code)}
     following: list[list[int]] = []
     for i, (_, conditional, name, operands) in enumerate(code):
         after = [i + 1] if i + 1 < len(code) else []
-        if name.startswith(("BRA", "BRX")):
-            target = re.findall(r"0x([0-9a-f]+)", operands)
-            goals = [place[int(target[-1], 16)]] if target and int(target[-1], 16) in place else []
+        if name.startswith("BRA"):
+            target = int(re.findall(r"0x([0-9a-f]+)", operands)[-1], 16)
             # A branch may also be conditional by an operand: BRA P0, ...
             falls = conditional or re.match(r"\s*!?U?P\d", operands) or "DIV" in name
-            after = goals + (after if falls else [])
+            after = [place[target]] + (after if falls else [])
         elif name.startswith(("EXIT", "RET")) and not conditional:
             after = []
         following.append(after)
-    heads = sorted({j for i, after in enumerate(following) for j in after if j <= i})
-    forward = [[j for j in after if j > i] for i, after in enumerate(following)]
-    found = []
-    for head in heads:
-        cheapest: dict[int, dict[int, int]] = defaultdict(dict)
-        cheapest[head] = {0: 0}
-        rounds: dict[int, int] = {}
-        for i in range(head, len(code)):
-            size = bytes_moved(code[i][2])
-            for moved, cost in cheapest.pop(i, {}).items():
-                now = (moved + size, cost + 1)
-                for j in forward[i]:
-                    known = cheapest[j].get(now[0])
-                    if known is None or now[1] < known:
-                        cheapest[j][now[0]] = now[1]
-                if head in following[i]:
-                    rounds[now[0]] = min(rounds.get(now[0], now[1]), now[1])
-        found.append(rounds)
-    return found
+    return following
 
 
-def slots_of_round(kernel: Kernel, moved: int) -> int:
-    """Fewest instructions of a round of any loop in which a thread moves so many bytes."""
-    counts = [rounds[moved] for rounds in loops(kernel.code) if moved in rounds]
-    assert counts, f"{kernel.name}: no loop moves {moved} bytes a thread"
-    return min(counts)
+def _shortest_round(
+    following: list[list[int]], kinds: list[set[Accesses]], head: int, target: Accesses
+) -> int | None:
+    """Of one loop."""
+    # Depth first from the head: an order in which every way forward goes, but for inner loops.
+    order: list[int] = []
+    entered = {head}
+    stack = [(head, iter(following[head]))]
+    while stack:
+        node, rest = stack[-1]
+        for successor in rest:
+            if successor not in entered:
+                entered.add(successor)
+                stack.append((successor, iter(following[successor])))
+                break
+        else:
+            order.append(node)
+            stack.pop()
+    rank = {node: i for i, node in enumerate(reversed(order))}
+    cheapest: dict[int, dict[Accesses, int]] = defaultdict(dict)
+    cheapest[head] = {(0, 0, 0, 0): 0}
+    best: int | None = None
+    for node in reversed(order):
+        reached = {
+            (tuple(map(operator.add, made, kind)), cost + 1)
+            for made, cost in cheapest.pop(node, {}).items()
+            for kind in kinds[node]
+        }
+        for now, cost in reached:
+            if any(map(operator.gt, now, target)):
+                continue
+            for successor in following[node]:
+                if successor == head and now == target:
+                    best = cost if best is None else min(best, cost)
+                elif rank[successor] > rank[node]:
+                    known = cheapest[successor].get(now, cost)
+                    cheapest[successor][now] = min(known, cost)
+    return best
 
 
 def readable(mangled: str) -> str:

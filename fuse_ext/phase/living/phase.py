@@ -92,6 +92,8 @@ class LivingPhase:
             scheduled: Whether lr has changed in the Adam phase.
             watches: Whether to find out if the closure is one function.
         """
+        if self._matrices is not None:
+            self._matrices.begin()
         self._lengths.begin(scheduled)
         self._trend.restart()
         self._entry["last_lr"] = float(groups[0]["lr"])
@@ -159,7 +161,8 @@ class LivingPhase:
 
     def _has_trained(self) -> bool:
         """Whether Adam has met a gradient that is not 0."""
-        return bool(self.moments.stored("exp_avg").any())
+        trained = bool(self.moments.stored("exp_avg").any())
+        return self._flat.measures.any(trained)[0]
 
     def _move(self, groups: list[ParamGroup], norm: float) -> None:
         entry, lengths = self._entry, self._lengths
