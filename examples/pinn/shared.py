@@ -116,15 +116,18 @@ def draw(
     """The solution, its error, and the loss with the switch marked."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     (across, a), (up, b) = axes.items()
+    most = float(np.abs(found).max())
     for ax, values, title, colours in (
-        (left, found, "solution", "RdBu_r"),
-        (middle, np.abs(found - exact), "|error|", "magma"),
+        (left, found, "solution", {"cmap": "RdBu_r", "vmin": -most, "vmax": most}),
+        (middle, np.abs(found - exact), "|error|", {"cmap": "magma"}),
     ):
-        drawn = ax.pcolormesh(a, b, values.T, cmap=colours, rasterized=True, shading="gouraud")
-        ax.set(xlabel=across, ylabel=up, title=title)
+        drawn = ax.pcolormesh(a, b, values.T, **colours, rasterized=True, shading="gouraud")
+        ax.set(xlabel=across, ylabel=up, title=title, xlim=(a[0], a[-1]), ylim=(b[0], b[-1]))
         figure.colorbar(drawn, ax=ax)
     if points is not None:
-        middle.plot(*points.T, ".", color="white", markersize=1.5, alpha=0.7)
+        middle.plot(
+            *points.T, ".", color="white", markersize=1.5, alpha=0.7, scalex=False, scaley=False
+        )
     log.plot(right)
     right.set(title="loss")
     right.grid(alpha=0.3)

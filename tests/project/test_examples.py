@@ -172,8 +172,22 @@ def test_a_restart_changes_nothing(
     # A tenth of the evaluations, and small networks: that they learn, not how well.
     [("poisson", 0.1), ("inverse", 0.5), ("hard_constraints", 0.02), ("burgers", 0.9)],
 )
-def test_pinn(name: str, most: float, tmp_path: Path) -> None:
-    output = run_script(f"pinn/{name}.py", "--quick", "--out", str(tmp_path))
+def test_pinn(
+    name: str,
+    most: float,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    script = EXAMPLES / "pinn" / f"{name}.py"
+    monkeypatch.syspath_prepend(str(script.parent))
+    monkeypatch.setattr(sys, "argv", [script.name, "--quick", "--out", str(tmp_path)])
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    output = capsys.readouterr().out
     (error,) = re.findall(r"relative error (\S+), loss", output)
     assert 0.0 < float(error) < most
     assert "switch after 100 steps, a dense inverse Hessian" in output
