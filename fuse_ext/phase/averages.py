@@ -51,6 +51,7 @@ from fuse_ext.objective.watch import Watch
 from fuse_ext.phase.protocol import Call, Outcome
 from fuse_ext.search.noise import Precision
 from fuse_ext.vector.flat import FlatParams, ParamGroup, Part, memory_order
+from fuse_ext.vector.masters import Masters
 
 # Where Adam has seen next to no gradient D is this much of its mean: what wakes up later must not
 # take steps beyond all measure.
@@ -114,6 +115,7 @@ class AveragesPhase:
         entry: The optimizer's state entry; holds all tensors and counters.
         history_size: m.
         history_dtype: Storage of the pairs; None for the state's.
+        masters: What steps are taken on, if not on the parameters themselves.
     """
 
     begun, host_decides = True, True
@@ -125,7 +127,9 @@ class AveragesPhase:
         entry: dict[str, Any],
         history_size: int,
         history_dtype: torch.dtype | None,
+        masters: Masters | None = None,
     ) -> None:
+        self.masters = masters
         self._flat, self._ops, self._entry = flat, ops, entry
         # The L-BFGS ops see one vector: the step in Adam's coordinates.
         self._step = flat.new_vector()
@@ -190,7 +194,8 @@ class AveragesPhase:
     @property
     def nbytes(self) -> int:
         """Bytes of state held."""
-        return self.history.nbytes + sum(self._entry[name].nbytes for name in VECTORS)
+        kept = 0 if self.masters is None else self.masters.nbytes
+        return self.history.nbytes + sum(self._entry[name].nbytes for name in VECTORS) + kept
 
     def settle(self, log: dict[str, Any]) -> None:
         """The host has counted everything itself."""
@@ -375,10 +380,18 @@ class AveragesPhase:
         self._step.nan_to_num_(0.0)  # 0 * inf, where nothing moves
 
     def _move(self, part: Part, options: StepOptions, shrink: list[float | None]) -> None:
-        for param, factor in zip(part.params, part.pick(shrink), strict=True) if shrink else ():
+        weights, masters = part.params, self.masters
+        if masters is not None:
+            masters.follow(part.indices)
+            weights = [masters.weights[i] for i in part.indices]
+        for weight, factor in zip(weights, part.pick(shrink), strict=True) if shrink else ():
             if factor is not None:
-                param.mul_(factor)
+                weight.mul_(factor)
         pieces = part.pick(self._pieces)
         if options.lr_scale:
             torch._foreach_mul_(pieces, part.pick(options.lr_scale))
-        torch._foreach_add_(part.params, pieces)
+        torch._foreach_add_(weights, pieces)
+        if masters is not None:
+            masters.round(part.indices)
+            for i in part.indices:
+                masters.show(i)

@@ -38,6 +38,7 @@ from fuse_ext.phase.modes import (
 )
 from fuse_ext.phase.protocol import QuasiNewton
 from fuse_ext.vector.flat import FlatParams, ParamGroup
+from fuse_ext.vector.masters import MASTER, Masters
 
 # Where there was no memory for the next phase Adam takes so many steps before the next attempt.
 STAY = 100
@@ -96,7 +97,11 @@ class Ground(NamedTuple):
     def averages(self) -> AveragesPhase:
         """L-BFGS on averages, with whatever the entry holds of them."""
         size, dtype = self.groups[0]["history_size"], self.groups[0]["history_dtype"]
-        return AveragesPhase(self.flat, self.ops, self.entry, size, dtype)
+        masters = Masters(self.flat, self.state) if self.groups[0]["master_weights"] else None
+        if masters is None:  # they may be of a checkpoint
+            for param in self.flat.params:
+                self.state.get(param, {}).pop(MASTER, None)
+        return AveragesPhase(self.flat, self.ops, self.entry, size, dtype, masters)
 
     def living(self) -> LivingPhase:
         """The phase in a living metric, with the moments that the state holds."""
@@ -237,8 +242,10 @@ def drop_adam_state(ground: Ground, after: AnyPhase | None) -> None:
     """
     if isinstance(after, LivingPhase):
         return
+    keeps = isinstance(after, AveragesPhase) and after.masters is not None
+    names = ("step", *MOMENTS, *KRONECKER_NAMES, *(() if keeps else (MASTER,)))
     for param in ground.flat.params:
-        for name in ("step", *MOMENTS, *KRONECKER_NAMES):
+        for name in names:
             ground.state[param].pop(name, None)
         if not ground.state[param]:
             del ground.state[param]
@@ -321,7 +328,7 @@ def check_living_state(state: dict[Any, Any], flat: FlatParams, keys: list[Any])
         ):
             raise ValueError(f"state_dict does not fit: {name} is {value!r}, no number")
     moments = {
-        key: {name: state[key][name] for name in ("step", *MOMENTS) if name in state[key]}
+        key: {n: state[key][n] for n in ("step", *MOMENTS, MASTER) if n in state[key]}
         for key in keys
         if key in state
     }

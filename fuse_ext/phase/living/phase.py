@@ -69,7 +69,9 @@ class LivingPhase:
         self._flat, self._ops, self._state = flat, ops, state
         self._entry: dict[str, Any] = state[flat.params[0]]
         # Counted on the host, which decides here, whatever Adam did.
-        self.moments = Moments(flat, ops, state, groups, groups[0]["moment_dtype"])
+        first = groups[0]
+        narrow, keeps = first["moment_dtype"], bool(first["master_weights"])
+        self.moments = Moments(flat, ops, state, groups, narrow, keeps_masters=keeps)
         for name in (*COUNTERS, *TALLIES):
             self._entry.setdefault(name, 0)
         metric = groups[0]["metric"]
