@@ -18,6 +18,7 @@ from fuse_ext.optim.estimate_memory import estimate_memory  # noqa: E402
 from fuse_ext.optim.fuse import CosineTheta, Fuse, LinearTheta  # noqa: E402
 from fuse_ext.optim.fuse_pv import FusePV  # noqa: E402
 from fuse_ext.optim.lbfgs import LBFGS  # noqa: E402
+from fuse_ext.optim.minimize.call import Minimum, minimize  # noqa: E402
 from fuse_ext.switch.criterion import Observation, Switchover  # noqa: E402
 from fuse_ext.switch.eq3_eq4 import GradNorm, LossChange  # noqa: E402
 from fuse_ext.switch.known_optimum import LossGap, NearSolution  # noqa: E402
@@ -43,6 +44,7 @@ __all__ = [
     "LossChange",
     "LossGap",
     "LossPlateau",
+    "Minimum",
     "NearSolution",
     "Never",
     "Observation",
@@ -53,6 +55,7 @@ __all__ = [
     "__version__",
     "build_info",
     "estimate_memory",
+    "minimize",
     "prepare_to_load",
     "save",
     "unwrap",

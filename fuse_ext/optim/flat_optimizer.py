@@ -16,12 +16,16 @@ from fuse_ext.curvature.moments import check_moments_fit
 from fuse_ext.kernels import hooks, ops
 from fuse_ext.objective.step_options import default_evaluations
 from fuse_ext.optim.checkpoint.record import RECORD, empty_record, opened, pack
+from fuse_ext.optim.checkpoint.shards import divide, join
 from fuse_ext.optim.options import Table, in_words, out_of_words
 from fuse_ext.phase import conversion
+from fuse_ext.phase.modes import check_ranks
 from fuse_ext.phase.protocol import Phase
 from fuse_ext.vector.checks import listed
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 from fuse_ext.vector.masters import give_up_masters
+from fuse_ext.vector.ranks import Said
+from fuse_ext.vector.shards import is_dtensor
 
 
 class FlatOptimizer(Optimizer, ABC):
@@ -39,8 +43,10 @@ class FlatOptimizer(Optimizer, ABC):
     # torch calls it on ``step`` when the first object of a class is made.
     profile_hook_step = staticmethod(hooks.noticed)
 
-    def __init__(self, params: Any, defaults: dict[str, Any], backend: str) -> None:
-        self._backend = backend
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], backend: str, process_group: Any = None
+    ) -> None:
+        self._backend, self._said = backend, Said(process_group)
         self._incoming: dict[str, Any] | None = None
         self._waiting: RemovableHandle | None = None  # for a state: see await_state
         self._flat: FlatParams | None = None
@@ -52,7 +58,8 @@ class FlatOptimizer(Optimizer, ABC):
 
     def _renew_layout(self) -> None:
         """Lays the parameters out as they are now; state made for another layout is void then."""
-        flat = FlatParams(self.param_groups)
+        flat = FlatParams(self.param_groups, self._said.group)
+        check_ranks(self.param_groups[0], flat)
         check_moments_fit(self.param_groups[0].get("moment_dtype"), flat.params)
         self._flat = flat
         self._ops = ops.select(self._backend, self._flat.device)
@@ -193,6 +200,8 @@ class FlatOptimizer(Optimizer, ABC):
         if len(kinds) > 1:  # torch.save takes no storage that is seen in two dtypes
             saved["state"] = _map_tensors(saved["state"], _own_if_complex)
         keys = [key for group in saved["param_groups"] for key in group["params"]]
+        if self.flat.spread and self._waiting is None:
+            saved["state"] = divide(saved["state"], keys, self.flat, self.param_groups)
         if self._waiting is None and RECORD in saved["state"].get(keys[0], {}):
             saved["state"] = pack(saved["state"], keys, self.flat.device)
         return saved
@@ -231,7 +240,7 @@ class FlatOptimizer(Optimizer, ABC):
             incoming = dict(incoming)  # it may be the one that a hook of the user's has kept
             self._check_incoming_groups(incoming)
             keys = [key for group in incoming["param_groups"] for key in group["params"]]
-            incoming["state"] = opened(incoming["state"], keys)
+            incoming["state"] = join(opened(incoming["state"], keys), keys, self.flat)
             self._check_state_dict(incoming)
             self._incoming = incoming
             return incoming
@@ -290,6 +299,7 @@ class FlatOptimizer(Optimizer, ABC):
             **super().__getstate__(),
             "state": defaultdict(dict, state),
             "_backend": self._backend,
+            "_said": self._said,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -298,6 +308,7 @@ class FlatOptimizer(Optimizer, ABC):
         if not has_option:  # torch adds it to every optimizer's defaults here
             del self.defaults["differentiable"]
         self.__dict__.setdefault("_incoming", None)
+        self.__dict__.setdefault("_said", Said())  # of an older pickle
         self.__dict__.setdefault("_waiting", None)
         for group in self.param_groups:
             for name, default in self.defaults.items():
@@ -367,4 +378,6 @@ def _own_if_complex(tensor: Tensor) -> Tensor:
 
 def _compact(tensor: Tensor) -> Tensor:
     """The tensor, or a copy where it is a small part of its storage."""
+    if is_dtensor(tensor):
+        return _copy(tensor)
     return tensor if 2 * tensor.nbytes > tensor.untyped_storage().nbytes() else _copy(tensor)

@@ -96,6 +96,7 @@ class Fuse(FlatOptimizer):
             no pair mixes two batches.
         betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root: As in FusePV.
         maximize, lbfgs_lr, history_size, history_dtype, curvature_tol, backend: As in FusePV.
+        process_group: As in FusePV.
 
     Memory: Adam's 8 bytes a parameter and L-BFGS's 4 (2 m + 2), and one vector of scratch (three
     with a line search).
@@ -131,6 +132,7 @@ class Fuse(FlatOptimizer):
         trial_errors: tuple[type[Exception], ...] = (),
         same_batch_pairs: bool = True,
         backend: str = "auto",
+        process_group: Any = None,
     ) -> None:
         given = dict(locals())
         if theta is None:
@@ -146,7 +148,7 @@ class Fuse(FlatOptimizer):
         self._lbfgs: Iteration | None = None  # on this history
         self._history: History | None = None
         self._grads: Tensor | None = None
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, backend, process_group)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_theta": self._theta}
@@ -290,8 +292,8 @@ class Fuse(FlatOptimizer):
         """Gives the parameters the gradients back that the step began with, and no other."""
         for i in part.absent:
             self.flat.params[i].grad = None
-        for param in part.params:
-            if param.grad is None:
+        for i in part.indices:
+            if (param := self.flat.params[i]).grad is None:
                 param.grad = torch.zeros_like(param)
         assert self._grads is not None
         _, grads = self.flat.gradients()

@@ -54,12 +54,11 @@ class FusePV(FlatOptimizer):
             master_weights: As in :class:`~fuse_ext.Adam`. On minibatches weight decay is that of
             the Adam phase, and master weights stay. With a line search or a fixed step it is an L2
             term, weight_decay/2 \|x\|^2, decoupled or not, and they go.
-        maximize: Ascend, in both phases. Groups may differ where L-BFGS is on averages or never
-            comes (``switch=Never()``).
+        maximize: Ascend. Groups may differ on minibatches, and with ``switch=Never()``.
         lbfgs_lr: First trial step of L-BFGS, and the step itself without a line search.
         curvature: "dense" for the inverse Hessian as a matrix of 4 d^2 bytes for d parameters
             (:mod:`~fuse_ext.curvature.dense`), "pairs" for L-BFGS, "auto" for a matrix up to
-            128 MiB (5,784 parameters; on a GPU 1 GiB, 16,376) on one function with a line search,
+            512 MiB (11,576 parameters; on a GPU 1 GiB, 16,376) on one function with a line search,
             where nothing is said of pairs, and for pairs elsewhere. Averages go with pairs alone.
         dense_update: The matrix's: "broyden", the self-scaled Broyden update, or "bfgs".
         history_size: m, the curvature pairs kept; None for 10 or, on one function, as many as fit
@@ -113,6 +112,8 @@ class FusePV(FlatOptimizer):
             calls of ``step``, and Adam does not take over where L-BFGS fails.
         on_switch: Called with the optimizer after each switch to L-BFGS.
         backend: "auto", "native" (C++) or "reference" (plain PyTorch).
+        process_group: The ranks that step together (docs/large-models.md): a group or a mesh, to be
+            given with DistributedDataParallel; "local" for none; None for those of DTensors.
 
     Attributes:
         phase: "adam" or "lbfgs"; also in every parameter group, and saved with it.
@@ -169,6 +170,7 @@ class FusePV(FlatOptimizer):
         capturable: bool = False,
         on_switch: Callable[[FusePV], None] | None = None,
         backend: str = "auto",
+        process_group: Any = None,
     ) -> None:
         given = dict(locals())
         if on_switch is not None and not callable(on_switch):
@@ -180,7 +182,7 @@ class FusePV(FlatOptimizer):
         self._switch = modes.default_switch(defaults) if switch is None else as_switchover(switch)
         check_switch(self._switch, capturable)
         defaults["phase"] = LBFGS if self._switch.at_once else ADAM
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, backend, process_group)
         self._fill_in()
         self._switch.check(self.flat.params)
 
@@ -223,10 +225,8 @@ class FusePV(FlatOptimizer):
             closure: Zeroes the gradients, computes the loss and its gradients, returns the loss,
                 or None where nothing needs it. Optional in the Adam phase, and in the L-BFGS phase
                 on averages or with a fixed step and ``max_iter=1``.
-            loss: The loss of the gradients at hand, for a criterion that needs it, where there is
-                no closure.
-            batch_id: What batch this is. Without averages a change of it is as
-                :meth:`new_objective`.
+            loss: Of the gradients at hand, where there is no closure and a criterion needs it.
+            batch_id: What batch this is. Without averages a change is as :meth:`new_objective`.
             pair_closure: Like ``closure``, on the sample that the pair's two gradients are to be
                 of: the overlap of this batch and the next (multi-batch L-BFGS), or a larger one.
                 Called before and after an L-BFGS step without averages; not with ``max_iter`` > 1.
@@ -263,8 +263,8 @@ class FusePV(FlatOptimizer):
         if outcome.refused:
             warn_non_finite(self)
         observed = outcome.observed
-        if observed is not None and self._switch.observe(observed) and rested(self._log):
-            self.switch_now(self._switch.reason)
+        if observed and modes.agreed(self._switch, observed, self.flat) and rested(self._log):
+            self.switch_now(self._switch.reason or modes.ON_ANOTHER_RANK)
         if falls_back(self._log, outcome, modes.finds_out(self.param_groups[0])):
             self.switch_back()  # from where the last good step has led
         return self._noted(outcome.loss)

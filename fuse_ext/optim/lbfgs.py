@@ -79,6 +79,7 @@ class LBFGS(FlatOptimizer):
             an ``lr`` that is a tensor is one for all groups. Parameters must not be moved between
             steps by anyone else. Of the tolerances on changes only that on -g.p counts.
         backend: "auto", "native" (C++) or "reference" (plain PyTorch).
+        process_group: The ranks that step together; as in :class:`~fuse_ext.FusePV`.
 
     Memory: 2 m + 2 vectors of the history's dtype (and one of float32 if it is narrower, or with
     ``capturable``), and one or two vectors of scratch for the line search.
@@ -114,6 +115,7 @@ class LBFGS(FlatOptimizer):
         trial_errors: tuple[type[Exception], ...] = (),
         capturable: bool = False,
         backend: str = "auto",
+        process_group: Any = None,
     ) -> None:
         given = dict(locals())
         if max_eval is None and isinstance(max_iter, int):
@@ -122,7 +124,7 @@ class LBFGS(FlatOptimizer):
         defaults = self._table.defaults(given)
         self._table.check(defaults)
         self._phase: LbfgsPhase | DevicePhase | None = None
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, backend, process_group)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         groups, state = state_dict["param_groups"], state_dict["state"]

@@ -51,12 +51,12 @@ class Scaling(NamedTuple):
                 "without a scaler"
             )
 
-    def unscale(self, params: list[Tensor]) -> None:
+    def unscale(self, grads: list[Tensor | None]) -> None:
         """Takes the factor out of the gradients."""
         if self.factor is not None:
-            for param in params:
-                if param.grad is not None:
-                    param.grad.div_(self.factor)
+            for grad in grads:
+                if grad is not None:
+                    grad.div_(self.factor)
 
 
 NO_SCALING = Scaling(None, None)

@@ -56,10 +56,10 @@ def ask(phase: AnyPhase, call: Call, flat: FlatParams) -> Outcome:
     if call.scaling is not NO_SCALING:
         # L-BFGS looks at the gradients itself, without the scaler's factor.
         call.scaling.check(call.closure)
-        if phase.host_decides and call.scaling.found:
+        if phase.host_decides and flat.measures.any(bool(call.scaling.found))[0]:
             phase.refuse()
             return Outcome(None)
-        call.scaling.unscale(flat.params)
+        call.scaling.unscale(flat.grads())
     return phase.step(call)
 
 

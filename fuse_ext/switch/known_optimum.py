@@ -72,6 +72,8 @@ class NearSolution(Switchover):
 
     def check(self, params: Sequence[torch.Tensor]) -> None:
         """Raise ValueError if the parameters have not the shapes of ``x_star``."""
+        if any(hasattr(p, "placements") for p in params):
+            raise ValueError("x_star: NearSolution does not know parameters that are DTensors")
         expected = [tuple(x.shape) for x in self.x_star]
         shapes = [tuple(p.shape) for p in params]
         if shapes != expected:

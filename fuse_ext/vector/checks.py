@@ -34,17 +34,22 @@ def listed(params: Any) -> Any:
     return found
 
 
-def check_params(params: list[Tensor]) -> None:
-    """Raises for parameters that cannot share one flat vector."""
+def check_params(params: list[Tensor], owners: list[Tensor] | None = None) -> None:
+    """Raises for parameters that cannot share one flat vector.
+
+    Args:
+        params: What lies here of each.
+        owners: The parameters themselves, where that is not the same.
+    """
     if not params:
         raise ValueError("params is empty: the optimizer got no tensor")
     seen: dict[Tensor, int] = {}
-    for i, param in enumerate(params):
-        if param in seen:
+    for i, (param, owner) in enumerate(zip(params, owners or params, strict=True)):
+        if owner in seen:
             raise ValueError(
-                f"params[{i}] is the same tensor as params[{seen[param]}]; each may appear once"
+                f"params[{i}] is the same tensor as params[{seen[owner]}]; each may appear once"
             )
-        seen[param] = i
+        seen[owner] = i
         if param.layout != torch.strided:
             raise TypeError(
                 f"params[{i}] has layout {param.layout}; only dense tensors are supported"

@@ -78,8 +78,8 @@ def test_who_takes_a_matrix(options: dict[str, Any], expected: str) -> None:
 
 @pytest.mark.parametrize("options", [ONE, {"switch": 5}], ids=str)
 def test_largest_matrix(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert modes.MATRIX_BYTES["cpu"] == 128 * 2**20
-    assert matrix_nbytes(5784) <= 128 * 2**20 < matrix_nbytes(5785)
+    assert modes.MATRIX_BYTES["cpu"] == 512 * 2**20
+    assert matrix_nbytes(11576) <= 512 * 2**20 < matrix_nbytes(11577)
     for spare, expected in ((0, "dense"), (-1, "pairs")):
         monkeypatch.setitem(modes.MATRIX_BYTES, "cpu", matrix_nbytes(41) + spare)
         fit = Fit(**options)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fuse_ext.optim.flat_optimizer import FlatOptimizer
+from fuse_ext.vector.shards import is_dtensor, like, local
 
 # Keys and places in lists, from the outermost; size and dtype of a tensor, None for all else.
 Path: TypeAlias = tuple[Any, ...]
@@ -119,6 +120,10 @@ def _room(form: Form, param: Tensor) -> Any:
     size, dtype = form
     if size == param.shape:
         return torch.zeros_like(param, dtype=dtype)
+    leading = len(size) - param.dim()
+    if is_dtensor(param) and leading > 0 and size[leading:] == param.shape:
+        mine = torch.zeros(*size[:leading], *local(param).shape, dtype=dtype, device=param.device)
+        return like(mine, param, tuple(size[:leading]))
     return torch.zeros(size, dtype=dtype, device=param.device if size else "cpu")
 
 
