@@ -16,7 +16,7 @@ from fuse_ext.kernels.capture import check_lr_tensor
 from fuse_ext.kernels.ops import Ops, zeros_in_large_pages
 from fuse_ext.vector.checks import check_grads
 from fuse_ext.vector.flat import FlatParams, ParamGroup
-from fuse_ext.vector.masters import MASTER, Masters
+from fuse_ext.vector.narrow.masters import MASTER, Masters
 from fuse_ext.vector.reduced_ops import bound_ops
 from fuse_ext.vector.shards import local, placed
 

@@ -23,7 +23,7 @@ from fuse_ext.phase.modes import check_ranks
 from fuse_ext.phase.protocol import Phase
 from fuse_ext.vector.checks import listed
 from fuse_ext.vector.flat import FlatParams, ParamGroup
-from fuse_ext.vector.masters import give_up_masters
+from fuse_ext.vector.narrow.masters import give_up_masters
 from fuse_ext.vector.ranks import Said
 from fuse_ext.vector.shards import is_dtensor
 

@@ -52,8 +52,8 @@ from fuse_ext.phase.protocol import Call, Outcome
 from fuse_ext.search.noise import Precision
 from fuse_ext.vector.flat import FlatParams, ParamGroup, Part, memory_order
 from fuse_ext.vector.gradients import NO_GRADIENT
-from fuse_ext.vector.masters import Masters
 from fuse_ext.vector.measures import PartsDiffer
+from fuse_ext.vector.narrow.masters import Masters
 
 # Where Adam has seen next to no gradient D is this much of its mean: what wakes up later must not
 # take steps beyond all measure.

@@ -39,7 +39,7 @@ from fuse_ext.phase.modes import (
 )
 from fuse_ext.phase.protocol import QuasiNewton
 from fuse_ext.vector.flat import FlatParams, ParamGroup
-from fuse_ext.vector.masters import MASTER, Masters
+from fuse_ext.vector.narrow.masters import MASTER, Masters
 
 # Where there was no memory for the next phase Adam takes so many steps before the next attempt.
 STAY = 100
