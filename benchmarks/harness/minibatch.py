@@ -54,7 +54,8 @@ NETWORK_TITLES = {
     "densenet": "DenseNet",
 }
 # The paper prints neither batches nor epochs. These bring SGD and Adam, at the learning rates that
-# it does print, nearest to its Table II; it has no figures for FashionMNIST.
+# it does print, nearest to its Table II; it has no figures for FashionMNIST. Those of its authors'
+# code are in benchmarks/paper/authors_training.py.
 PROBLEMS = {
     "mnist": Problem("mnist", "logistic", 1024, 3),
     "kmnist": Problem("kmnist", "mlp", 64, 16),

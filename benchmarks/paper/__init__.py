@@ -8,5 +8,7 @@ Each module of sections has
   new ones, so that cells may depend on the results of others (a learning rate, say). Sections may
   share cells: one key, one cell;
 - ``report(name, results, quick)``: the section's :class:`~benchmarks.paper.page.Report` from the
-  results of its cells.
+  results of its cells;
+- ``ready(name, results, quick)``, where a report can be made of some of a section's cells: whether
+  these are enough. Without it all are needed.
 """

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
+import time
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,10 @@ import matplotlib
 matplotlib.use("Agg")
 
 from benchmarks.harness import cells, command, machine
-from benchmarks.paper import complexity, criteria, images, landscapes, page
+from benchmarks.paper import authors, complexity, criteria, images, landscapes, page
 
-MODULES: tuple[Any, ...] = (landscapes, complexity, images, criteria)
-ORDER = ("fig1", "fig2", "fig3", "fig4", "table1", "table2", "fig5", "fig6", "fig7")
+MODULES: tuple[Any, ...] = (landscapes, complexity, images, authors, criteria)
+ORDER = ("fig1", "fig2", "fig3", "fig4", "table1", "table2", "authors", "fig5", "fig6", "fig7")
 
 
 def sections() -> dict[str, Any]:
@@ -36,6 +38,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(names), help="sections, of %(default)s")
     parser.add_argument("--quick", action="store_true", help="smaller everything, in minutes")
     parser.add_argument("--fresh", action="store_true", help="run what is stored again")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="then no further run begins (no limit)"
+    )
     parser.add_argument("--data-root", help="folder of the image data; see benchmarks/README.md")
     workers = machine.cores()
     parser.add_argument(
@@ -49,8 +54,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in args.only:
         if name not in names:
             parser.error(f"--only has {name!r}, which is none of {', '.join(names)}")
-    if args.workers < 0:
-        parser.error(f"--workers must be at least 0, got {args.workers}")
+    for name in ("workers", "minutes"):
+        if not getattr(args, name) >= 0:
+            parser.error(f"--{name} must be at least 0, got {getattr(args, name)}")
     suffix = "-quick" if args.quick else ""
     args.out = args.out or (build / "paper-quick" if args.quick else command.RESULTS / "paper")
     args.cells = args.cells or build / f"paper-cells{suffix}"
@@ -73,19 +79,22 @@ def run_all(
     args: argparse.Namespace, workers: Executor | None
 ) -> tuple[dict[str, Any], dict[str, BaseException]]:
     """Results and errors by key, of all cells and of those that depend on them."""
+    until = time.time() + 60 * args.minutes
     results: dict[str, Any] = {}
     failures: dict[str, BaseException] = {}
+    asked: set[str] = set()
     while True:
         new: dict[str, cells.Cell] = {}
         for of_section in wanted(args, results).values():
             for cell in of_section:
                 if cell != new.setdefault(cell.key, cell):
                     raise ValueError(f"two different cells have the key {cell.key!r}")
-        todo = [cell for key, cell in new.items() if key not in results and key not in failures]
+        todo = [cell for key, cell in new.items() if key not in asked]
         if not todo:
             return results, failures
+        asked |= {cell.key for cell in todo}
         try:
-            results |= cells.run(todo, args.cells, "paper", workers, args.fresh)
+            results |= cells.run(todo, args.cells, "paper", workers, args.fresh, until)
         except cells.CellError as error:
             results |= error.results
             failures |= error.failures
@@ -102,17 +111,27 @@ def main(argv: list[str] | None = None) -> None:
     for name, of_section in wanted(args, results).items():
         if any(cell.key in failures for cell in of_section):
             continue
+        there = [cell for cell in of_section if cell.key in results]
+        own = {cell.key: results[cell.key] for cell in there}
+        if len(there) < len(of_section) and not _ready(modules[name], name, own, args.quick):
+            continue
         title = modules[name].SECTIONS[name]
-        own = {cell.key: results[cell.key] for cell in of_section}
         report = modules[name].report(name, own, args.quick)
-        work = {"cells": len(own), "seconds": round(cells.seconds(of_section, args.cells), 1)}
+        work = {"cells": len(own), "seconds": round(cells.seconds(there, args.cells), 1)}
         written[name] = page.write_section(args.out, name, title, report, facts, work)
         print(f"{title}: {report.verdict}. {report.sentence}\n")
     page.write_page(args.out, modules, written)
     print(args.out / "README.md")
+    left = ", ".join(name for name in args.only if name not in written)
     if failures:
-        left = [name for name in args.only if name not in written]
-        raise SystemExit(f"not written: {', '.join(left)}; failed: {', '.join(failures)}")
+        raise SystemExit(f"not written: {left}; failed: {', '.join(failures)}")
+    if left:
+        print(f"not written, since time was up: {left}")
+
+
+def _ready(module: Any, name: str, results: dict[str, Any], quick: bool) -> bool:
+    """Whether a section can be written although some of its runs are missing."""
+    return hasattr(module, "ready") and module.ready(name, results, quick)
 
 
 if __name__ == "__main__":

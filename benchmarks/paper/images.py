@@ -154,7 +154,8 @@ def _conditions(outcomes: list[Outcome], plan: Plan) -> str:
     ]
     return (
         f"{len(plan.seeds)} seeds, means ± standard deviations, in percent. The paper prints "
-        f"neither batches nor epochs; ours are the same for all optimizers. FUSE is "
+        f"neither batches nor epochs; ours bring SGD and Adam nearest to its figures and are the "
+        f"same for all optimizers. Those of its authors' code have a table of their own. FUSE is "
         f"{plan.setting}; Adam+SGD leaves Adam where FUSE does on the same seed. Printed learning "
         "rates are 0.01 for SGD and 0.001 for Adam; tuned ones are the best "
         f"of {len(plan.grid('adam'))} for each method, and of more for as long as the best is at "
@@ -171,7 +172,7 @@ def _accuracy_table(outcomes: list[Outcome]) -> str:
     for problem in PROBLEMS:
         for i, method in enumerate(methods("printed")):
             title = by[problem, "printed"].about["title"] if i == 0 else ""
-            row = [title, METHODS[method], _published(problem, method)]
+            row = [title, METHODS[method], published(problem, method)]
             for kind in RATES:
                 outcome = by[problem, kind]
                 row += [_cell(outcome, method, basis) for basis in BASES]
@@ -180,7 +181,8 @@ def _accuracy_table(outcomes: list[Outcome]) -> str:
     return table(heads, rows)
 
 
-def _published(problem: str, method: str) -> str:
+def published(problem: str, method: str) -> str:
+    """The paper's accuracy, as it prints it."""
     if method not in PAPER.get(problem, {}):
         return "-"
     mean, std = PAPER[problem][method]

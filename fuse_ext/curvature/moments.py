@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from fuse_ext.curvature.step_counts import DeviceCounts, HostCounts
-from fuse_ext.kernels.bound_ops import AdamNumbers, bind
+from fuse_ext.kernels.bound_ops import AdamNumbers
 from fuse_ext.kernels.capture import check_lr_tensor
 from fuse_ext.kernels.ops import Ops, zeros_in_large_pages
 from fuse_ext.vector.checks import check_grads
 from fuse_ext.vector.flat import FlatParams, ParamGroup
+from fuse_ext.vector.reduced_ops import bound_ops
+from fuse_ext.vector.shards import local, placed
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -103,7 +105,7 @@ class Moments:
         self.counts: HostCounts | DeviceCounts
         self.counts = DeviceCounts(flat) if on_device else HostCounts(flat)
         self._flat, self._ops, self._state = flat, ops, state
-        self._bound = bind(ops, flat.whole)
+        self._bound = bound_ops(ops, flat.whole)
         self._group_amsgrad = [group["amsgrad"] for group in groups]
         self._amsgrad = [group["amsgrad"] for group in groups for _ in group["params"]]
         names = MOMENTS if any(self._amsgrad) else MOMENTS[:2]
@@ -141,7 +143,8 @@ class Moments:
         for i, entry in held.items():
             for name, moment in self._moments.items():
                 if name in entry:
-                    self._flat.piece(moment, i).copy_(entry[name])
+                    mine = local(placed(entry[name], self._flat.params[i]))
+                    self._flat.piece(moment, i).copy_(mine)
             self._expose(i)
         self._entries = list(self._state.values())
         self._all_exposed = all(self._exposed)
@@ -150,7 +153,7 @@ class Moments:
         entry = self._state[self._flat.params[i]]
         entry["step"] = self.counts.entry(i)
         for name in MOMENTS if self._amsgrad[i] else MOMENTS[:2]:
-            entry[name] = self._flat.piece(self._moments[name], i)
+            entry[name] = self._flat.shown(self._moments[name], i)
         self._exposed[i] = True
 
     def _expose_new(self, stepped: Iterable[int]) -> None:
@@ -172,7 +175,8 @@ class Moments:
     def grad_norm_sq(self) -> float:
         """||g||^2 of the last step (Eq. 3's summand), out of the kernel that made it."""
         if self._grad_norm_sq is None:
-            self._grad_norm_sq = float(sum(self._totals[: self._calls].tolist()))
+            own = float(sum(self._totals[: self._calls].tolist()))
+            self._grad_norm_sq = self._flat.measures.total(own)[0]
         return self._grad_norm_sq
 
     @property
@@ -209,16 +213,23 @@ class Moments:
         if plain is not None and shared is not None and len(groups) == 1 and not leave_out:
             self._step_all(counts, groups[0], shared + 1, plain, grad_scale, found_inf)
             return None
-        grads = [None if i in leave_out else p.grad for i, p in enumerate(flat.params)]
+        grads = [None if i in leave_out else flat.grad(i) for i in range(len(flat.params))]
         calls = counts.calls(groups, grads)
-        check_grads(flat.params, grads)  # no call may fail after another has changed things
+        check_grads(flat.tensors, grads)  # no call may fail after another has changed things
         options = [adam_numbers(group, step, float(group["lr"])) for group, _, step in calls]
         if found_inf is not None and float(found_inf) != 0.0:
             return None
-        self._make_room(len(calls))
-        for (group, members, _), numbers, total in zip(calls, options, self._sums, strict=False):
-            self._call(members, grads, group, numbers, total, grad_scale=grad_scale)
-        self._grad_norm_sq, self._calls = None, len(calls)  # read when asked for
+        parts = [
+            (group, some, numbers, share)
+            for (group, members, _), numbers in zip(calls, options, strict=True)
+            for some, share in flat.alike(members)
+        ]
+        self._make_room(len(parts))
+        for (group, some, numbers, share), total in zip(parts, self._sums, strict=False):
+            self._call(some, grads, group, numbers, total, grad_scale=grad_scale)
+            if share != 1.0:
+                total.mul_(share)
+        self._grad_norm_sq, self._calls = None, len(parts)  # read when asked for
         stepped = [i for _, members, _ in calls for i in members]
         if stepped:
             counts.advance(stepped)
@@ -276,8 +287,8 @@ class Moments:
         assert isinstance(counts, DeviceCounts)
         flat.check_unchanged()
         self._check_amsgrad(groups)
-        grads = [p.grad for p in flat.params]
-        check_grads(flat.params, grads)
+        grads = flat.grads()
+        check_grads(flat.tensors, grads)
         for group in groups:
             if isinstance(group["lr"], Tensor):
                 check_lr_tensor(group["lr"], flat.device)
@@ -332,7 +343,7 @@ class Moments:
         flat = self._flat
         chosen: list[Any] = [grads[i] for i in members]
         self._ops.adam_step(
-            flat.reals([flat.params[i] for i in members]),
+            flat.reals([flat.tensors[i] for i in members]),
             flat.reals(chosen),
             [flat.offsets[i] for i in members],
             self._moments["exp_avg"],

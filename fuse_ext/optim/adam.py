@@ -64,6 +64,7 @@ class Adam(FlatOptimizer):
         differentiable: Not supported.
         backend: "auto" (C++ kernels where there are some), "native" or "reference" (plain
             PyTorch).
+        process_group: Over whom :attr:`grad_norm_sq` is summed; as in :class:`~fuse_ext.FusePV`.
 
     Memory: 8 bytes a parameter, 12 with amsgrad; double for float64, half with bfloat16 moments.
 
@@ -97,13 +98,14 @@ class Adam(FlatOptimizer):
         eps_inside_root: bool = False,
         moment_dtype: torch.dtype | None = None,
         backend: str = "auto",
+        process_group: Any = None,
     ) -> None:
         defaults = self._table.defaults(locals())
         self._table.check(defaults)
         if fused and foreach:
             raise RuntimeError("fused=True and foreach=True exclude each other")
         self._moments: Moments | None = None
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, backend, process_group)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         keys = [i for group in state_dict["param_groups"] for i in group["params"]]

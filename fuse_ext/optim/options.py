@@ -142,6 +142,20 @@ def _one_of(*names: str) -> Callable[[str, Any], None]:
     return check
 
 
+def in_words(group: ParamGroup) -> ParamGroup:
+    """A group as it is saved: torch.distributed.checkpoint gathers no dtypes or classes."""
+    words = {k: str(v) if isinstance(v, torch.dtype) else v for k, v in group.items()}
+    if "trial_errors" in words:
+        words["trial_errors"] = ()
+    return words
+
+
+def out_of_words(group: ParamGroup) -> ParamGroup:
+    """A saved group with its dtypes, which older ones hold as such."""
+    known = {str(dtype): dtype for dtype in HISTORY_DTYPES}
+    return {k: known.get(str(v), v) if k.endswith("_dtype") else v for k, v in group.items()}
+
+
 _BOTH, _FIRST, _SECOND = "both", "Adam", "L-BFGS"
 _SEARCHES = '"strong_wolfe", "approximate_wolfe", "armijo" or None'
 _OPTIONS = (

@@ -41,6 +41,7 @@ class AdamPhase:
 
     Attributes:
         moments: None before the first step that is taken, unless ``state`` holds some.
+        said: What the user was warned of.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class AdamPhase:
         self._stats: Tensor | None = None
         self._readout = Readout(flat, ops)
         self.moments: Moments | None = None
+        self.said: set[str] = set()
         # The user may keep other things in the state, under other keys.
         if any("step" in state.get(param, {}) for param in flat.params):
             self.moments = make_moments(flat, ops, state, groups)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
+
+from fuse_ext.checks import warn_caller
 from fuse_ext.curvature.dense import MATRIX_NAMES, DenseMatrix
 from fuse_ext.curvature.moments import MOMENTS, check_adam_state
 from fuse_ext.curvature.ring import BEFORE, STATE_NAMES, History
@@ -36,6 +39,8 @@ from fuse_ext.phase.modes import (
 from fuse_ext.phase.protocol import QuasiNewton
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
+# Where there was no memory for the next phase Adam takes so many steps before the next attempt.
+STAY = 100
 AnyPhase: TypeAlias = AdamPhase | QuasiNewton
 # What the L-BFGS phase gives up beside its ring when it ends: all that it holds but the counters.
 _HELD = (
@@ -117,8 +122,53 @@ def adopted(ground: Ground, phase: str) -> AnyPhase | None:
 
 def successor(
     ground: Ground, before: AnyPhase | None, log: dict[str, Any], unsaid: set[str]
+) -> QuasiNewton | None:
+    """The phase that follows Adam, None where there is no memory for it: then Adam goes on.
+
+    Args:
+        ground: What it is made on; as it was where there is no memory.
+        before: Adam's phase; None where L-BFGS is to begin at once.
+        log: FusePV's, which notes it.
+        unsaid: The options that the constructor has filled in.
+
+    Raises:
+        torch.OutOfMemoryError, RuntimeError: There is no memory, nor has Adam begun.
+        RuntimeError, ValueError: As :func:`_made_successor`.
+    """
+    state = ground.state
+    kept = {param: dict(state[param]) for param in ground.flat.params if param in state}
+    try:
+        made = _made_successor(ground, before, log, unsaid)
+        log.pop("out_of_memory", None)
+        return made
+    except (RuntimeError, MemoryError) as error:
+        if not (_is_out_of_memory(error) and isinstance(before, AdamPhase)):
+            raise
+        log["out_of_memory"] = str(error).partition("\n")[0]
+    log["stays_until"] = log["phase_steps"] + STAY
+    for param in ground.flat.params:  # what was made holds memory, and moments were moved
+        if param in kept:
+            state[param].clear()
+            state[param].update(kept[param])
+        else:
+            state.pop(param, None)
+    warn_caller(
+        f"no memory for the phase after Adam ({log['out_of_memory']}): Adam goes on, for {STAY} "
+        "steps before the next attempt; fuse_ext.estimate_memory tells what a phase needs"
+    )
+    return None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(error)  # a plain RuntimeError on a CPU
+
+
+def _made_successor(
+    ground: Ground, before: AnyPhase | None, log: dict[str, Any], unsaid: set[str]
 ) -> QuasiNewton:
-    """The phase that follows Adam; ``unsaid`` are the options that the constructor has filled in.
+    """The phase that follows Adam.
 
     Raises:
         RuntimeError: Averages are asked for, and Adam has left none.
@@ -276,5 +326,5 @@ def check_living_state(state: dict[Any, Any], flat: FlatParams, keys: list[Any])
         if key in state
     }
     check_adam_state(moments, flat.params, keys)
-    for i, (param, key) in enumerate(zip(flat.params, keys, strict=True)):
+    for i, (param, key) in enumerate(zip(flat.tensors, keys, strict=True)):
         check_kronecker_state(state.get(key, {}), param, i)

@@ -20,6 +20,34 @@ NEW_LOG = {
     "fallbacks": 0,
 }
 
+# Where losses rose after a switch, Adam goes on for at least so many steps before the next one, and
+# three, seven, ... times as many where that happens again: in the end it is left alone.
+REST = 100
+
+
+def rested(log: dict[str, Any]) -> bool:
+    """Whether Adam has gone on for long enough where losses rose, or memory lacked, at a switch."""
+    least = max(REST * (2 ** log.get("setbacks", 0) - 1), log.get("stays_until", 0))
+    return bool(log["phase_steps"] >= least)
+
+
+def falls_back(log: dict[str, Any], outcome: Any, finds_out: bool) -> bool:
+    """Counts what has failed; whether Adam takes over.
+
+    Args:
+        log: FusePV's.
+        outcome: Of a step.
+        finds_out: Whether nothing was said of the closure.
+    """
+    batches = outcome.contradicted and finds_out
+    failing = outcome.failing or outcome.worse or batches
+    log["fallbacks"] += outcome.rescued + failing
+    if outcome.worse:
+        log["setbacks"] = log.get("setbacks", 0) + 1
+    if batches:
+        log["batches"] = True  # for good
+    return bool(failing)
+
 
 def criterion_in(state_dict: dict[str, Any]) -> Any:
     """The criterion's state in FusePV's state_dict, None where there is none.

@@ -12,6 +12,8 @@ from fuse_ext.kernels.bound_ops import bind
 from fuse_ext.kernels.capture import is_remote
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.vector.flat import FlatParams, Part
+from fuse_ext.vector.measures import PartsDiffer
+from fuse_ext.vector.reduced_ops import ReducedOps
 
 
 class GradStats(NamedTuple):
@@ -67,17 +69,17 @@ def effective_gradient(
             flat.piece(out, i).neg_()
     for i, coefficient in zip(part.indices, decay, strict=False):
         if coefficient:
-            flat.piece(out, i).add_(flat.params[i].detach(), alpha=coefficient)
+            flat.piece(out, i).add_(flat.tensors[i].detach(), alpha=coefficient)
     return out
 
 
 def grad_stats_into(flat: FlatParams, ops: Ops, stats: Tensor) -> bool:
     """``stats`` = :class:`GradStats` of the gradients at hand; False where there is none."""
     members = [i for i, p in enumerate(flat.params) if p.grad is not None]
-    grads: list[Any] = [flat.params[i].grad for i in members]
+    grads: list[Any] = [flat.grad(i) for i in members]
     if members:
         ops.grad_stats(
-            flat.reals([flat.params[i] for i in members]),
+            flat.reals([flat.tensors[i] for i in members]),
             flat.reals(grads),
             [flat.offsets[i] for i in members],
             [],
@@ -126,6 +128,8 @@ class Readout:
 
     def read(self, loss: Any = None, found_inf: Tensor | None = None, norms: bool = True) -> Told:
         """Loss and verdict, where given, and norms of the gradients, if asked for."""
+        if self._flat.together is not None:
+            return self._over_ranks(loss, found_inf, norms)
         remote, numbers = is_remote(self._flat.device), self._numbers
         here = loss if isinstance(loss, Tensor) and loss.device == numbers.device else None
         if not norms:
@@ -147,6 +151,32 @@ class Readout:
         told = None if loss is None else value if here is not None else _number(loss)
         found = None if found_inf is None else float(found_inf) != 0.0
         return Told(GradStats._make(values), told, found)
+
+    def _over_ranks(self, loss: Any, found_inf: Tensor | None, norms: bool) -> Told:
+        """The same of all ranks: the mean loss, a verdict where one has it, norms of the whole."""
+        flat, own, absent = self._flat, [*NO_GRADIENT], tuple[int, ...]()
+        number = None if loss is None else _number(loss)
+        found = None
+        if found_inf is not None:
+            found = flat.measures.any(float(found_inf) != 0.0)[0]
+        if norms:
+            absent = tuple(i for i, param in enumerate(flat.params) if param.grad is None)
+            part = flat.part(absent)
+            grads: list[Any] = [flat.grad(i) for i in part.indices]
+            stats = self._numbers[: len(GradStats._fields)]
+            bound = ReducedOps(self._ops, part)
+            own = bound.norms(flat.reals(grads), [], False, None, None, stats, None)
+        elif number is None:
+            return Told(None, None, found)
+        try:
+            *values, mean = flat.measures.point(own, number, absent)
+        except PartsDiffer:
+            flat.fill_gradients()
+            return self._over_ranks(loss, found_inf, norms)
+        some = norms and len(absent) < len(flat.params)
+        return Told(
+            GradStats._make(values) if some else None, None if number is None else mean, found
+        )
 
     def _without_norms(
         self, loss: Any, here: Tensor | None, found_inf: Tensor | None, remote: bool

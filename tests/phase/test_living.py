@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fuse_ext import FusePV
-from fuse_ext.phase.living import kronecker
+from fuse_ext.phase.living import kronecker, trend
 from fuse_ext.phase.living.kronecker import GATHER, MEASURE, REFRESH, rotated_sides
 from fuse_ext.phase.living.lengths import BLOCK, FALL_FROM, RISE, Lengths
+from fuse_ext.tell.log import REST
 
 SWITCH = 4
 READY = GATHER + MEASURE - 1  # steps of this phase that Adam still takes
@@ -300,9 +301,12 @@ def test_what_has_no_gradient_does_not_move(decay: float) -> None:
 
 def test_back_to_adam_with_moments_that_are_warm() -> None:
     run = Batches(metric="kronecker")
-    run.step(SWITCH + READY + 30)
-    entry = run.optimizer.state[run.params[0]]
-    average, steps = entry["exp_avg"].clone(), float(entry["step"])
+    average = torch.zeros_like(run.params[0])
+    for _ in range(SWITCH + READY + 30):
+        run.step(1)
+        assert run.params[0].grad is not None
+        average.lerp_(run.params[0].grad, 0.1)
+    steps = float(run.optimizer.state[run.params[0]]["step"])
     seen = []
     for _ in range(300):  # of the gradients' own second moments
         run.closure()
@@ -311,7 +315,8 @@ def test_back_to_adam_with_moments_that_are_warm() -> None:
     run.optimizer.switch_back()
     run.optimizer.param_groups[0]["lr"] = 0.0
     entry = run.optimizer.state[run.params[0]]
-    assert torch.equal(entry["exp_avg"], average)
+    # Kept in bases that were renewed, and out of them again.
+    torch.testing.assert_close(entry["exp_avg"], average, rtol=1e-9, atol=1e-12)
     assert float(entry["step"]) == steps
     second = entry["exp_avg_sq"] / (1 - 0.999**steps)
     ratio = second.mean() / torch.stack(seen).mean()
@@ -319,6 +324,89 @@ def test_back_to_adam_with_moments_that_are_warm() -> None:
     assert entry.keys().isdisjoint(kronecker.KRONECKER_NAMES)
     run.step(3)
     assert run.optimizer.phase == "adam"
+
+
+class Rising(Batches):
+    """Losses that are higher by 100 from some step on, whatever the parameters; or lower."""
+
+    since, sign = 10**9, 1.0
+
+    def closure(self) -> Tensor:
+        """The gradient is that of the batch, descended or, with ``maximize``, ascended."""
+        loss = super().closure()
+        for param in self.params:
+            assert param.grad is not None
+            param.grad.mul_(self.sign)
+        return self.sign * (loss.detach() + 100.0 * (self.calls > self.since))
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_where_losses_stay_above_adam_takes_over(maximize: bool) -> None:
+    run = Rising(maximize=maximize)
+    run.sign = -1.0 if maximize else 1.0
+    steps = trend.BLOCK * trend.BLOCKS
+    run.step(SWITCH + trend.BLOCK)
+    run.since = run.calls
+    lengths = []
+    for _ in range(2 * steps):
+        assert run.optimizer.phase == "lbfgs"
+        lengths.append(run.optimizer.report().step_length)
+        run.step()
+    # First Adam's own lengths, which 1 / sqrt(k) may only shorten, and then Adam.
+    assert max(lengths[steps:]) < 1.0
+    report = run.optimizer.report()
+    assert (report.phase, report.fallbacks, report.setbacks) == ("adam", 1, 1)
+    average = run.optimizer.state[run.params[0]]["exp_avg"]
+    assert average.any()
+    # It is left alone for long, and then the level is that of now.
+    run.step(REST - 1)
+    assert run.optimizer.phase == "adam"
+    run.step(1 + 2 * steps)
+    report = run.optimizer.report()
+    assert (report.phase, report.setbacks) == ("lbfgs", 1)
+    before = copy.deepcopy(run.optimizer.state_dict())
+    run.optimizer.load_state_dict(before)
+    assert run.optimizer.report().setbacks == 1
+
+
+def test_twice_as_long_each_time() -> None:
+    run = Rising()
+    run.step(SWITCH + trend.BLOCK)
+    ended = []
+    for _ in range(3):
+        run.since = run.calls
+        while run.optimizer.phase == "lbfgs":
+            run.step()
+        run.since = 10**9
+        before = run.calls
+        while run.optimizer.phase == "adam":
+            run.step()
+        ended.append(run.calls - before)
+        run.step(trend.BLOCK)
+    assert ended == [REST, 3 * REST, 7 * REST]
+
+
+def test_a_trend_is_no_noise() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for offset in (0.0, 1e6):
+        kept: dict[str, Any] = {}
+        told = trend.Trend(kept)
+        told.restart()
+        losses = torch.randn(20000, generator=generator, dtype=torch.float64).exp() + offset
+        assert not any(told.worse(float(loss)) for loss in losses)
+        # A little more is seen, and told once in so many blocks.
+        higher = (losses[:4000] + 4.0).tolist()
+        assert sum(map(told.worse, higher)) == 4000 // (trend.BLOCK * trend.BLOCKS)
+    assert set(kept) == set(trend.NAMES)
+
+
+def test_new_objectives_have_new_levels() -> None:
+    run = Rising()
+    run.step(SWITCH + trend.BLOCK)
+    run.since = run.calls
+    run.optimizer.new_objective()
+    run.step(3 * trend.BLOCK * trend.BLOCKS)
+    assert (run.optimizer.phase, run.optimizer.report().fallbacks) == ("lbfgs", 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -364,7 +452,7 @@ def test_a_gradient_beyond_all_measure_is_not_stepped_on(size: float) -> None:
     now = run.optimizer.state_dict()["state"]
     for key, entry in before.items():
         for name, value in entry.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and name != "record":  # it has counted the step
                 assert torch.equal(value, now[key][name]), name
     run.step(20)
     assert run.flat.isfinite().all()
@@ -373,7 +461,7 @@ def test_a_gradient_beyond_all_measure_is_not_stepped_on(size: float) -> None:
 def test_who_gets_a_basis() -> None:
     def sides(*shape: int, dtype: torch.dtype = torch.float32, **flags: bool) -> tuple[bool, bool]:
         options = {"amsgrad": False, "narrow": False, "limited": True, **flags}
-        return rotated_sides(torch.empty(shape, dtype=dtype), **options)
+        return rotated_sides(torch.empty(shape, dtype=dtype), device=torch.device("cpu"), **options)
 
     assert sides(10, 784) == (True, False)
     assert sides(10, 784, limited=False) == (True, True)

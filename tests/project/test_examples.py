@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 pytest.importorskip("matplotlib", reason="the examples need the extra 'demo'")
 pytest.importorskip("tqdm", reason="the examples need the extra 'demo'")
@@ -27,6 +27,30 @@ def run_script(name: str, *args: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run_on_ranks(name: str, *args: str) -> str:
+    """The same under torchrun, with two processes, which meet at a port that is free."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, str(EXAMPLES / name), *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize(("name", "share"), [("ddp.py", 26122), ("fsdp2.py", 13061)])
+def test_ranks_agree_and_resume(name: str, share: int, tmp_path: Path) -> None:
+    out = ("--out", str(tmp_path))
+    run_on_ranks(name, "--steps", "30", *out)
+    resumed = run_on_ranks(name, "--steps", "60", "--resume", *out)
+    whole = run_on_ranks(name, "--steps", "60", "--out", str(tmp_path / "whole"))
+    for output in (resumed, whole):
+        assert "all ranks agree: True" in output
+        assert f"rank 1: {share:,} of 26,122 parameters" in output
+    # A restart changes nothing.
+    assert whole.splitlines()[-5:] == resumed.splitlines()[-5:]
 
 
 def rows(output: str) -> list[list[str]]:

@@ -2,9 +2,9 @@ r"""A Kronecker-factored metric for matrices: Adam in the eigenbasis of the grad
 
 For a weight G of [m, n] the covariances L = E[G G^T] and R = E[G^T G] are averaged, Q_L and Q_R are
 their eigenvectors, and Adam's second moment is that of Q_L^T G Q_R: the metric is the best diagonal
-one in that basis, and R and L together are the Kronecker factors of the gradient's covariance. Its
-first moment stays in the weight's own coordinates. Bases are renewed every ``REFRESH`` steps by one
-step of orthogonal iteration.
+one in that basis, and R and L together are the Kronecker factors of the gradient's covariance. Both
+moments are kept in the basis, so that a step takes two products a side: the gradient into it and
+the step out of it. Bases are renewed every ``REFRESH`` steps by one step of orthogonal iteration.
 
 A basis needs data. For ``GATHER`` steps the covariances are averaged, for ``MEASURE`` more the
 second moment in the new basis, and only then does it take the place of Adam's, which steps until
@@ -25,26 +25,33 @@ from torch import Tensor
 
 from fuse_ext.curvature.moments import Moments
 from fuse_ext.curvature.step_counts import HostCounts
+from fuse_ext.phase.living.bases import BASES, adams_second, rotate, rotate_back
 from fuse_ext.phase.modes import AUTO
 from fuse_ext.vector.flat import FlatParams, ParamGroup
+from fuse_ext.vector.shards import largest_here, shards_of
 
 DIAGONAL, KRONECKER = "diagonal", "kronecker"
 METRICS = (AUTO, DIAGONAL, KRONECKER)
 GATHER, MEASURE = 10, 10
-# Decay of the covariances and steps between two renewals of the bases, as in SOAP.
+# Decay of the covariances a step and steps between two renewals of the bases, as in SOAP.
 FACTOR_DECAY, REFRESH = 0.95, 10
-# A side up to this long gets a basis; a longer one stays as it is. On a CPU longer ones pay by the
-# step but not by the second: a transformer of width 128 on text took 79 s for a loss of 1.32 with
-# this limit and 115 s for 1.23 without (1,000 steps; AdamW with its gradient 64 s, 1.59). On a GPU,
-# which multiplies matrices best, nothing has been measured yet.
-LONGEST_SIDE = {"cpu": 256, "cuda": 2048}
+# Once there are bases, covariances take in every so-manieth gradient; they cost as much as a
+# product with a basis, and change slowly.
+FACTOR_EVERY = 2
+# A side up to this long gets a basis; a longer one stays as it is. With a side of length a on both
+# sides of a matrix a step costs 10 a operations an element, where the gradient costs 6 for every
+# row of the batch. A transformer of width 128 on text (sides of 128, 384 and 512, 1,024 rows) took
+# 97 s for a loss of 1.236 with this limit, 76 s for 1.295 in fewer steps, and 75 s for 1.321 with
+# a limit of 256; AdamW 64 s for 1.59. Much longer ones do not pay on a CPU, nor do the sides of
+# inputs always: KMNIST's 784 cost accuracy. On a GPU, which multiplies matrices best, nothing has
+# been measured yet.
+LONGEST_SIDE = {"cpu": 512, "cuda": 2048}
 # A matrix with a side beyond it is taken for an embedding, few of whose rows have a gradient.
 EMBEDDING_SIDE = 8192
 
 # In a parameter's own state: covariances, bases (of the sides that have one), the second moment in
 # them while it is measured, and steps since the covariances, and since the measuring, began.
 FACTORS = ("row_factor", "column_factor")
-BASES = ("row_basis", "column_basis")
 MEASURED = "rotated_sq"
 STEPS = ("factor_steps", "basis_steps")
 KRONECKER_NAMES = (*FACTORS, *BASES, MEASURED, *STEPS)
@@ -56,7 +63,9 @@ def matrix_shape(param: Tensor) -> tuple[int, int]:
     return rows, param.numel() // max(rows, 1)
 
 
-def rotated_sides(param: Tensor, amsgrad: bool, narrow: bool, limited: bool) -> tuple[bool, bool]:
+def rotated_sides(
+    param: Tensor, amsgrad: bool, narrow: bool, limited: bool, device: torch.device
+) -> tuple[bool, bool]:
     """Which sides of a parameter get a basis.
 
     None do of vectors, complex numbers, with AMSGrad, whose largest moment is of one basis, and
@@ -69,7 +78,7 @@ def rotated_sides(param: Tensor, amsgrad: bool, narrow: bool, limited: bool) -> 
         return False, False
     most = EMBEDDING_SIDE
     if limited:
-        most = LONGEST_SIDE.get(param.device.type, LONGEST_SIDE["cpu"])
+        most = LONGEST_SIDE.get(device.type, LONGEST_SIDE["cpu"])
     return rows <= most, columns <= most
 
 
@@ -94,30 +103,47 @@ def check_kronecker_state(entry: dict[str, Any], param: Tensor, i: int) -> None:
 
 
 def sides_of(
-    flat: FlatParams, groups: list[ParamGroup], narrow: bool, limited: bool
+    flat: FlatParams,
+    groups: list[ParamGroup],
+    narrow: bool,
+    limited: bool,
+    shards: list[int] | None = None,
 ) -> dict[int, tuple[bool, bool]]:
-    """Of each parameter that has a basis on some side, which ones; see :func:`rotated_sides`."""
+    """Of each parameter that has a basis on some side, which ones; see :func:`rotated_sides`.
+
+    ``shards``: in how many pieces each lies, if the parameters do not know.
+    """
     found = {}
+    pieces = shards or [shards_of(param) for param in flat.params]
     for group, place in zip(groups, flat.group_slices, strict=True):
         for i in range(place.start, place.stop):
-            sides = rotated_sides(flat.params[i], bool(group["amsgrad"]), narrow, limited)
+            shape = largest_here(flat.params[i])  # ranks have bases of the same sides
+            sides = rotated_sides(shape, bool(group["amsgrad"]), narrow, limited, flat.device)
+            if pieces[i] > 1:
+                # The longer side's would be of the whole matrix's size, and on every rank.
+                rows, columns = matrix_shape(shape)
+                sides = sides[0] and rows <= columns, sides[1] and columns <= rows
             if any(sides):
                 found[i] = sides
     return found
 
 
-def kronecker_nbytes(flat: FlatParams, groups: list[ParamGroup]) -> tuple[int, int]:
+def kronecker_nbytes(
+    flat: FlatParams, groups: list[ParamGroup], shards: list[int] | None = None
+) -> tuple[int, int]:
     """Bytes of covariances and bases, and of the second moments while they are measured."""
     metric = groups[0]["metric"]
     narrow = groups[0]["moment_dtype"] not in (None, flat.dtype)
-    sides = sides_of(flat, groups, narrow, metric == AUTO) if metric != DIAGONAL else {}
+    sides = {}
+    if metric != DIAGONAL:
+        sides = sides_of(flat, groups, narrow, metric == AUTO, shards)
     squares = sum(
         side * side
         for i, has in sides.items()
-        for side, one in zip(matrix_shape(flat.params[i]), has, strict=True)
+        for side, one in zip(matrix_shape(flat.tensors[i]), has, strict=True)
         if one
     )
-    measured = sum(flat.params[i].numel() for i in sides)
+    measured = sum(flat.tensors[i].numel() for i in sides)
     return 2 * squares * flat.dtype.itemsize, measured * flat.dtype.itemsize
 
 
@@ -155,10 +181,17 @@ class KroneckerMetric:
                 if name in entry:  # perhaps of a checkpoint in another dtype
                     entry[name] = entry[name].to(dtype=flat.dtype, device=flat.device)
 
+    def begin(self) -> None:
+        """Takes the memory for all parameters that have had a gradient."""
+        for i in self.sides:
+            entry = self.entry(i) if self._flat.params[i] in self._state else {}
+            if "exp_avg" in entry and "factor_steps" not in entry:
+                self._begin(entry, i)
+
     def _begin(self, entry: dict[str, Any], i: int) -> None:
         """Zeros where nothing has been gathered."""
         flat = self._flat
-        shape = matrix_shape(flat.params[i])
+        shape = matrix_shape(flat.tensors[i])
         for names in (FACTORS, BASES):
             for name, side, has in zip(names, shape, self.sides[i], strict=True):
                 if has:
@@ -219,9 +252,9 @@ class KroneckerMetric:
 
     def _gradient(self, i: int, group: ParamGroup) -> Tensor:
         """Of what is minimised, an L2 penalty included, in the flat state's dtype."""
-        param = self._flat.params[i]
-        assert param.grad is not None
-        grad = param.grad.to(self._flat.dtype)
+        param, own = self._flat.tensors[i], self._flat.grad(i)
+        assert own is not None
+        grad = own.to(self._flat.dtype)
         grad = -grad if group["maximize"] else grad
         if group["weight_decay"] and not group["decoupled_weight_decay"]:
             grad = grad.add(param.to(grad.dtype), alpha=float(group["weight_decay"]))
@@ -230,14 +263,17 @@ class KroneckerMetric:
     def _moment(self, name: str, i: int) -> Tensor:
         return self._flat.piece(self._moments.stored(name), i)
 
-    def _average(self, entry: dict[str, Any], matrix: Tensor) -> None:
-        """Takes a gradient into the covariances."""
+    def _average(self, entry: dict[str, Any], matrix: Tensor, every: int = 1) -> None:
+        """Takes a gradient into the covariances, which see every so-manieth one."""
+        entry["factor_steps"] += 1
+        seen, left_out = divmod(entry["factor_steps"], every)
+        if left_out:
+            return
         # The first one counts in full: what is averaged needs no correction.
-        weight = max(1.0 - FACTOR_DECAY, 1.0 / (entry["factor_steps"] + 1))
+        weight = max(1.0 - FACTOR_DECAY**every, 1.0 / seen)
         for name, side in zip(FACTORS, (matrix, matrix.T), strict=True):
             if name in entry:
                 entry[name].lerp_(side @ side.T, weight)
-        entry["factor_steps"] += 1
 
     def _gather(self, i: int, group: ParamGroup) -> None:
         """Learns the covariances, then the second moment in their basis; Adam steps meanwhile."""
@@ -252,7 +288,7 @@ class KroneckerMetric:
             if not self._find_bases(entry):
                 return
             entry[MEASURED] = torch.zeros_like(matrix)
-        rotated = self._rotate(entry, matrix)
+        rotated = rotate(entry, matrix)
         beta1, beta2 = map(float, group["betas"])
         entry[MEASURED].mul_(beta2).addcmul_(rotated, rotated, value=1.0 - beta2)
         entry["basis_steps"] += 1
@@ -263,11 +299,13 @@ class KroneckerMetric:
         floor = mean.square_().mul_(1.0 - beta2 ** entry["basis_steps"])
         second = torch.maximum(entry.pop(MEASURED), floor)
         self._moment("exp_avg_sq", i).copy_(second.view(grad.shape))
+        average = self._moment("exp_avg", i)
+        average.copy_(rotate(entry, average.reshape(matrix.shape)).view(grad.shape))
 
     def _corrected_mean(self, i: int, entry: dict[str, Any], beta1: float) -> Tensor:
         """The bias-corrected first moment in the basis."""
         average = self._moment("exp_avg", i)
-        rotated = self._rotate(entry, average.reshape(matrix_shape(average)))
+        rotated = rotate(entry, average.reshape(matrix_shape(average)))
         return rotated.div_(1.0 - beta1 ** self._moments.counts.of(i))
 
     def _find_bases(self, entry: dict[str, Any]) -> bool:
@@ -283,53 +321,44 @@ class KroneckerMetric:
             entry[basis].copy_(vectors)
         return True
 
-    @staticmethod
-    def _rotate(entry: dict[str, Any], matrix: Tensor) -> Tensor:
-        """Q_L^T G Q_R; always a new tensor."""
-        left, right = (entry.get(name) for name in BASES)
-        rotated = matrix if left is None else left.T @ matrix
-        return rotated if right is None else rotated @ right
-
-    @staticmethod
-    def _rotate_back(entry: dict[str, Any], matrix: Tensor) -> Tensor:
-        """Q_L X Q_R^T."""
-        left, right = (entry.get(name) for name in BASES)
-        rotated = matrix if left is None else left @ matrix
-        return rotated if right is None else rotated @ right.T
-
     def _advance(self, i: int, group: ParamGroup, lr: float) -> None:
         """Adam's step in the basis."""
-        entry, param = self.entry(i), self._flat.params[i]
+        entry, param = self.entry(i), self._flat.tensors[i]
         grad = self._gradient(i, group)
         matrix = grad.reshape(matrix_shape(grad))
         (beta1, beta2), eps = map(float, group["betas"]), float(group["eps"])
         steps = self._moments.counts.of(i) + 1.0
-        self._average(entry, matrix)
-        average = self._moment("exp_avg", i).lerp_(grad, 1.0 - beta1)
-        rotated = self._rotate(entry, matrix)
-        stored = self._moment("exp_avg_sq", i)
-        second = stored.reshape(matrix.shape)  # a copy where the weight is not row-major
+        self._average(entry, matrix, FACTOR_EVERY)
+        rotated = rotate(entry, matrix)
+        stored = [self._moment(name, i) for name in ("exp_avg", "exp_avg_sq")]
+        # Copies where the weight is not row-major.
+        average, second = (of.reshape(matrix.shape) for of in stored)
+        average.lerp_(rotated, 1.0 - beta1)
         second.mul_(beta2).addcmul_(rotated, rotated, value=1.0 - beta2)
         entry["basis_steps"] += 1
         variance = second / (1.0 - beta2 ** entry["basis_steps"])
         root = (
             variance.add_(eps).sqrt_() if group["eps_inside_root"] else variance.sqrt_().add_(eps)
         )
-        step = self._rotate(entry, average.reshape(matrix.shape)).div_(1.0 - beta1**steps)
-        step = self._rotate_back(entry, step.div_(root)).view(grad.shape)
+        step = rotate_back(entry, torch.div(average, root, out=root)).view(grad.shape)
         if group["decoupled_weight_decay"] and group["weight_decay"]:
             param.mul_(1.0 - lr * float(group["weight_decay"]))
-        param.add_(step.to(param.dtype), alpha=-lr)
+        param.add_(step.to(param.dtype), alpha=-lr / (1.0 - beta1**steps))
         if entry["basis_steps"] % REFRESH == 0:
-            second = self._renew(entry, second)
-        if second.data_ptr() != stored.data_ptr():
-            stored.copy_(second.view(grad.shape))
+            average, second = self._renew(entry, average, second)
+        for kept, new in zip(stored, (average, second), strict=True):
+            if new.data_ptr() != kept.data_ptr():
+                kept.copy_(new.view(grad.shape))
 
-    def _renew(self, entry: dict[str, Any], second: Tensor) -> Tensor:
+    def _renew(
+        self, entry: dict[str, Any], average: Tensor, second: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """One step of orthogonal iteration on each basis, largest eigenvalues first.
 
-        The second moment goes with its directions, which move little in so few steps.
+        The first moment is taken over exactly; the second goes with its directions, which move
+        little in so few steps.
         """
+        average = rotate_back(entry, average)
         for side, (factor, basis) in enumerate(zip(FACTORS, BASES, strict=True)):
             if factor not in entry:
                 continue
@@ -338,30 +367,21 @@ class KroneckerMetric:
             order = torch.argsort((vectors * image).sum(0), descending=True, stable=True)
             entry[basis] = torch.linalg.qr(image[:, order])[0].contiguous()
             second = second.index_select(side, order)
-        return second
+        return rotate(entry, average), second
 
     # --- leaving ----------------------------------------------------------------------------
 
     def leave(self, groups: list[ParamGroup]) -> None:
-        """Gives the metric up: Adam's second moment becomes that of the weights' own elements.
-
-        Coordinates of the basis are next to uncorrelated, so that the variance of an element is
-        the sum of theirs, each by the square of its share.
-        """
+        """Gives the metric up: Adam's moments become those of the weights' own elements."""
         betas = self._flat.per_segment([group["betas"] for group in groups], None)
         for i in self.sides:
             entry = self.entry(i)
             if self._is_ready(entry):
                 stored = self._moment("exp_avg_sq", i)
                 second = stored.reshape(matrix_shape(stored))
-                squares = {name: entry[name].square() for name in BASES if name in entry}
-                second = self._rotate_back(squares, second)
-                # Its own count becomes the parameter's.
-                beta2 = betas[i][1]
-                second = second * (
-                    (1.0 - beta2 ** self._moments.counts.of(i))
-                    / (1.0 - beta2 ** entry["basis_steps"])
-                )
+                second = adams_second(entry, second, self._moments.counts.of(i), betas[i][1])
                 stored.copy_(second.view(stored.shape))
+                average = self._moment("exp_avg", i)
+                average.copy_(rotate_back(entry, average.reshape(second.shape)).view(average.shape))
             for name in KRONECKER_NAMES:
                 entry.pop(name, None)

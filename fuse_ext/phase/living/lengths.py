@@ -64,6 +64,12 @@ class Lengths:
         """What was seen of gradients says nothing of the next ones."""
         self._entry.update(log_sum=0.0, block_steps=0, usual_log=None)
 
+    def shorten(self) -> bool:
+        """To Adam's own lengths at most; whether steps may have been longer."""
+        longer = self._entry["share"] > 0.0
+        self._entry["share"] = 0.0
+        return longer
+
     def hold(self, step_cap: float, lr: float) -> None:
         """lr has changed from this one: whoever changes it sees to the fall."""
         if self._entry["held"] is None:
@@ -79,8 +85,8 @@ class Lengths:
         own = (1.0 + (entry["peak"] - 1.0) * risen * entry["share"]) * fallen
         return float(max(own, entry["held"] or 0.0))
 
-    def count(self, norm: float, step_cap: float, lr: float) -> None:
-        """A step was taken on a gradient of this norm."""
+    def count(self, norm: float, step_cap: float, lr: float) -> bool:
+        """A step was taken on a gradient of this norm; whether lengths begin anew."""
         entry = self._entry
         entry["living_steps"] += 1
         entry["fall_steps"] += 1
@@ -88,7 +94,7 @@ class Lengths:
             entry["log_sum"] += math.log(norm)
             entry["block_steps"] += 1
         if entry["block_steps"] < BLOCK:
-            return
+            return False
         mean, usual = entry["log_sum"] / BLOCK, entry["usual_log"]
         entry.update(log_sum=0.0, block_steps=0)
         if usual is None:
@@ -96,8 +102,10 @@ class Lengths:
         elif mean > usual + math.log(JUMP):
             entry["usual_log"] = mean
             self._begin_anew(step_cap, lr)
+            return True
         else:
             entry["usual_log"] = usual + BLOCK_WEIGHT * (mean - usual)
+        return False
 
     def _begin_anew(self, step_cap: float, lr: float) -> None:
         """As after the switch; to half the rise, where steps longer than Adam's may be why."""

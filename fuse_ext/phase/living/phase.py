@@ -1,4 +1,4 @@
-"""The phase itself: what it looks at before a step, and who takes the step."""
+"""The phase itself: what it looks at before a step, who takes the step, and when to go back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fuse_ext.checks import loss_value
 from fuse_ext.curvature.moments import Moments
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.kernels.scalars import Header
@@ -22,13 +23,15 @@ from fuse_ext.phase.living.kronecker import (
     KroneckerMetric,
 )
 from fuse_ext.phase.living.lengths import NAMES, Lengths
+from fuse_ext.phase.living.trend import NAMES as TREND_NAMES
+from fuse_ext.phase.living.trend import Trend
 from fuse_ext.phase.modes import AUTO
 from fuse_ext.phase.protocol import Call, Outcome
 from fuse_ext.search.noise import Precision
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
-# What an entry holds beside the lengths: lr of the first group at the last step.
-LIVING_NAMES = (*NAMES, "last_lr")
+# What an entry holds beside lengths and trend: lr of the first group at the last step.
+LIVING_NAMES = (*NAMES, *TREND_NAMES, "last_lr")
 _NO_PAIRS = Header(*[0.0] * len(fields(Header)))
 
 
@@ -75,7 +78,7 @@ class LivingPhase:
             found = KroneckerMetric(flat, state, self.moments, groups, limited)
             self._matrices = found if found.sides else None
         self.history = NoPairs(DIAGONAL if self._matrices is None else KRONECKER)
-        self._lengths = Lengths(self._entry)
+        self._lengths, self._trend = Lengths(self._entry), Trend(self._entry)
         self._watch = Watch(flat, ops, self._entry)
         self._largest = torch.finfo(flat.dtype).max
         self.progress = Progress()
@@ -89,7 +92,10 @@ class LivingPhase:
             scheduled: Whether lr has changed in the Adam phase.
             watches: Whether to find out if the closure is one function.
         """
+        if self._matrices is not None:
+            self._matrices.begin()
         self._lengths.begin(scheduled)
+        self._trend.restart()
         self._entry["last_lr"] = float(groups[0]["lr"])
         if watches:
             self._watch.begin()
@@ -111,6 +117,7 @@ class LivingPhase:
     def new_objective(self) -> None:
         """The closure is another function: gradients before and after are not compared."""
         self._lengths.restart()
+        self._trend.restart()
         if self._watch.on:
             self._watch.begin()
 
@@ -150,11 +157,12 @@ class LivingPhase:
             self.refuse()
             return Outcome(look.loss, refused=True)
         self._move(groups, math.sqrt(square))
-        return Outcome(look.loss)
+        return Outcome(look.loss, worse=self._makes_it_worse(call, look.value))
 
     def _has_trained(self) -> bool:
         """Whether Adam has met a gradient that is not 0."""
-        return bool(self.moments.stored("exp_avg").any())
+        trained = bool(self.moments.stored("exp_avg").any())
+        return self._flat.measures.any(trained)[0]
 
     def _move(self, groups: list[ParamGroup], norm: float) -> None:
         entry, lengths = self._entry, self._lengths
@@ -168,10 +176,24 @@ class LivingPhase:
         self.moments.step(scaled, leave_out=ready)
         if self._matrices is not None:
             self._matrices.step(groups, factor)
-        lengths.count(norm, cap, lr)
+        if lengths.count(norm, cap, lr):
+            self._trend.restart()
         entry["n_iter"] += 1
         self.progress.step_length = factor
         self.progress.reason, self.progress.line_search = "max_iter", "fixed"
+
+    def _makes_it_worse(self, call: Call, loss: float | None) -> bool:
+        """Whether losses have stayed above those at the switch, and not for too long steps.
+
+        Steps that were longer than Adam's are the first to go. Unknown losses rise and fall unseen.
+        """
+        if loss is None and call.loss is not None:
+            loss = loss_value(call.loss)
+        if loss is None or mixed_signs(call.groups):
+            return False
+        if not self._trend.worse(-loss if call.groups[0]["maximize"] else loss):
+            return False
+        return not self._lengths.shorten()
 
 
 def living_names() -> tuple[str, ...]:
