@@ -18,7 +18,7 @@ CPP_FILES = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -
 # a time: installing into another removes this one's stamp.
 TOOLS := $(VENV)/.fuse_ext-tools
 INSTALLED := build/installed-in-$(subst /,_,$(abspath $(VENV)))
-BUILD_INPUTS := setup.py pyproject.toml fuse_ext/_version.py csrc/sources.txt \
+BUILD_INPUTS := setup.py build_backend.py pyproject.toml fuse_ext/_version.py csrc/sources.txt \
     $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
 export FUSE_EXT_WERROR := 1
@@ -26,7 +26,7 @@ export FUSE_EXT_WERROR := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help build demo bench paper published stochastic test lint format cpp-test sanitize gpu-check clean
+.PHONY: help build demo bench paper published stochastic docs integrations test lint format cpp-test sanitize gpu-check clean
 
 help:
 	@echo 'make build     set up $(VENV) and build the extension into it; quick when nothing changed'
@@ -35,6 +35,8 @@ help:
 	@echo 'make paper     reproduce the results of the paper; rewrites benchmarks/results/paper (an hour)'
 	@echo 'make published published results beside ours; rewrites benchmarks/results/published (a day)'
 	@echo 'make stochastic  minibatches: AdamW and others with schedules beside FusePV (half a day)'
+	@echo 'make docs      the site of all pages, in build/docs; a warning is an error'
+	@echo 'make integrations  tests of FusePV inside Lightning, DeepXDE and others, which it installs'
 	@echo 'make test      build, lint, the C++ tests and the Python tests'
 	@echo 'make lint      ruff, mypy and clang-format, changing nothing'
 	@echo 'make format    let ruff and clang-format rewrite the sources'
@@ -99,6 +101,18 @@ published: build
 # Likewise, in build/paper-cells; rivals that are packages come with the extra `bench`.
 stochastic: build
 	$(BIN)/python -m benchmarks.stochastic $(STOCHASTIC_ARGS)
+
+# fuse_ext is there already: this installs what its extra asks for besides.
+docs: build
+	$(PIP) install -qq 'fuse_ext[docs]'
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -c docs . build/docs
+	@echo 'The site begins at build/docs/index.html'
+
+# Other people's packages must not bring another torch or other tools than these.
+integrations: build
+	$(PIP) freeze --exclude-editable > build/constraints.txt
+	$(PIP) install -qq --constraint build/constraints.txt 'fuse_ext[integrations]'
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest tests/integrations
 
 test: build lint cpp-test
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

@@ -38,8 +38,9 @@ struct SegmentTable {
     }
   }
 
-  FUSE_MEMBER std::int64_t first_ending_after(std::int64_t index) const {
-    std::int64_t low = 0, high = count;
+  // The first segment from `low` on that ends after a flat index.
+  FUSE_MEMBER std::int64_t first_ending_after(std::int64_t index, std::int64_t low = 0) const {
+    std::int64_t high = count;
     while (low < high) {
       const std::int64_t middle = low + (high - low) / 2;
       if (segments[middle].offset + segments[middle].numel > index) {

@@ -22,7 +22,7 @@ HEAD = """# Options
 
 What each option may be, what it is if nothing is said, which phase it means something for, and
 whether all parameter groups must agree on it. What an option does stands in the docstring of its
-optimizer (`help(fuse_ext.FusePV)`); which to choose, in the [README](../README.md).
+optimizer ([API reference](api.md)); which to choose, in [choosing](choosing.md).
 
 This page is written by `docs/write_options.py` from the one table that constructors,
 `add_param_group` and `load_state_dict` check by (`fuse_ext/optim/options.py`).

@@ -12,17 +12,22 @@ _require()
 from fuse_ext import _C  # noqa: E402
 from fuse_ext._version import __version__  # noqa: E402
 from fuse_ext.optim.adam import Adam  # noqa: E402
+from fuse_ext.optim.checkpoint.file import save  # noqa: E402
+from fuse_ext.optim.checkpoint.prepare import prepare_to_load  # noqa: E402
 from fuse_ext.optim.estimate_memory import estimate_memory  # noqa: E402
 from fuse_ext.optim.fuse import CosineTheta, Fuse, LinearTheta  # noqa: E402
 from fuse_ext.optim.fuse_pv import FusePV  # noqa: E402
 from fuse_ext.optim.lbfgs import LBFGS  # noqa: E402
+from fuse_ext.optim.minimize.call import Minimum, minimize  # noqa: E402
 from fuse_ext.switch.criterion import Observation, Switchover  # noqa: E402
 from fuse_ext.switch.eq3_eq4 import GradNorm, LossChange  # noqa: E402
 from fuse_ext.switch.known_optimum import LossGap, NearSolution  # noqa: E402
 from fuse_ext.switch.plateau import LossPlateau  # noqa: E402
 from fuse_ext.switch.steps import AfterEpochs, AfterSteps, AtOnce, Never, WarmUp  # noqa: E402
 from fuse_ext.switch.when import When  # noqa: E402
+from fuse_ext.tell.record import Log  # noqa: E402
 from fuse_ext.tell.report import Report  # noqa: E402
+from fuse_ext.tell.unwrap import unwrap  # noqa: E402
 
 __all__ = [
     "LBFGS",
@@ -35,9 +40,11 @@ __all__ = [
     "FusePV",
     "GradNorm",
     "LinearTheta",
+    "Log",
     "LossChange",
     "LossGap",
     "LossPlateau",
+    "Minimum",
     "NearSolution",
     "Never",
     "Observation",
@@ -48,6 +55,10 @@ __all__ = [
     "__version__",
     "build_info",
     "estimate_memory",
+    "minimize",
+    "prepare_to_load",
+    "save",
+    "unwrap",
 ]
 
 

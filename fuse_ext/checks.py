@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from numbers import Real
 from typing import Any
 
@@ -51,6 +53,17 @@ def check_betas(betas: Any) -> tuple[float, float]:
     return float(betas[0]), float(betas[1])
 
 
+def check_closure(closure: Any) -> None:
+    """Raises TypeError unless this is a function, or None for no closure."""
+    if closure is None or callable(closure):
+        return
+    got = "a tensor" if isinstance(closure, Tensor) else repr(closure)
+    raise TypeError(
+        f"closure must be a function, got {got}: pass the function itself, step(closure), not what "
+        "it returns; FusePV takes a loss whose gradients are at hand as step(loss=loss)"
+    )
+
+
 def check_loss(loss: Any, needed_by: str = "") -> None:
     """Raises unless the closure's loss is one number, without reading it.
 
@@ -82,3 +95,14 @@ def loss_value(loss: Any) -> float:
     """The closure's loss, not None, as a float; raises as :func:`check_loss` does."""
     check_loss(loss)
     return float(loss.item() if isinstance(loss, Tensor) else loss)
+
+
+def warn_caller(message: str) -> None:
+    """A RuntimeWarning that points at the line of the user's that called this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in (
+        "fuse_ext",
+        "torch",
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)

@@ -93,67 +93,62 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 2)
   }
   RandomKey key{};
   if (kept == DType::bf16) key = key_of(a);
-  const GridSums sums(shared, 1, 0, a.workspace);
+  const GridSums sums(shared, 1, 0, whole_grid(a.workspace));
   const Segments& segments = a.segments;
   double sum = 0;
-  for (Index tile = first_tile(); segments.begin + tile * kWarp * kPack < segments.end;
-       tile += tile_stride()) {
-    const Index flat = segments.begin + (tile * kWarp + lane_of_thread()) * kPack;
-    if (flat >= segments.end) continue;
-    visit_pack<T, kPack>(segments.table, flat, segments.end, a.together,
-                         [&](auto width, const Segment& s, Index first, Index at) {
-      constexpr int W = decltype(width)::value;
-      void* const m_at = byte_offset(a.exp_avg, at * size_of(kept));
-      void* const v_at = byte_offset(a.exp_avg_sq, at * size_of(kept));
-      void* const max_at = amsgrad ? byte_offset(a.max_exp_avg_sq, at * size_of(kept)) : nullptr;
+  visit_tiles<T, kPack, 1>(segments, a.together,
+                           [&](auto width, auto, const Segment& s, Index first, Index at) {
+    constexpr int W = decltype(width)::value;
+    void* const m_at = byte_offset(a.exp_avg, at * size_of(kept));
+    void* const v_at = byte_offset(a.exp_avg_sq, at * size_of(kept));
+    void* const max_at = amsgrad ? byte_offset(a.max_exp_avg_sq, at * size_of(kept)) : nullptr;
+    T grad[1][W], param[1][W], m[1][W], v[1][W], v_max[1][W];
+    if constexpr (W == 1) {
+      load_elements<1, 1>(s.grad_dtype, grad_at(s, first), grad);
+      load_elements<1, 1>(s.param_dtype, param_at(s, first), param);
+      load_elements<1, 1>(kept, m_at, m);
+      load_elements<1, 1>(kept, v_at, v);
+      if (amsgrad) load_elements<1, 1>(kept, max_at, v_max);
+    } else {
+      // All loads under way before the first conversion waits for one.
       Bits<kPack, sizeof(T)> grad_bits, param_bits, m_bits, v_bits, max_bits;
-      T grad[W], param[W], m[W], v[W], v_max[W];
-      if constexpr (W == 1) {
-        load_elements<1>(s.grad_dtype, grad_at(s, first), grad);
-        load_elements<1>(s.param_dtype, param_at(s, first), param);
-        load_elements<1>(kept, m_at, m);
-        load_elements<1>(kept, v_at, v);
-        if (amsgrad) load_elements<1>(kept, max_at, v_max);
-      } else {
-        // All loads under way before the first conversion waits for one.
-        grad_bits.load(s.grad_dtype, grad_at(s, first));
-        param_bits.load(s.param_dtype, param_at(s, first));
-        m_bits.load(kept, m_at);
-        v_bits.load(kept, v_at);
-        if (amsgrad) max_bits.load(kept, max_at);
-        grad_bits.convert(s.grad_dtype, grad);
-        param_bits.convert(s.param_dtype, param);
-        m_bits.convert(kept, m);
-        v_bits.convert(kept, v);
-        if (amsgrad) max_bits.convert(kept, v_max);
-      }
-      T square = 0;
+      grad_bits.load(s.grad_dtype, grad_at(s, first));
+      param_bits.load(s.param_dtype, param_at(s, first));
+      m_bits.load(kept, m_at);
+      v_bits.load(kept, v_at);
+      if (amsgrad) max_bits.load(kept, max_at);
+      grad_bits.convert(s.grad_dtype, grad);
+      param_bits.convert(s.param_dtype, param);
+      m_bits.convert(kept, m);
+      v_bits.convert(kept, v);
+      if (amsgrad) max_bits.convert(kept, v_max);
+    }
+    T square = 0;
+#pragma unroll
+    for (int k = 0; k < W; ++k) {
+      const T raw = adam_element<T, amsgrad>(param[0][k], grad[0][k], m[0][k], v[0][k],
+                                             amsgrad ? &v_max[0][k] : nullptr, c);
+      square += raw * raw;
+    }
+    sum += static_cast<double>(square);
+    store_elements<W, 1, false>(s.param_dtype, param_at(s, first), param);
+    if constexpr (kept == DType::bf16) {
+      BFloat16 m_kept[W], v_kept[W], max_kept[W];
 #pragma unroll
       for (int k = 0; k < W; ++k) {
-        const T raw = adam_element<T, amsgrad>(param[k], grad[k], m[k], v[k],
-                                               amsgrad ? &v_max[k] : nullptr, c);
-        square += raw * raw;
+        const std::uint32_t random = random_bits(static_cast<std::uint32_t>(at + k), key);
+        store_moments<amsgrad>(&m_kept[k], &v_kept[k], &max_kept[k], m[0][k], v[0][k],
+                               amsgrad ? v_max[0][k] : 0.0f, random);
       }
-      sum += static_cast<double>(square);
-      store_elements<W, false>(s.param_dtype, param_at(s, first), param);
-      if constexpr (kept == DType::bf16) {
-        BFloat16 m_kept[W], v_kept[W], max_kept[W];
-#pragma unroll
-        for (int k = 0; k < W; ++k) {
-          const std::uint32_t random = random_bits(static_cast<std::uint32_t>(at + k), key);
-          store_moments<amsgrad>(&m_kept[k], &v_kept[k], &max_kept[k], m[k], v[k],
-                                 amsgrad ? v_max[k] : 0.0f, random);
-        }
-        store_bf16(m_at, m_kept);
-        store_bf16(v_at, v_kept);
-        if constexpr (amsgrad) store_bf16(max_at, max_kept);
-      } else {
-        store_elements<W, false>(kept, m_at, m);
-        store_elements<W, false>(kept, v_at, v);
-        if (amsgrad) store_elements<W, false>(kept, max_at, v_max);
-      }
-    });
-  }
+      store_bf16(m_at, m_kept);
+      store_bf16(v_at, v_kept);
+      if constexpr (amsgrad) store_bf16(max_at, max_kept);
+    } else {
+      store_elements<W, 1, false>(kept, m_at, m);
+      store_elements<W, 1, false>(kept, v_at, v);
+      if (amsgrad) store_elements<W, 1, false>(kept, max_at, v_max);
+    }
+  });
   sum = warp_sum(sum);
   if (lane_of_thread() == 0) sums.cell(0) = sum;
   const bool is_last = sums.finish([&](int, double total) {
@@ -193,17 +188,19 @@ void launch(const Segments& segments, const AdamState& state, const AdamOptions&
   a.sign = options.maximize ? -1.0 : 1.0;
   a.coefficients = adam_coefficients<T>(options);
   a.workspace = workspace;
-  const Index tiles = (segments.end - a.segments.begin + kWarp * kPack - 1) / (kWarp * kPack);
+  constexpr Index kLength = kPackStep<kPack>;
+  const Index blocks = blocks_for((segments.end - a.segments.begin + kLength - 1) / kLength, kWarps,
+                                  kMostLightBlocks);
   if (a.max_exp_avg_sq != nullptr) {
-    FUSE_LAUNCH((adam_kernel<T, kept, true>), blocks_for(tiles), sums_bytes(1), stream, a);
+    FUSE_LAUNCH((adam_kernel<T, kept, true>), blocks, sums_bytes(1), stream, a);
   } else {
-    FUSE_LAUNCH((adam_kernel<T, kept, false>), blocks_for(tiles), sums_bytes(1), stream, a);
+    FUSE_LAUNCH((adam_kernel<T, kept, false>), blocks, sums_bytes(1), stream, a);
   }
 }
 
 }  // namespace
 
-std::int64_t workspace_size(std::int64_t width) { return kMostBlocks * width; }
+std::int64_t workspace_size(std::int64_t width) { return (kMostLightBlocks + kGroups) * width; }
 
 void launch_adam(const Segments& segments, const AdamState& state, const AdamOptions& options,
                  Workspace workspace, void* stream) {

@@ -224,7 +224,7 @@ __device__ __forceinline__ void decide(const Iteration<T>& a) {
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) dense_join_kernel(const Iteration<T> a) {
   FUSE_SHARED(double, shared);
-  const GridSums sums(shared, 3, 0, a.workspace);
+  const GridSums sums(shared, 3, 0, whole_grid(a.workspace));
   const Held held(a.numbers, a.most_terms);
   const bool identity = a.is_identity(), unknown = a.is_unknown(), fits = a.plan->fits != 0;
   double *const known = a.known_product(), *const w_row = a.row(2 * held.terms + 1);
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 4) dense_join_kernel(const Iteration
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) dense_finish_kernel(const Iteration<T> a) {
   FUSE_SHARED(double, shared);
-  const GridSums sums(shared, 3, 1, a.workspace);
+  const GridSums sums(shared, 3, 1, whole_grid(a.workspace));
   const Plan& plan = *a.plan;
   const int term = plan.term;
   const bool begins = plan.begins != 0;

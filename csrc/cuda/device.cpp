@@ -143,7 +143,7 @@ class Workspaces {
   }
 
  private:
-  static constexpr std::size_t kCounterBytes = 256;
+  static constexpr std::size_t kCounterBytes = kCounters * sizeof(unsigned);
 
   // A graph keeps its memory pool itself, so what was captured stays valid.
   void drop_finished_captures(const Place& now) {
@@ -182,8 +182,8 @@ Segments DeviceCall::segments(const TensorSegments& tensors) const {
   return {table, tensors.begin(), tensors.end()};
 }
 
-Workspace DeviceCall::workspace(std::int64_t width) const {
-  return workspaces().find(workspace_size(width), place_of(device_, stream_), device_);
+Workspace DeviceCall::workspace(std::int64_t doubles) const {
+  return workspaces().find(doubles, place_of(device_, stream_), device_);
 }
 
 bool DeviceCall::is_capturing() const { return place_of(device_, stream_).capture != 0; }

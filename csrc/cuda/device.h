@@ -22,8 +22,8 @@ class DeviceCall {
   // The segment table in device memory. Uploaded only when it differs from every recent one.
   Segments segments(const TensorSegments& tensors) const;
 
-  // Memory for the sums of one launch of this width, of the current stream.
-  Workspace workspace(std::int64_t width) const;
+  // Memory for the sums of one launch, of the current stream.
+  Workspace workspace(std::int64_t doubles) const;
 
   // Whether what is launched now becomes part of a graph instead.
   bool is_capturing() const;

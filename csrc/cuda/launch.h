@@ -15,17 +15,21 @@
 namespace fuse_ext::cuda {
 
 // Where blocks leave their partial sums for the last one of them to add up. A launch on one stream
-// may use it again as soon as the one before has ended: the counter is zero then.
+// may use it again as soon as the one before has ended: the counters are zero then.
 struct Workspace {
-  double* partials;   // workspace_size() doubles
-  unsigned* counter;  // zero
+  double* partials;    // as many doubles as the functions below say
+  unsigned* counters;  // kCounters zeros
 };
+constexpr std::int64_t kCounters = 4096;
 
-// Doubles that a kernel with `width` sums needs, whatever the length of the vectors.
+// Doubles that a kernel with `width` <= kGradStats sums needs, whatever the length of the vectors.
 std::int64_t workspace_size(std::int64_t width);
 
-// Sums of lbfgs_update; the passes below have one, three or kGradStats.
-inline std::int64_t update_width(std::int64_t slots) { return 4 * slots + kNorms; }
+// The same of the passes over the history.
+std::int64_t update_workspace_size(DType dtype, DType row_dtype, std::int64_t slots,
+                                   std::int64_t numel);
+std::int64_t direction_workspace_size(DType dtype, DType row_dtype, std::int64_t slots,
+                                      std::int64_t numel);
 
 // Most slots for which the sums of one warp fit into its block's shared memory.
 std::int64_t most_slots();

@@ -92,7 +92,8 @@ void adam_step(at::TensorList params, at::TensorList grads, at::IntArrayRef offs
   const AdamOptions options{step,     lr,          beta1,        beta2,
                             eps,      eps_in_root, weight_decay, decoupled_weight_decay,
                             maximize, 1.0};
-  launch_adam(call.segments(tensors), state, options, call.workspace(1), call.stream());
+  launch_adam(call.segments(tensors), state, options, call.workspace(workspace_size(1)),
+              call.stream());
   call.check_launch();
   tensors.params_changed();
   for (const at::Tensor& changed : {exp_avg, exp_avg_sq, stats}) bump_version(changed);
@@ -148,8 +149,8 @@ void grad_stats(at::TensorList params, at::TensorList grads, at::IntArrayRef off
   const at::ScalarType dtype = any_double ? at::kDouble : at::kFloat;
   const TensorSegments tensors(params, grads, offsets, numel, dtype, {weight_decay, {}});
   launch_grad_stats(call.segments(tensors), kernel_dtype(dtype), maximize,
-                    history ? &ring : nullptr, stats.data_ptr<double>(), call.workspace(kGradStats),
-                    call.stream());
+                    history ? &ring : nullptr, stats.data_ptr<double>(),
+                    call.workspace(workspace_size(kGradStats)), call.stream());
   call.check_launch();
   bump_version(stats);
 }
@@ -171,6 +172,10 @@ struct Pass {
     if (control_tensor) on_device(*control_tensor, "control", device);
   }
   DType dtype() const { return kernel_dtype(previous.dtype); }
+  template <class Size>
+  Workspace workspace(Size&& size) const {
+    return call.workspace(size(dtype(), ring.row_dtype, ring.scalars.slots, ring.numel));
+  }
 
   at::Device device;
   History history;
@@ -188,10 +193,9 @@ void lbfgs_update(at::TensorList params, at::TensorList grads, at::IntArrayRef o
                   const std::optional<at::Tensor>& control) {
   const Pass pass(params, grads, offsets, {weight_decay, {}}, history, history_scale, grad_prev,
                   scalars, control);
-  const std::int64_t width = update_width(pass.ring.scalars.slots);
   launch_lbfgs_update(pass.call.segments(pass.tensors), pass.dtype(), maximize, pass.ring,
-                      pass.previous.data, form_pair, pass.control, pass.call.workspace(width),
-                      pass.call.stream());
+                      pass.previous.data, form_pair, pass.control,
+                      pass.workspace(&update_workspace_size), pass.call.stream());
   pass.call.check_launch();
   bump_version(history);
   bump_version(scalars);
@@ -238,8 +242,8 @@ void lbfgs_direction(at::TensorList params, at::TensorList grads, at::IntArrayRe
   const bool scaled =
       std::any_of(lr_scale.begin(), lr_scale.end(), [](double share) { return share != 1.0; });
   launch_lbfgs_direction(pass.call.segments(pass.tensors), pass.dtype(), maximize, scaled,
-                         pass.ring, pass.previous.data, pass.control, pass.call.workspace(3),
-                         pass.call.stream());
+                         pass.ring, pass.previous.data, pass.control,
+                         pass.workspace(&direction_workspace_size), pass.call.stream());
   pass.call.check_launch();
   bump_version(history);
   bump_version(scalars);
@@ -313,8 +317,8 @@ void dense_direction(const at::Tensor& grad, at::Tensor grad_prev, at::Tensor di
       {kernel_dtype(of.dtype), grad.const_data_ptr(),
        lr_scale ? lr_scale->const_data_ptr() : nullptr, grad_prev.data_ptr(), direction.data_ptr(),
        of.matrix, of.vectors, of.numbers, of.head, of.numel, of.stride, of.most_terms},
-      pair, {taking_part, broyden, self_scaling}, memory.data_ptr<double>(), call.workspace(3),
-      call.stream());
+      pair, {taking_part, broyden, self_scaling}, memory.data_ptr<double>(),
+      call.workspace(workspace_size(3)), call.stream());
   call.check_launch();
   for (const at::Tensor& changed :
        {grad_prev, direction, matrix, vectors, matrix_scalars, scalars}) {
@@ -327,8 +331,8 @@ void fuse_blend(at::TensorList params, at::IntArrayRef offsets, at::Tensor origi
                 const std::optional<at::Tensor>& history_scale) {
   Point point(params, offsets, origin, history, history_scale, scalars);
   launch_fuse_blend(point.call.segments(point.tensors), kernel_dtype(point.dtype),
-                    origin.data_ptr(), point.ring, theta, step, point.call.workspace(1),
-                    point.call.stream());
+                    origin.data_ptr(), point.ring, theta, step,
+                    point.call.workspace(workspace_size(1)), point.call.stream());
   point.call.check_launch();
   point.tensors.params_changed();
   bump_version(history);

@@ -18,8 +18,9 @@ __host__ __device__ __forceinline__ constexpr int alignment_of(int bytes) {
   return bytes < 16 ? bytes : 16;
 }
 
+// `bytes` is a power of two; kernels that ask do not divide.
 __host__ __device__ __forceinline__ bool is_aligned(const void* pointer, int bytes) {
-  return reinterpret_cast<std::uintptr_t>(pointer) % static_cast<unsigned>(bytes) == 0;
+  return (reinterpret_cast<std::uintptr_t>(pointer) & static_cast<std::uintptr_t>(bytes - 1)) == 0;
 }
 
 template <class Void>
@@ -34,6 +35,13 @@ template <class Word>
 __device__ __forceinline__ Word load_global(const void* from) {
   const Word* const word = static_cast<const Word*>(from);
   FUSE_ASSUME_GLOBAL(word);
+  return *word;
+}
+// The same for a word that neighbouring lanes read too: the memory is asked for it once.
+template <class Word>
+__device__ __forceinline__ Word load_common(const void* from) {
+  const Word* const word = static_cast<const Word*>(from);
+  FUSE_ASSUME_COMMON(word);
   return *word;
 }
 template <class Word>
@@ -81,38 +89,69 @@ __device__ __forceinline__ double words_double(std::uint32_t low, std::uint32_t 
   return value;
 }
 
-// The bits of N elements of a dtype of at most `widest` bytes, known only at run time. Loading
-// apart from converting lets several loads be under way together.
-template <int N, int widest>
-struct Bits {
-  std::uint32_t words[N * widest / 4];
+// One element of 16 bits.
+template <class T>
+__device__ __forceinline__ T half_value(DType dtype, std::uint16_t bits) {
+  return static_cast<T>(dtype == DType::bf16 ? fuse_ext::load<float>(BFloat16{bits})
+                                             : FUSE_FLOAT_OF_HALF(bits));
+}
 
-  __device__ __forceinline__ void load(DType dtype, const void* from) {
+// Rounded to nearest even, by the hardware; a NaN becomes the one that the CPU's kernels write.
+__device__ __forceinline__ std::uint16_t half_bits(DType dtype, float value) {
+  const bool is_nan = value != value;
+  if (dtype == DType::bf16) {
+    return is_nan ? std::uint16_t{0x7fc0} : FUSE_BFLOAT_OF_FLOAT(value);
+  }
+  const auto nan_bits = static_cast<std::uint16_t>((float_bits(value) >> 16 & 0x8000u) | 0x7e00u);
+  return is_nan ? nan_bits : FUSE_HALF_OF_FLOAT(value);
+}
+
+// The bits of U packs of N elements of a dtype of at most `widest` bytes, known only at run time.
+// Loading apart from converting lets several loads be under way together.
+template <int N, int widest, int U = 1>
+struct Bits {
+  std::uint32_t words[U][N * widest / 4];
+
+  // The packs begin `step` elements apart.
+  __device__ __forceinline__ void load(DType dtype, const void* from, Index step = 0) {
     if (size_of(dtype) == 2) {
-      load_words<2 * N>(from, words);
+#pragma unroll
+      for (int u = 0; u < U; ++u) load_words<2 * N>(byte_offset(from, u * step * 2), words[u]);
     } else if (widest == 4 || size_of(dtype) == 4) {
-      load_words<4 * N>(from, words);
+#pragma unroll
+      for (int u = 0; u < U; ++u) load_words<4 * N>(byte_offset(from, u * step * 4), words[u]);
     } else if constexpr (widest == 8) {
-      load_words<8 * N>(from, words);
+#pragma unroll
+      for (int u = 0; u < U; ++u) load_words<8 * N>(byte_offset(from, u * step * 8), words[u]);
     }
   }
 
   template <class T>
+  __device__ __forceinline__ void convert(DType dtype, T (&out)[U][N]) const {
+#pragma unroll
+    for (int u = 0; u < U; ++u) convert_pack(dtype, words[u], out[u]);
+  }
+  template <class T>
   __device__ __forceinline__ void convert(DType dtype, T (&out)[N]) const {
+    convert_pack(dtype, words[0], out);
+  }
+
+ private:
+  template <class T>
+  static __device__ __forceinline__ void convert_pack(DType dtype, const std::uint32_t* word,
+                                                      T (&out)[N]) {
     if (size_of(dtype) == 2) {
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        const auto half = static_cast<std::uint16_t>(words[k / 2] >> (16 * (k % 2)));
-        out[k] = dtype == DType::bf16 ? fuse_ext::load<T>(BFloat16{half})
-                                      : fuse_ext::load<T>(Float16{half});
+        out[k] = half_value<T>(dtype, static_cast<std::uint16_t>(word[k / 2] >> (16 * (k % 2))));
       }
     } else if (widest == 4 || size_of(dtype) == 4) {
 #pragma unroll
-      for (int k = 0; k < N; ++k) out[k] = static_cast<T>(bits_float(words[k]));
+      for (int k = 0; k < N; ++k) out[k] = static_cast<T>(bits_float(word[k]));
     } else if constexpr (widest == 8) {
 #pragma unroll
       for (int k = 0; k < N; ++k) {
-        out[k] = static_cast<T>(words_double(words[2 * k], words[2 * k + 1]));
+        out[k] = static_cast<T>(words_double(word[2 * k], word[2 * k + 1]));
       }
     }
   }
@@ -128,18 +167,8 @@ __device__ __forceinline__ void store_pack(DType dtype, void* to, T (&values)[N]
       std::uint32_t word = 0;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        std::uint16_t bits;
-        if (dtype == DType::bf16) {
-          BFloat16 stored;
-          store(&stored, values[k + half]);
-          if (keep) values[k + half] = fuse_ext::load<T>(stored);
-          bits = stored.bits;
-        } else {
-          Float16 stored;
-          store(&stored, values[k + half]);
-          if (keep) values[k + half] = fuse_ext::load<T>(stored);
-          bits = stored.bits;
-        }
+        const std::uint16_t bits = half_bits(dtype, static_cast<float>(values[k + half]));
+        if (keep) values[k + half] = half_value<T>(dtype, bits);
         word |= static_cast<std::uint32_t>(bits) << (16 * half);
       }
       words[k / 2] = word;
@@ -175,11 +204,7 @@ __device__ __forceinline__ T load_one(DType dtype, const void* from) {
       return static_cast<T>(words_double(word.x, word.y));
     }
     case 4: return static_cast<T>(bits_float(load_global<std::uint32_t>(from)));
-    default: {
-      const auto half = load_global<std::uint16_t>(from);
-      return dtype == DType::bf16 ? fuse_ext::load<T>(BFloat16{half})
-                                  : fuse_ext::load<T>(Float16{half});
-    }
+    default: return half_value<T>(dtype, load_global<std::uint16_t>(from));
   }
 }
 
@@ -203,17 +228,10 @@ __device__ __forceinline__ T store_one(DType dtype, void* to, T value) {
       store_global(to, float_bits(stored));
       return static_cast<T>(stored);
     }
-    case DType::bf16: {
-      BFloat16 stored;
-      store(&stored, value);
-      store_global(to, stored.bits);
-      return fuse_ext::load<T>(stored);
-    }
     default: {
-      Float16 stored;
-      store(&stored, value);
-      store_global(to, stored.bits);
-      return fuse_ext::load<T>(stored);
+      const std::uint16_t bits = half_bits(dtype, static_cast<float>(value));
+      store_global(to, bits);
+      return half_value<T>(dtype, bits);
     }
   }
 }
@@ -239,14 +257,36 @@ __device__ __forceinline__ bool moves_whole(const Segment& s, Index first) {
 template <int W>
 using Width = std::integral_constant<int, W>;
 
+// The segment in which a warp's tile begins: looked up once a tile. To be used by all lanes of a
+// warp together, for tiles in ascending order.
+template <class T, int N>
+struct TileSegment {
+  Index index = -1;  // the first segment that ends after the tile's begin; perhaps none does
+  bool whole;        // the tile lies in `segment`, and all its packs of N may be moved together
+  Segment segment;   // where there is one
+
+  // `together`: the flat vectors' own addresses allow whole packs.
+  __device__ __forceinline__ void enter(const SegmentTable& table, Index first, Index length,
+                                        bool together) {
+    if (index < 0 || (index < table.count && segment.offset + segment.numel <= first)) {
+      index = table.first_ending_after(first, index + 1);
+      if (index < table.count) segment = table.segments[index];
+    }
+    whole = together && index < table.count && segment.offset <= first &&
+            first + length <= segment.offset + segment.numel &&
+            moves_whole<T, N>(segment, first - segment.offset);
+  }
+};
+
 // Calls body(Width<W>, segment, first element inside it, flat index) for the parts of segments in
 // the pack [flat, flat + N): once with W = N where the pack lies in one segment and every address
-// is aligned for it, else with W = 1 for each element that a segment covers. `together`: the flat
-// vectors' own addresses allow the former.
+// is aligned for it, else with W = 1 for each element that a segment covers. `i`, a segment that
+// begins no later than all that end after `flat`, becomes the first of these: neighbours are few
+// steps apart. `together`: the flat vectors' own addresses allow whole packs.
 template <class T, int N, class Body>
-__device__ __forceinline__ void visit_pack(const SegmentTable& table, Index flat, Index end,
-                                           bool together, Body&& body) {
-  Index i = table.first_ending_after(flat);
+__device__ __forceinline__ void visit_pack(const SegmentTable& table, Index& i, Index flat,
+                                           Index end, bool together, Body&& body) {
+  while (i < table.count && table.segments[i].offset + table.segments[i].numel <= flat) ++i;
   if (i >= table.count) return;
   {
     const Segment s = table.segments[i];
@@ -265,85 +305,61 @@ __device__ __forceinline__ void visit_pack(const SegmentTable& table, Index flat
   }
 }
 
-// W elements of a parameter or a gradient.
-template <int W, class T>
-__device__ __forceinline__ void load_elements(DType dtype, const void* from, T (&out)[W]) {
+// How far apart a thread's packs lie within a tile: the lanes' packs stand side by side.
+template <int N>
+constexpr Index kPackStep = kWarp * N;
+
+// Calls body(Width<W>, Width<U>, segment, first element inside it, flat index) for all segments,
+// each warp taking a tile of U = `packs` packs a lane at a time. A tile that lies in one segment
+// comes in one call, its packs kPackStep<N> elements apart; others pack by pack (U = 1), as
+// visit_pack has them.
+template <class T, int N, int packs, class Body>
+__device__ __forceinline__ void visit_tiles(const Segments& segments, bool together, Body&& body) {
+  constexpr Index kLength = packs * kPackStep<N>;
+  TileSegment<T, N> at;
+  for (Index tile = first_tile(); segments.begin + tile * kLength < segments.end;
+       tile += tile_stride()) {
+    const Index first = segments.begin + tile * kLength, flat = first + lane_of_thread() * N;
+    at.enter(segments.table, first, kLength, together);
+    if (at.whole) {
+      body(Width<N>{}, Width<packs>{}, at.segment, flat - at.segment.offset, flat);
+      continue;
+    }
+    Index i = at.index;
+#pragma unroll 1
+    for (int u = 0; u < packs && flat + u * kPackStep<N> < segments.end; ++u) {
+      visit_pack<T, N>(segments.table, i, flat + u * kPackStep<N>, segments.end, together,
+                       [&](auto width, const Segment& s, Index inside, Index place) {
+        body(width, Width<1>{}, s, inside, place);
+      });
+    }
+  }
+}
+
+// U packs of W elements of a parameter or a gradient.
+template <int W, int U, class T>
+__device__ __forceinline__ void load_elements(DType dtype, const void* from, T (&out)[U][W]) {
   if constexpr (W == 1) {
-    out[0] = load_one<T>(dtype, from);
+    static_assert(U == 1);
+    out[0][0] = load_one<T>(dtype, from);
   } else {
-    Bits<W, sizeof(T)> bits;
-    bits.load(dtype, from);
+    Bits<W, sizeof(T), U> bits;
+    bits.load(dtype, from, kPackStep<W>);
     bits.convert(dtype, out);
   }
 }
 
-template <int W, bool keep, class T>
-__device__ __forceinline__ void store_elements(DType dtype, void* to, T (&values)[W]) {
+template <int W, int U, bool keep, class T>
+__device__ __forceinline__ void store_elements(DType dtype, void* to, T (&values)[U][W]) {
   if constexpr (W == 1) {
-    const T stored = store_one(dtype, to, values[0]);
-    if (keep) values[0] = stored;
+    const T stored = store_one(dtype, to, values[0][0]);
+    if (keep) values[0][0] = stored;
   } else {
-    store_pack<W, keep>(dtype, to, values);
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      store_pack<W, keep>(dtype, byte_offset(to, u * kPackStep<W> * size_of(dtype)), values[u]);
+    }
   }
-}
-
-// The effective gradient g = sign * grad + weight_decay * param of a pack; zero where no segment
-// is. Stays in registers: no element is reached by a run-time index.
-template <class T, int N>
-__device__ __forceinline__ void load_gradient(const SegmentTable& table, Index flat, Index end,
-                                              T sign, T (&g)[N]) {
-#pragma unroll
-  for (int k = 0; k < N; ++k) g[k] = T(0);
-  visit_pack<T, N>(table, flat, end, true,
-                   [&](auto width, const Segment& s, Index first, Index at) {
-    constexpr int W = decltype(width)::value;
-    T value[W], param[W];
-    load_elements<W>(s.grad_dtype, grad_at(s, first), value);
-    const bool decays = s.weight_decay != 0.0;
-    if (decays) load_elements<W>(s.param_dtype, param_at(s, first), param);
-#pragma unroll
-    for (int k = 0; k < W; ++k) {
-      value[k] *= sign;
-      if (decays) value[k] += static_cast<T>(s.weight_decay) * param[k];
-    }
-    if constexpr (W == N) {
-#pragma unroll
-      for (int k = 0; k < N; ++k) g[k] = value[k];
-    } else {
-#pragma unroll
-      for (int k = 0; k < N; ++k) g[k] = flat + k == at ? value[0] : g[k];
-    }
-  });
-}
-
-// max |x| over the parameters in a pack.
-template <class T, int N>
-__device__ __forceinline__ T largest_param(const SegmentTable& table, Index flat, Index end) {
-  T largest = 0;
-  visit_pack<T, N>(table, flat, end, true, [&](auto width, const Segment& s, Index first, Index) {
-    constexpr int W = decltype(width)::value;
-    T x[W];
-    load_elements<W>(s.param_dtype, param_at(s, first), x);
-#pragma unroll
-    for (int k = 0; k < W; ++k) {
-      const T magnitude = x[k] < T(0) ? -x[k] : x[k];
-      largest = magnitude > largest ? magnitude : largest;
-    }
-  });
-  return largest;
-}
-
-// Multiplies a pack by its segments' lr_scale.
-template <class T, int N>
-__device__ __forceinline__ void scale_by_segment(const SegmentTable& table, Index flat, Index end,
-                                                 T (&values)[N]) {
-  visit_pack<T, N>(table, flat, end, true, [&](auto width, const Segment& s, Index, Index at) {
-    const T share = static_cast<T>(s.lr_scale);
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      if (decltype(width)::value == N || flat + k == at) values[k] *= share;
-    }
-  });
 }
 
 }  // namespace fuse_ext::cuda

@@ -12,18 +12,9 @@ namespace fuse_ext::cuda {
 namespace {
 
 constexpr int kPack = 4;
-
-// Calls body as visit_pack does, over all segments, with each warp taking a tile at a time.
-template <class T, class Body>
-__device__ __forceinline__ void visit_segments(const Segments& segments, bool together,
-                                               Body&& body) {
-  for (Index tile = first_tile(); segments.begin + tile * kWarp * kPack < segments.end;
-       tile += tile_stride()) {
-    const Index flat = segments.begin + (tile * kWarp + lane_of_thread()) * kPack;
-    if (flat >= segments.end) continue;
-    visit_pack<T, kPack>(segments.table, flat, segments.end, together, body);
-  }
-}
+// Packs a lane: so many bytes under way together, of one vector alone, hide the memory's latency.
+template <class T>
+constexpr int kPacks = sizeof(T) == 4 ? 4 : 2;
 
 // The segments from a multiple of kPack on, so that packs of flat vectors are aligned.
 Segments from_whole_pack(Segments segments) {
@@ -31,8 +22,14 @@ Segments from_whole_pack(Segments segments) {
   return segments;
 }
 
+template <class T>
+Index blocks_over(Index numel) {
+  constexpr Index kLength = kPacks<T> * kPackStep<kPack>;
+  return blocks_for((numel + kLength - 1) / kLength, kWarps, kMostLightBlocks);
+}
+template <class T>
 Index blocks_over(const Segments& segments) {
-  return blocks_for((segments.end - segments.begin + kWarp * kPack - 1) / (kWarp * kPack));
+  return blocks_over<T>(segments.end - segments.begin);
 }
 
 // For arithmetic in float, float64 rows are taken element by element.
@@ -42,40 +39,64 @@ bool rows_move_whole(const Ring& ring) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 2)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 5 : 2)
     stats_kernel(const Segments segments, const Ring ring, bool has_direction, bool together,
                  T sign, double* stats, Workspace workspace) {
   FUSE_SHARED(double, shared);
-  const GridSums sums(shared, kGradStats, 1, workspace);
+  const GridSums sums(shared, kGradStats, 1, whole_grid(workspace));
   Row direction{};
   if (has_direction) direction = open_s_row(ring);
   double slope = 0, square = 0, absolute = 0, penalty = 0;
   T largest = 0;
-  visit_segments<T>(segments, together, [&](auto width, const Segment& s, Index first, Index at) {
-    constexpr int W = decltype(width)::value;
-    T g[W], x[W], p[W];
-    load_elements<W>(s.grad_dtype, grad_at(s, first), g);
-    if (has_direction) load_row<W>(direction, at, p);
-    T sum_gp = 0, sum_gg = 0, sum_abs = 0, sum_xx = 0;
+  visit_tiles<T, kPack, kPacks<T>>(
+      segments, together, [&](auto width, auto packs, const Segment& s, Index first, Index at) {
+    constexpr int W = decltype(width)::value, U = decltype(packs)::value;
+    T g[U][W];
+    load_elements<W, U>(s.grad_dtype, grad_at(s, first), g);
+    T sum_gg = 0, sum_abs = 0;
     const bool decays = s.weight_decay != 0.0;
-    if (decays) load_elements<W>(s.param_dtype, param_at(s, first), x);
+    if (decays) {
+      T x[U][W], sum_xx = 0;
+      load_elements<W, U>(s.param_dtype, param_at(s, first), x);
+      const T decay = static_cast<T>(s.weight_decay);
 #pragma unroll
-    for (int k = 0; k < W; ++k) {
-      g[k] *= sign;
-      if (decays) {
-        g[k] += static_cast<T>(s.weight_decay) * x[k];
-        sum_xx += x[k] * x[k];
+      for (int u = 0; u < U; ++u) {
+#pragma unroll
+        for (int k = 0; k < W; ++k) {
+          g[u][k] = sign * g[u][k] + decay * x[u][k];
+          sum_xx += x[u][k] * x[u][k];
+        }
       }
-      const T magnitude = magnitude_of(g[k]);
-      sum_gg += g[k] * g[k];
-      sum_abs += magnitude;
-      largest = larger(largest, magnitude);
-      if (has_direction) sum_gp += g[k] * p[k];
+      penalty += 0.5 * s.weight_decay * static_cast<double>(sum_xx);
+    } else {
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+#pragma unroll
+        for (int k = 0; k < W; ++k) g[u][k] *= sign;
+      }
     }
-    slope += static_cast<double>(sum_gp);
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+#pragma unroll
+      for (int k = 0; k < W; ++k) {
+        const T magnitude = magnitude_of(g[u][k]);
+        sum_gg += g[u][k] * g[u][k];
+        sum_abs += magnitude;
+        largest = larger(largest, magnitude);
+      }
+    }
     square += static_cast<double>(sum_gg);
     absolute += static_cast<double>(sum_abs);
-    if (decays) penalty += 0.5 * s.weight_decay * static_cast<double>(sum_xx);
+    if (has_direction) {
+      T p[U][W], sum_gp = 0;
+      load_row<W, U>(direction, at, p);
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+#pragma unroll
+        for (int k = 0; k < W; ++k) sum_gp += g[u][k] * p[u][k];
+      }
+      slope += static_cast<double>(sum_gp);
+    }
   });
   slope = warp_sum(slope);
   square = warp_sum(square);
@@ -104,70 +125,106 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 2)
   }
   const Row direction = open_s_row(ring);
   const T length = static_cast<T>(step);
-  visit_segments<T>(segments, together, [&](auto width, const Segment& s, Index first, Index at) {
-    constexpr int W = decltype(width)::value;
-    T x[W], p[W];
-    if (step != 0.0) load_row<W>(direction, at, p);
+  visit_tiles<T, kPack, kPacks<T>>(
+      segments, together, [&](auto width, auto packs, const Segment& s, Index first, Index at) {
+    constexpr int W = decltype(width)::value, U = decltype(packs)::value;
+    T x[U][W], p[U][W];
     if (save) {
-      load_elements<W>(s.param_dtype, param_at(s, first), x);
-      store_elements<W, false>(dtype_of<T>(), origin + at, x);
+      load_elements<W, U>(s.param_dtype, param_at(s, first), x);
     } else {
-      load_elements<W>(dtype_of<T>(), origin + at, x);
+      load_elements<W, U>(dtype_of<T>(), origin + at, x);
     }
+    if (step != 0.0) load_row<W, U>(direction, at, p);
+    if (save) store_elements<W, U, false>(dtype_of<T>(), origin + at, x);
     if (step != 0.0) {
 #pragma unroll
-      for (int k = 0; k < W; ++k) x[k] += length * p[k];
+      for (int u = 0; u < U; ++u) {
+#pragma unroll
+        for (int k = 0; k < W; ++k) x[u][k] += length * p[u][k];
+      }
     } else if (save) {
       return;
     }
-    store_elements<W, false>(s.param_dtype, param_at(s, first), x);
+    store_elements<W, U, false>(s.param_dtype, param_at(s, first), x);
   });
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 2)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
     blend_kernel(const Segments segments, const T* origin, const Ring ring, bool together,
                  double theta, double step, Workspace workspace) {
   FUSE_SHARED(double, shared);
-  const GridSums sums(shared, 1, 0, workspace);
+  const GridSums sums(shared, 1, 0, whole_grid(workspace));
   const Row direction = open_s_row(ring);
   const T adam_share = static_cast<T>(theta), lbfgs_share = static_cast<T>(1.0 - theta);
   const T lbfgs_step = static_cast<T>(step);
   const bool mostly_adam = theta > 0.5;
   const Index numel = ring.numel;
   double square = 0;
-  // A tile is a block of an 8-bit row. Lanes beyond the end stay with their warp.
-  static_assert(kWarp * kPack == kScaleBlock);
-  for (Index tile = first_tile(); tile * kScaleBlock < numel; tile += tile_stride()) {
-    const Index flat = tile * kScaleBlock + lane_of_thread() * kPack;
-    const bool whole = together && flat + kPack <= numel;
-    T p[kPack], taken[kPack] = {};
-    load_row_pack<kPack>(direction, flat, numel, whole, p);
-    visit_pack<T, kPack>(segments.table, flat, numel, together,
-                         [&](auto width, const Segment& s, Index first, Index at) {
-      constexpr int W = decltype(width)::value;
-      T x[W], from[W];
-      load_elements<W>(s.param_dtype, param_at(s, first), x);
-      load_elements<W>(dtype_of<T>(), origin + at, from);
+  const auto blended = [&](T x, T from, T direction_of) {
+    const T goal = from + lbfgs_step * direction_of, gap = goal - x;
+    // Exact at theta = 0 and 1, and where both iterates agree.
+    return mostly_adam ? x + lbfgs_share * gap : goal - adam_share * gap;
+  };
+  // A lane's packs lie in blocks of an 8-bit row each. Lanes beyond the end stay with their warp.
+  static_assert(kPackStep<kPack> == kScaleBlock);
+  constexpr Index kLength = kPacks<T> * kScaleBlock;
+  TileSegment<T, kPack> in;
+  for (Index tile = first_tile(); tile * kLength < numel; tile += tile_stride()) {
+    const Index begin = tile * kLength + lane_of_thread() * kPack;
+    in.enter(segments.table, tile * kLength, kLength, together);
+    Index i = in.index;
+    T p[kPacks<T>][kPack], taken[kPacks<T>][kPack] = {};
+    if (in.whole) {
+      T x[kPacks<T>][kPack], from[kPacks<T>][kPack];
+      void* const param = param_at(in.segment, begin - in.segment.offset);
+      load_elements<kPack, kPacks<T>>(in.segment.param_dtype, param, x);
+      load_elements<kPack, kPacks<T>>(dtype_of<T>(), origin + begin, from);
+      load_row<kPack, kPacks<T>>(direction, begin, p);
 #pragma unroll
-      for (int k = 0; k < kPack; ++k) {
-        const int i = W == 1 ? 0 : k;
-        if (W == 1 && flat + k != at) continue;
-        const T goal = from[i] + lbfgs_step * p[k], gap = goal - x[i];
-        // Exact at theta = 0 and 1, and where both iterates agree.
-        x[i] = mostly_adam ? x[i] + lbfgs_share * gap : goal - adam_share * gap;
-      }
-      store_elements<W, true>(s.param_dtype, param_at(s, first), x);
+      for (int u = 0; u < kPacks<T>; ++u) {
 #pragma unroll
-      for (int k = 0; k < kPack; ++k) {
-        const int i = W == 1 ? 0 : k;
-        if (W == kPack || flat + k == at) taken[k] = x[i] - from[i];
+        for (int k = 0; k < kPack; ++k) x[u][k] = blended(x[u][k], from[u][k], p[u][k]);
       }
-    });
-    store_row_pack<kPack>(direction, flat, numel, whole, taken);
+      store_elements<kPack, kPacks<T>, true>(in.segment.param_dtype, param, x);
+#pragma unroll
+      for (int u = 0; u < kPacks<T>; ++u) {
+#pragma unroll
+        for (int k = 0; k < kPack; ++k) taken[u][k] = x[u][k] - from[u][k];
+      }
+    } else {
+#pragma unroll
+      for (int u = 0; u < kPacks<T>; ++u) {
+        const Index flat = begin + u * kScaleBlock;
+        load_row_pack<kPack>(direction, flat, numel, together && flat + kPack <= numel, p[u]);
+        visit_pack<T, kPack>(segments.table, i, flat, numel, together,
+                             [&](auto width, const Segment& s, Index first, Index at) {
+          constexpr int W = decltype(width)::value;
+          T x[1][W], from[1][W];
+          load_elements<W, 1>(s.param_dtype, param_at(s, first), x);
+          load_elements<W, 1>(dtype_of<T>(), origin + at, from);
+#pragma unroll
+          for (int k = 0; k < kPack; ++k) {
+            const int e = W == 1 ? 0 : k;
+            if (W == kPack || flat + k == at) x[0][e] = blended(x[0][e], from[0][e], p[u][k]);
+          }
+          store_elements<W, 1, true>(s.param_dtype, param_at(s, first), x);
+#pragma unroll
+          for (int k = 0; k < kPack; ++k) {
+            const int e = W == 1 ? 0 : k;
+            if (W == kPack || flat + k == at) taken[u][k] = x[0][e] - from[0][e];
+          }
+        });
+      }
+    }
     T sum = 0;
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) sum += taken[k] * taken[k];
+    for (int u = 0; u < kPacks<T>; ++u) {
+      const Index flat = begin + u * kScaleBlock;
+      store_row_pack<kPack>(direction, flat, numel, together && flat + kPack <= numel, taken[u]);
+#pragma unroll
+      for (int k = 0; k < kPack; ++k) sum += taken[u][k] * taken[u][k];
+    }
     square += static_cast<double>(sum);
   }
   square = warp_sum(square);
@@ -178,16 +235,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 2)
 template <class T, bool to_flat>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 2)
     copy_kernel(const Segments segments, T* flat, bool together) {
-  visit_segments<T>(segments, together, [&](auto width, const Segment& s, Index first, Index at) {
-    constexpr int W = decltype(width)::value;
+  visit_tiles<T, kPack, kPacks<T>>(
+      segments, together, [&](auto width, auto packs, const Segment& s, Index first, Index at) {
+    constexpr int W = decltype(width)::value, U = decltype(packs)::value;
     void* const grad = const_cast<void*>(grad_at(s, first));
-    T values[W];
+    T values[U][W];
     if constexpr (to_flat) {
-      load_elements<W>(s.grad_dtype, grad, values);
-      store_elements<W, false>(dtype_of<T>(), flat + at, values);
+      load_elements<W, U>(s.grad_dtype, grad, values);
+      store_elements<W, U, false>(dtype_of<T>(), flat + at, values);
     } else {
-      load_elements<W>(dtype_of<T>(), flat + at, values);
-      store_elements<W, false>(s.grad_dtype, grad, values);
+      load_elements<W, U>(dtype_of<T>(), flat + at, values);
+      store_elements<W, U, false>(s.grad_dtype, grad, values);
     }
   });
 }
@@ -197,8 +255,8 @@ void copy(const Segments& segments, DType dtype, void* flat, void* stream) {
   const Segments all = from_whole_pack(segments);
   with_state_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    FUSE_LAUNCH((copy_kernel<T, to_flat>), blocks_over(all), 0, stream, all, static_cast<T*>(flat),
-                is_aligned(flat, 16));
+    FUSE_LAUNCH((copy_kernel<T, to_flat>), blocks_over<T>(all), 0, stream, all,
+                static_cast<T*>(flat), is_aligned(flat, 16));
   });
 }
 
@@ -209,7 +267,7 @@ void launch_grad_stats(const Segments& segments, DType dtype, bool maximize, con
   const Segments all = from_whole_pack(segments);
   with_state_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    FUSE_LAUNCH((stats_kernel<T>), blocks_over(all), sums_bytes(kGradStats), stream, all,
+    FUSE_LAUNCH((stats_kernel<T>), blocks_over<T>(all), sums_bytes(kGradStats), stream, all,
                 ring != nullptr ? *ring : Ring{}, ring != nullptr,
                 ring == nullptr || rows_move_whole<T>(*ring), maximize ? T(-1) : T(1), stats,
                 workspace);
@@ -221,8 +279,8 @@ void launch_lbfgs_move(const Segments& segments, DType dtype, void* origin, cons
   const Segments all = from_whole_pack(segments);
   with_state_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    FUSE_LAUNCH((move_kernel<T>), blocks_over(all), 0, stream, all, static_cast<T*>(origin), ring,
-                rows_move_whole<T>(ring) && is_aligned(origin, 16), step, save, control);
+    FUSE_LAUNCH((move_kernel<T>), blocks_over<T>(all), 0, stream, all, static_cast<T*>(origin),
+                ring, rows_move_whole<T>(ring) && is_aligned(origin, 16), step, save, control);
   });
 }
 
@@ -230,8 +288,8 @@ void launch_fuse_blend(const Segments& segments, DType dtype, const void* origin
                        double theta, double step, Workspace workspace, void* stream) {
   with_state_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    FUSE_LAUNCH((blend_kernel<T>), blocks_for((ring.numel + kScaleBlock - 1) / kScaleBlock),
-                sums_bytes(1), stream, segments, static_cast<const T*>(origin), ring,
+    FUSE_LAUNCH((blend_kernel<T>), blocks_over<T>(ring.numel), sums_bytes(1), stream, segments,
+                static_cast<const T*>(origin), ring,
                 rows_move_whole<T>(ring) && is_aligned(origin, 16), theta, step, workspace);
   });
 }

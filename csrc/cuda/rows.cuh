@@ -8,28 +8,45 @@ namespace fuse_ext::cuda {
 
 constexpr float kLargestByte = 127;
 
+// The place-th of a word's four bytes, with its sign. Put behind the exponent of 2^23 its bits are
+// a float without a conversion, which the hardware makes slowly.
 template <class T>
 __device__ __forceinline__ T signed_byte(std::uint32_t word, int place) {
-  return static_cast<T>(static_cast<std::int8_t>(word >> (8 * place)));
+  constexpr std::uint32_t kSigns = 0x80808080u, kExponent = 0x4b000000u;
+  const std::uint32_t bits =
+      __byte_perm(word ^ kSigns, kExponent, 0x7440u | static_cast<std::uint32_t>(place));
+  return static_cast<T>(bits_float(bits) - (0x1p23f + 128.0f));
 }
 
-// W elements of a row from `at` on. A pack of several lies within one scale block.
-template <int W, class T>
-__device__ __forceinline__ void load_row(const Row& row, Index at, T (&out)[W]) {
+__device__ __forceinline__ float scale_at(const Row& row, Index at) {
+  return bits_float(load_common<std::uint32_t>(row.scales + at / kScaleBlock));
+}
+
+// U packs of W elements of a row, the first at `at`, the next ones kPackStep<W> further. A pack of
+// several lies within one scale block.
+template <int W, int U, class T>
+__device__ __forceinline__ void load_row(const Row& row, Index at, T (&out)[U][W]) {
   const void* const from = byte_offset(static_cast<const void*>(row.data), at * size_of(row.dtype));
-  if (row.dtype != DType::i8) return load_elements<W>(row.dtype, from, out);
-  const T scale =
-      static_cast<T>(bits_float(load_global<std::uint32_t>(row.scales + at / kScaleBlock)));
+  if (row.dtype != DType::i8) return load_elements<W, U>(row.dtype, from, out);
   if constexpr (W % 4 == 0) {
-    std::uint32_t words[W / 4];
-    load_words<W>(from, words);
+    std::uint32_t words[U][W / 4];
+    float scales[U];
 #pragma unroll
-    for (int k = 0; k < W; ++k) out[k] = scale * signed_byte<T>(words[k / 4], k % 4);
-  } else {
-#pragma unroll
-    for (int k = 0; k < W; ++k) {
-      out[k] = scale * signed_byte<T>(load_global<std::uint8_t>(byte_offset(from, k)), 0);
+    for (int u = 0; u < U; ++u) {
+      load_words<W>(byte_offset(from, u * kPackStep<W>), words[u]);
+      scales[u] = scale_at(row, at + u * kPackStep<W>);
     }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+#pragma unroll
+      for (int k = 0; k < W; ++k) {
+        out[u][k] = static_cast<T>(scales[u]) * signed_byte<T>(words[u][k / 4], k % 4);
+      }
+    }
+  } else {
+    static_assert(W == 1 && U == 1);
+    out[0][0] =
+        static_cast<T>(scale_at(row, at)) * signed_byte<T>(load_global<std::uint8_t>(from), 0);
   }
 }
 
@@ -37,21 +54,22 @@ __device__ __forceinline__ void load_row(const Row& row, Index at, T (&out)[W]) 
 template <int N, class T>
 __device__ __forceinline__ void load_row_pack(const Row& row, Index at, Index numel, bool whole,
                                               T (&out)[N]) {
-  if (whole) return load_row<N>(row, at, out);
+  T values[1][N];
+  if (whole) load_row<N, 1>(row, at, values);
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    T value[1] = {T(0)};
-    if (at + k < numel) load_row<1>(row, at + k, value);
-    out[k] = value[0];
+    T value[1][1] = {{T(0)}};
+    if (!whole && at + k < numel) load_row<1, 1>(row, at + k, value);
+    out[k] = whole ? values[0][k] : value[0][0];
   }
 }
 
-// A pack in 8 bits, rounded to nearest; the values become what was stored. Every lane of the warp
-// takes part, as neighbours share a block and its scale. The scale of a block with a value that is
-// not finite is NaN, and so is then every value read back.
+// A pack in 8 bits, rounded to nearest; the values become what was stored, or what would be without
+// `writes`. Every lane of the warp takes part, as neighbours share a block and its scale. The scale
+// of a block with a value that is not finite is NaN, and so is then every value read back.
 template <int N, class T>
 __device__ __forceinline__ void store_bytes(const Row& row, Index at, Index numel, bool whole,
-                                            T (&values)[N]) {
+                                            T (&values)[N], bool writes) {
   constexpr int kLanes = static_cast<int>(kScaleBlock) / N;
   static_assert(kLanes <= kWarp && N % 4 == 0);
   constexpr T kLargest = static_cast<T>(kLargestByte);
@@ -69,7 +87,7 @@ __device__ __forceinline__ void store_bytes(const Row& row, Index at, Index nume
   }
   const float stored_scale = static_cast<float>(largest / kLargest + poison);
   __syncwarp();  // all lanes have read the old scale, where they did
-  if (at % kScaleBlock == 0 && at < numel) {
+  if (writes && at % kScaleBlock == 0 && at < numel) {
     store_global(row.scales + at / kScaleBlock, float_bits(stored_scale));
   }
   const T scale = static_cast<T>(stored_scale);
@@ -85,6 +103,7 @@ __device__ __forceinline__ void store_bytes(const Row& row, Index at, Index nume
                     << (8 * (k % 4));
     values[k] = bounded * scale;
   }
+  if (!writes) return;
   void* const to = byte_offset(row.data, at);
   if (whole) return store_words<N>(to, words);
 #pragma unroll
@@ -95,13 +114,24 @@ __device__ __forceinline__ void store_bytes(const Row& row, Index at, Index nume
   }
 }
 
-// Stores a pack, for as far as the row goes; the values become what was stored. To be called by
-// all lanes of a warp together.
+// Stores a pack, for as far as the row goes; the values become what was stored, or what would be
+// without `writes`. To be called by all lanes of a warp together.
 template <int N, class T>
 __device__ __forceinline__ void store_row_pack(const Row& row, Index at, Index numel, bool whole,
-                                               T (&values)[N]) {
+                                               T (&values)[N], bool writes = true) {
   if constexpr (N % 4 == 0) {
-    if (row.dtype == DType::i8) return store_bytes<N>(row, at, numel, whole, values);
+    if (row.dtype == DType::i8) return store_bytes<N>(row, at, numel, whole, values, writes);
+  }
+  if (!writes) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      if (row.dtype == DType::f32) {
+        values[k] = static_cast<T>(static_cast<float>(values[k]));
+      } else if (row.dtype != DType::f64) {
+        values[k] = half_value<T>(row.dtype, half_bits(row.dtype, static_cast<float>(values[k])));
+      }
+    }
+    return;
   }
   void* const to = byte_offset(row.data, at * size_of(row.dtype));
   if (whole) return store_pack<N, true>(row.dtype, to, values);
@@ -132,10 +162,9 @@ struct RingPosition {
   __device__ __forceinline__ Index older(Index slot) const {
     return slot == 0 ? slots - 1 : slot - 1;
   }
-  // Whether a slot holds a pair.
-  __device__ __forceinline__ bool holds(Index slot) const {
-    const Index age = open - 1 - slot;
-    return slot != open && (age < 0 ? age + slots : age) < count;
+  // The slot of the age-th newest pair.
+  __device__ __forceinline__ Index at_age(Index age) const {
+    return open > age ? open - 1 - age : open - 1 - age + slots;
   }
 };
 

@@ -135,9 +135,10 @@ class DenseMatrix:
         along_direction: bool,
         loss: Any = None,
         part: Part | None = None,
+        absent: tuple[int, ...] = (),
     ) -> tuple[GradStats, float]:
         """See :meth:`History.stats`."""
-        return self._ring.stats(grads, decay, maximize, along_direction, loss, part)
+        return self._ring.stats(grads, decay, maximize, along_direction, loss, part, absent)
 
     def update(
         self,

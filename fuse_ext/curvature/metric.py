@@ -51,7 +51,8 @@ def legacy(
     grad_avg.copy_(moments.stored("exp_avg"))
     metric.zero_()
     largest = max(float(group["lr"]) for group in groups)
-    total, known = 0.0, 0
+    sums: list[Tensor] = []
+    known = 0.0
     unseen: list[int] = []
     for group, place in zip(groups, flat.group_slices, strict=True):
         beta1, beta2 = group["betas"]
@@ -70,10 +71,11 @@ def legacy(
                 # Bfloat16 becomes the state's dtype before anything is added to it.
                 d.copy_(moments.stored(source)[begin : begin + size]).add_(inside)
                 d.div_(1.0 - beta2**steps).sqrt_().add_(outside).div_(share)
-                total += float(d.sum(dtype=torch.float64))
-                known += size
-            elif size:
+                sums.append(d.sum(dtype=torch.float64) * flat.share(i))
+                known += flat.share(i) * size
+            elif flat.params[i].numel():
                 unseen.append(i)
+    total, known = flat.measures.total(sum(torch.stack(sums).tolist()) if sums else 0.0, known)
     mean = total / known if known else 0.0
     return AdamLegacy(moments.counts.largest, largest, mean, unseen)
 

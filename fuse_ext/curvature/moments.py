@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from fuse_ext.curvature.step_counts import DeviceCounts, HostCounts
-from fuse_ext.kernels.bound_ops import AdamNumbers, bind
+from fuse_ext.kernels.bound_ops import AdamNumbers
 from fuse_ext.kernels.capture import check_lr_tensor
 from fuse_ext.kernels.ops import Ops, zeros_in_large_pages
 from fuse_ext.vector.checks import check_grads
 from fuse_ext.vector.flat import FlatParams, ParamGroup
+from fuse_ext.vector.narrow.masters import MASTER, Masters
+from fuse_ext.vector.reduced_ops import bound_ops
+from fuse_ext.vector.shards import local, placed
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -26,7 +29,7 @@ def check_adam_state(
     """Raises ValueError unless ``state`` holds Adam's moments in the parameters' shapes."""
     for i, (param, key) in enumerate(zip(params, where, strict=True)):
         entry = state.get(key)
-        if not entry:
+        if not entry or entry.keys() == {MASTER}:  # which other phases leave
             continue
         for name in ("step", *MOMENTS[:2]):
             if name not in entry:
@@ -37,7 +40,7 @@ def check_adam_state(
         step = entry["step"]
         if not _is_count(step):
             raise ValueError(f"{source} does not fit: step of params[{i}] is {step!r}, no count")
-        for name in MOMENTS:
+        for name in (*MOMENTS, MASTER):
             moment = entry.get(name)
             if moment is None:
                 continue
@@ -80,7 +83,7 @@ class Moments:
     buffers, so that checkpoints are those of torch.optim.Adam.
 
     Memory: 8 bytes a parameter (12 with amsgrad) in float32, twice that in float64, half of it in
-    bfloat16.
+    bfloat16; with master weights 4 more.
 
     Args:
         flat: The parameters.
@@ -89,6 +92,8 @@ class Moments:
         groups: ``Optimizer.param_groups``.
         dtype: How moments are stored; None for the flat state's.
         on_device: Count steps beside the parameters, for steps that a CUDA graph repeats.
+        keeps_masters: Step weights in the flat state's dtype, of which narrower parameters are the
+            rounding.
     """
 
     def __init__(
@@ -99,11 +104,12 @@ class Moments:
         groups: list[ParamGroup],
         dtype: torch.dtype | None = None,
         on_device: bool = False,
+        keeps_masters: bool = False,
     ) -> None:
         self.counts: HostCounts | DeviceCounts
         self.counts = DeviceCounts(flat) if on_device else HostCounts(flat)
         self._flat, self._ops, self._state = flat, ops, state
-        self._bound = bind(ops, flat.whole)
+        self._bound = bound_ops(ops, flat.whole)
         self._group_amsgrad = [group["amsgrad"] for group in groups]
         self._amsgrad = [group["amsgrad"] for group in groups for _ in group["params"]]
         names = MOMENTS if any(self._amsgrad) else MOMENTS[:2]
@@ -113,14 +119,22 @@ class Moments:
             for name in names
         }
         self._exposed = [False] * len(flat.params)
+        self.masters = Masters(flat, state) if keeps_masters else None
         # The sums of squared gradients, one for each call of the last step that has not been read.
-        self._sums = [self._new_sum()]
+        self._totals = self._new_totals(len(groups))
+        self._sums = list(self._totals.split(1))
         self._calls = 0
         self._grad_norm_sq: float | None = 0.0
         self._adopt()
 
-    def _new_sum(self) -> Tensor:
-        return torch.zeros(1, dtype=torch.float64, device=self._flat.device)
+    def _new_totals(self, calls: int) -> Tensor:
+        return torch.zeros(calls, dtype=torch.float64, device=self._flat.device)
+
+    def _make_room(self, calls: int) -> None:
+        """For the sums of so many calls."""
+        if calls > len(self._sums):
+            self._totals = self._new_totals(calls)
+            self._sums = list(self._totals.split(1))
 
     def _adopt(self) -> None:
         """Takes over whatever moments ``state`` holds and points it at the flat buffers."""
@@ -134,7 +148,8 @@ class Moments:
         for i, entry in held.items():
             for name, moment in self._moments.items():
                 if name in entry:
-                    self._flat.piece(moment, i).copy_(entry[name])
+                    mine = local(placed(entry[name], self._flat.params[i]))
+                    self._flat.piece(moment, i).copy_(mine)
             self._expose(i)
         self._entries = list(self._state.values())
         self._all_exposed = all(self._exposed)
@@ -143,7 +158,11 @@ class Moments:
         entry = self._state[self._flat.params[i]]
         entry["step"] = self.counts.entry(i)
         for name in MOMENTS if self._amsgrad[i] else MOMENTS[:2]:
-            entry[name] = self._flat.piece(self._moments[name], i)
+            entry[name] = self._flat.shown(self._moments[name], i)
+        if self.masters is not None:
+            self.masters.show(i)
+        else:  # of a checkpoint
+            entry.pop(MASTER, None)
         self._exposed[i] = True
 
     def _expose_new(self, stepped: Iterable[int]) -> None:
@@ -165,13 +184,23 @@ class Moments:
     def grad_norm_sq(self) -> float:
         """||g||^2 of the last step (Eq. 3's summand), out of the kernel that made it."""
         if self._grad_norm_sq is None:
-            self._grad_norm_sq = sum(float(total) for total in self._sums[: self._calls])
+            own = float(sum(self._totals[: self._calls].tolist()))
+            self._grad_norm_sq = self._flat.measures.total(own)[0]
         return self._grad_norm_sq
 
     @property
     def nbytes(self) -> int:
         """Bytes of state held."""
-        return sum(moment.nbytes for moment in self._moments.values()) + self.counts.nbytes
+        held = sum(moment.nbytes for moment in self._moments.values()) + self.counts.nbytes
+        return held + (0 if self.masters is None else self.masters.nbytes)
+
+    def weight(self, i: int) -> Tensor:
+        """What steps of ``params[i]`` are taken on: the parameter, or its master weight."""
+        return self._flat.tensors[i] if self.masters is None else self.masters.weight(i)
+
+    def _round(self, stepped: Iterable[int]) -> None:
+        if self.masters is not None:
+            self.masters.round(stepped)
 
     def stored(self, name: str) -> Tensor:
         """One of the moments as a flat vector, in the dtype it is stored in."""
@@ -199,25 +228,32 @@ class Moments:
         flat.check_unchanged()
         self._check_amsgrad(groups)
         shared, plain = counts.shared(), flat.layout.grads()
-        if plain is not None and shared is not None and len(groups) == 1 and not leave_out:
+        alike = shared is not None and len(groups) == 1 and not leave_out
+        if plain is not None and alike and self.masters is None:
+            assert shared is not None
             self._step_all(counts, groups[0], shared + 1, plain, grad_scale, found_inf)
             return None
-        grads = [None if i in leave_out else p.grad for i, p in enumerate(flat.params)]
+        grads = [None if i in leave_out else flat.grad(i) for i in range(len(flat.params))]
         calls = counts.calls(groups, grads)
-        check_grads(flat.params, grads)  # no call may fail after another has changed things
+        check_grads(flat.tensors, grads)  # no call may fail after another has changed things
         options = [adam_numbers(group, step, float(group["lr"])) for group, _, step in calls]
         if found_inf is not None and float(found_inf) != 0.0:
             return None
-        norms = []
-        for (group, members, _), numbers in zip(calls, options, strict=True):
-            self._call(members, grads, group, numbers, self._sums[0], grad_scale=grad_scale)
-            if len(calls) > 1:
-                norms.append(float(self._sums[0]))
-        # One call's sum is read when it is asked for.
-        self._grad_norm_sq, self._calls = None if len(calls) == 1 else sum(norms), 1
+        parts = [
+            (group, some, numbers, share)
+            for (group, members, _), numbers in zip(calls, options, strict=True)
+            for some, share in flat.alike(members)
+        ]
+        self._make_room(len(parts))
+        for (group, some, numbers, share), total in zip(parts, self._sums, strict=False):
+            self._call(some, grads, group, numbers, total, grad_scale=grad_scale)
+            if share != 1.0:
+                total.mul_(share)
+        self._grad_norm_sq, self._calls = None, len(parts)  # read when asked for
         stepped = [i for _, members, _ in calls for i in members]
         if stepped:
             counts.advance(stepped)
+            self._round(stepped)
             self._expose_new(stepped)
         return None
 
@@ -272,8 +308,8 @@ class Moments:
         assert isinstance(counts, DeviceCounts)
         flat.check_unchanged()
         self._check_amsgrad(groups)
-        grads = [p.grad for p in flat.params]
-        check_grads(flat.params, grads)
+        grads = flat.grads()
+        check_grads(flat.tensors, grads)
         for group in groups:
             if isinstance(group["lr"], Tensor):
                 check_lr_tensor(group["lr"], flat.device)
@@ -281,8 +317,7 @@ class Moments:
         for i in resettled:
             if self._exposed[i]:
                 self._state[flat.params[i]]["step"] = counts.entry(i)
-        while len(self._sums) < len(classes):
-            self._sums.append(self._new_sum())
+        self._make_room(len(classes))
         self._grad_norm_sq, self._calls = None, len(classes)
         for which, total in zip(classes, self._sums, strict=False):
             group, lr = groups[counts.groups[which]], groups[counts.groups[which]]["lr"]
@@ -301,6 +336,7 @@ class Moments:
                 grad_square=grad_square,
                 counts=counted,
             )
+            self._round(counts.members[which])
             counted = None  # once a step
         if counted is not None:  # a step without gradients
             counted[:1].add_(1.0)
@@ -328,8 +364,10 @@ class Moments:
     ) -> None:
         flat = self._flat
         chosen: list[Any] = [grads[i] for i in members]
+        if self.masters is not None:
+            self.masters.follow(members)
         self._ops.adam_step(
-            flat.reals([flat.params[i] for i in members]),
+            flat.reals([self.weight(i) for i in members]),
             flat.reals(chosen),
             [flat.offsets[i] for i in members],
             self._moments["exp_avg"],

@@ -54,6 +54,7 @@ class InverseHessian(Protocol):
         along_direction: bool,
         loss: Any = None,
         part: Part | None = None,
+        absent: tuple[int, ...] = (),
     ) -> tuple[GradStats, float]:
         """Norms of a gradient, its slope along the direction, and the loss as a number."""
 

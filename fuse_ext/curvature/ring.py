@@ -15,13 +15,15 @@ from torch import Tensor
 
 from fuse_ext.kernels import ops as kernels
 from fuse_ext.kernels import scalars as ring
-from fuse_ext.kernels.bound_ops import BoundOps, bind
+from fuse_ext.kernels.bound_ops import BoundOps
+from fuse_ext.kernels.capture import is_remote
 from fuse_ext.kernels.fixed_step import PLACES
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.kernels.reference.memory import SCALE_BLOCK, Rows
 from fuse_ext.kernels.scalars import Header
 from fuse_ext.vector.flat import MOST_PARTS, FlatParams, Part, memory_order
 from fuse_ext.vector.gradients import GradStats
+from fuse_ext.vector.reduced_ops import ReducedOps, blend, bound_ops
 
 # Rows are padded to an odd number of these, so that rows start on cache lines and no two rows
 # that stream together fall on the same cache sets.
@@ -77,7 +79,7 @@ class History:
     ) -> None:
         self._flat, self._ops, self._entry = flat, ops, entry
         self.part = flat.whole
-        self._bound = bind(ops, self.part)
+        self._bound = bound_ops(ops, self.part)
         self._bounds = {self.part.absent: self._bound}
         self.slots = history_size + 1
         self.dtype = flat.dtype if dtype is None else dtype
@@ -107,7 +109,7 @@ class History:
             len(GradStats._fields) + 1, dtype=torch.float64, device=self.scalars.device
         )
         self._stats = with_loss[:-1]
-        self._with_loss = None if flat.device.type == "cpu" else with_loss
+        self._with_loss = with_loss if is_remote(flat.device) else None
         tensors = {"history": self.rows, "scalars": self.scalars}
         if self.grad_prev is not None:
             tensors["grad_prev"] = self.grad_prev
@@ -155,7 +157,7 @@ class History:
         if part.absent not in self._bounds:
             if len(self._bounds) > MOST_PARTS:
                 self._bounds.clear()
-            self._bounds[part.absent] = bind(self._ops, part)
+            self._bounds[part.absent] = bound_ops(self._ops, part)
         return self._bounds[part.absent]
 
     @property
@@ -194,13 +196,20 @@ class History:
         along_direction: bool,
         loss: Any = None,
         part: Part | None = None,
+        absent: tuple[int, ...] = (),
     ) -> tuple[GradStats, float]:
         """Norms of the gradient, its slope along the current direction, and the loss as a number.
 
         NaN where no loss is given. On a device the host waits once for all of it. ``part``: whose
-        gradients these are, if not those of the parameters of the direction.
+        gradients these are, if not those of the parameters of the direction. ``absent``: who has
+        none at all, which ranks have to agree on (PartsDiffer).
         """
         bound = self._bound if part is None else self._bound_to(part)
+        if isinstance(bound, ReducedOps):
+            rows = self.rows if along_direction else None
+            own = bound.norms(grads, decay, maximize, rows, self.scalars, self._stats, self.scales)
+            *norms, value = self._flat.measures.point(own, loss, absent)
+            return GradStats._make(norms), value
         numbers = bound.grad_stats(
             grads,
             decay,
@@ -302,10 +311,12 @@ class History:
         held = self.scalars[count].clone()
         self.scalars[count] = 0.0
         ring.array(self.scalars, "coef_g", self.slots).fill_(-1.0)
-        self.direction([s.neg_()], [], [], False)
+        places = range(len(self._flat.params))
+        s.neg_()
+        self.direction([self._flat.stretch(s, i) for i in places], [], [], False)
         self.scalars[count] = held
         self._grad_prev().zero_()
-        self.update([y], [], False, 1.0, curvature_tol)
+        self.update([self._flat.stretch(y, i) for i in places], [], False, 1.0, curvature_tol)
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Copies of s and y of the usable pairs, oldest first, in the state's dtype."""
@@ -334,17 +345,8 @@ class History:
 
     def blend(self, origin: Tensor, theta: float, step: float) -> None:
         """Algorithm 3's mixture of the current parameters (Adam's) and origin + step * p."""
-        part = self.part
-        self._ops.fuse_blend(
-            part.reals(part.params),
-            part.offsets,
-            origin,
-            self.rows,
-            self.scalars,
-            theta,
-            step,
-            history_scale=self.scales,
-        )
+        held = self.rows, self.scalars, self.scales
+        blend(self._ops, self._bound, self.part, origin, *held, theta, step)
 
 
 def check_ring_state(entry: dict[str, Any], slots: int, flat: FlatParams) -> None:

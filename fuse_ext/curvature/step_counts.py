@@ -31,7 +31,7 @@ class HostCounts:
         self._steps = torch.zeros(
             len(flat.params), dtype=torch.float64 if double else torch.float32, device="cpu"
         )
-        self._one = torch.ones((), dtype=self._steps.dtype, device=self._steps.device)
+        self._one = torch.ones((), dtype=self._steps.dtype, device="cpu")
         # The count that all parameters share, or None when they differ; and what it was read
         # from: users may write to the counts in ``state``.
         self._shared: int | None = 0
@@ -80,7 +80,7 @@ class HostCounts:
     def advance(self, stepped: list[int]) -> None:
         """These parameters have taken one step."""
         # A list would become a tensor on the default device, in some versions of torch.
-        index = torch.tensor(stepped, dtype=torch.int64, device=self._steps.device)
+        index = torch.tensor(stepped, dtype=torch.int64, device="cpu")
         self._steps.index_add_(0, index, self._one.expand(len(stepped)))
         self._read_shared()
 

@@ -16,6 +16,11 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def is_remote(device: torch.device) -> bool:
+    """Whether the host waits where it reads a number that lies there."""
+    return device.type != "cpu"
+
+
 def refuse_while_capturing(device: torch.device, what: str) -> None:
     """Raises RuntimeError where ``what`` would become part of a graph and be repeated."""
     if is_capturing(device):

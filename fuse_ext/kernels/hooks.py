@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fuse_ext import _C
+from fuse_ext.checks import check_closure
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
@@ -30,6 +31,7 @@ def noticed(func: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(func)
     def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        check_closure(args[0] if args else kwargs.get("closure"))
         if (
             torch.compiler.is_compiling()
             or _C.is_observed()

@@ -13,11 +13,13 @@ from fuse_ext.curvature.protocol import InverseHessian
 from fuse_ext.kernels.hooks import with_grad
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.objective.step_options import StepOptions
+from fuse_ext.objective.watch import Habits
 from fuse_ext.search.noise import Precision
-from fuse_ext.search.one_function import OneFunction, Values
+from fuse_ext.search.one_function import SAME_LOSS, OneFunction, Values, agree
 from fuse_ext.vector import gradients
 from fuse_ext.vector.flat import Closure, FlatParams, Part
-from fuse_ext.vector.gradients import GradStats
+from fuse_ext.vector.gradients import NO_GRADIENT, GradStats
+from fuse_ext.vector.measures import PartsDiffer
 
 # What the state entry holds of all this, besides the counters.
 EVALUATION_NAMES = ("pair_step", "settled", *OneFunction.NAMES)
@@ -98,6 +100,7 @@ class Evaluations:
         self.flat, self._entry, self.history = flat, entry, history
         self.precision = Precision(entry, torch.finfo(flat.dtype).eps)
         self.function = OneFunction(entry)
+        self.habits = Habits(flat, entry)
         entry.setdefault("pair_step", None)
         entry.setdefault("settled", "")
         # Whether the step under way stands on a point that was remembered and not evaluated since.
@@ -128,9 +131,15 @@ class Evaluations:
         self.precision.spend()
         return self.look(closure, options, along_direction)
 
+    def note_raised(self, options: StepOptions) -> Point | None:
+        """The closure has raised here: other ranks are told. What all have; None for one alone."""
+        if self.flat.together is None:
+            return None
+        return self._point(math.inf, options, True)._replace(grads=[])
+
     def look(self, closure: Closure, options: StepOptions, along_direction: bool) -> Point:
         """:meth:`evaluate` where the step's budget has counted that evaluation already."""
-        loss = with_grad(closure)
+        loss = self.habits.call(closure) if compares(options) else with_grad(closure)
         self._entry["func_evals"] += 1
         check_loss(loss, options.needs_loss)
         return self._point(loss, options, along_direction)
@@ -141,15 +150,20 @@ class Evaluations:
         if of.absent != part.absent:
             grads = self._grads_of(of)
         stats, value = NO_GRADIENT, math.nan
-        if of.params:
-            stats, value = self.history.stats(
-                grads,
-                of.pick(options.weight_decay),
-                options.maximize,
-                along_direction,
-                loss,
-                None if of is self.history.part else of,
-            )
+        if of.params or self.flat.together is not None:
+            try:
+                stats, value = self.history.stats(
+                    grads,
+                    of.pick(options.weight_decay),
+                    options.maximize,
+                    along_direction,
+                    loss,
+                    None if of is self.history.part else of,
+                    part.absent,
+                )
+            except PartsDiffer:
+                self.flat.fill_gradients()
+                return self._point(loss, options, along_direction)
         elif loss is not None:
             value = float(loss)
         if options.maximize:
@@ -160,7 +174,8 @@ class Evaluations:
 
     def _grads_of(self, part: Part) -> list[Tensor]:
         """The gradients of these parameters, zeros where a trial has none: it stays in a branch."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in part.params]
+        held = zip(part.params, part.indices, strict=True)
+        grads = [torch.zeros_like(p) if (g := self.flat.grad(i)) is None else g for p, i in held]
         return part.reals([grad.resolve_neg() for grad in grads])
 
     def start(self, closure: Closure | None, options: StepOptions, evaluated: Any = None) -> Point:
@@ -171,20 +186,27 @@ class Evaluations:
         self.grant(options.max_eval)
         self.precision.begin_step()
         self.function.begin_step()
-        moved = self._moved_since(options)
+        self.habits.begin_step()
+        memory = self._memory if closure is not None and options.deterministic else None
+        # What one rank sees counts for all.
+        moved, touched = self.flat.measures.any(
+            self._moved_since(options), memory is not None and not memory.holds(self.flat)
+        )
         if moved:  # x or g changed by more than the step
             self._begin_function()
             self.function.leave()
-        memory = self._memory if closure is not None and options.deterministic else None
         distrusts, self._distrusts = options.seen and self._distrusts, False
         self.remembered = False
         if memory is not None and not moved and not self.settled and not distrusts:
             # A step calls the closure at least once: the start, where there will be no trial.
             idle = options.lr == 0.0 or memory.point.stats.abs_max <= options.tolerance_grad
-            self.remembered = not idle and memory.holds(self.flat)
+            self.remembered = not idle and not touched
             if self.remembered:
                 self.precision.spend()
                 return memory.point
+        others = self._memory is not None and not self._memory.holds(self.flat)
+        if others and closure is not None and evaluated is None and not moved:
+            self.habits.check_own()
         del memory  # nobody else holds gradients that the closure may drop now
         self._memory = None
         if closure is None:
@@ -203,6 +225,8 @@ class Evaluations:
         same = self._as_before(point, options)
         if same is False:
             self._entry["changes"] += options.deterministic
+            if options.promises:
+                self.habits.tell_changed()
             self._begin_function()
         elif self.settled and self._settled_with not in (None, options):
             self._entry["settled"] = ""
@@ -219,8 +243,7 @@ class Evaluations:
 
     def _as_before(self, point: Point, options: StepOptions) -> bool | None:
         """Whether this is where the last step has ended; counts unless one function is promised."""
-        promised = options.deterministic and not options.seen
-        ask = self.function.compare if promised else self.function.meet
+        ask = self.function.compare if options.promises else self.function.meet
         return ask(point.values, point.part.absent, self.precision.noise)
 
     def look_again(self, closure: Closure, options: StepOptions) -> Point:
@@ -237,9 +260,23 @@ class Evaluations:
             return again
         self._begin_function()
         self._entry["changes"] += 1
+        if options.promises and again.finite:
+            again = self._again(again, closure, options)
         if again.finite:
             self.precision.begin(again.value)
         raise FunctionChanged(again)
+
+    def _again(self, here: Point, closure: Closure, options: StepOptions) -> Point:
+        """Calls the closure where it has just been called: does it give what it gave?"""
+        if not self.habits.doubles or not self.has_budget:
+            self.habits.tell_changed()
+            return here
+        there = self.evaluate(closure, options, False)
+        if agree(here.values, there.values, max(self.precision.noise, SAME_LOSS)):
+            self.habits.tell_changed()
+        elif there.finite:
+            self.habits.tell_differs(here.value, there.value)
+        return there
 
     def is_one_function(self, options: StepOptions) -> bool:
         """Whether two calls of the closure may be compared: promised or, with a search, seen."""
@@ -305,7 +342,8 @@ class Evaluations:
 
     def stands_where_it_arrived(self) -> bool:
         """Whether nobody has moved the parameters since the last step."""
-        return self._arrived is not None and self._arrived[0] == self.flat.places()
+        moved = self._arrived is None or self._arrived[0] != self.flat.places()
+        return not self.flat.measures.any(moved)[0]
 
     def begin_batch(self, batch_id: int | str | None) -> None:
         """The next step is on another batch."""
@@ -331,10 +369,6 @@ class Evaluations:
 def compares(options: StepOptions) -> bool:
     """Whether steps are compared with each other; a fixed step goes on as torch's does."""
     return options.deterministic or options.line_search is not None
-
-
-# Where no parameter has one.
-NO_GRADIENT = GradStats(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 def effective_gradient(

@@ -64,6 +64,11 @@ class StepOptions:
         """The same for a closure that is known to be one function."""
         return replace(self, deterministic=True, seen=True)
 
+    @property
+    def promises(self) -> bool:
+        """Whether the user has said that the closure is one function."""
+        return self.deterministic and not self.seen
+
     @cached_property
     def freezing(self) -> list[float] | None:
         """Shares of which those that are 0 freeze a parameter; None where none is.

@@ -158,10 +158,11 @@ class Trials:
             return self.objective.evaluate(closure, options, along_direction)
         except options.trial_errors:
             self._entry["func_evals"] += 1
-        for param in self._history.part.params:  # what is restored there will find a place
-            if param.grad is None:
+        for i in self._history.part.indices:  # what is restored there will find a place
+            if (param := self._flat.params[i]).grad is None:
                 param.grad = torch.zeros_like(param)
-        return start._replace(value=math.inf, grads=[])
+        common = self.objective.note_raised(options)
+        return common or start._replace(value=math.inf, grads=[])
 
     def end(
         self, closure: Closure, options: StepOptions, point: Point, header: Header, step: float

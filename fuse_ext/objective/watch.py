@@ -1,18 +1,21 @@
-"""Whether a closure is one function after all, found out by calling it twice at one point."""
+"""Whether a closure is one function, found out by calling it twice at one point.
+
+For minibatches that may be none (``Watch``), and for what was promised to be one (``Habits``).
+"""
 
 from __future__ import annotations
 
 import math
 from typing import Any, NamedTuple
 
-import torch
+from torch import Tensor
 
-from fuse_ext.checks import loss_value
+from fuse_ext.checks import check_loss, warn_caller
 from fuse_ext.kernels.hooks import with_grad
 from fuse_ext.kernels.ops import Ops
-from fuse_ext.search.one_function import Values, agree
+from fuse_ext.search.one_function import FORGETTING, Values, agree
 from fuse_ext.vector.flat import Closure, FlatParams
-from fuse_ext.vector.gradients import GradStats, grad_stats_into
+from fuse_ext.vector.gradients import NO_GRADIENT, GradStats, Readout, Told
 
 
 class Look(NamedTuple):
@@ -23,12 +26,16 @@ class Look(NamedTuple):
         one_function: Whether it is one function after all.
         undecided: Whether the next call will tell: until then no step may be taken.
         finite: Whether the loss is, where there is one.
+        norms: Of the gradients, where they were asked for and there are some.
+        value: The loss as a number, read in the same copy as they.
     """
 
     loss: Any = None
     one_function: bool = False
     undecided: bool = False
     finite: bool = True
+    norms: GradStats | None = None
+    value: float | None = None
 
 
 class Watch:
@@ -44,7 +51,8 @@ class Watch:
     NAMES = ("watched_loss", "watched_grad")
 
     def __init__(self, flat: FlatParams, ops: Ops, entry: dict[str, Any]) -> None:
-        self._flat, self._ops, self._entry = flat, ops, entry
+        self._flat, self._entry = flat, entry
+        self._readout = Readout(flat, ops)
 
     def begin(self) -> None:
         """The next two calls are compared."""
@@ -59,27 +67,34 @@ class Watch:
         """Whether it is not known yet."""
         return "watched_loss" in self._entry
 
-    def look(self, closure: Closure | None, mixed: bool) -> Look:
-        """Calls the closure, if there is one; ``mixed``: groups ascend and descend at once."""
+    def look(self, closure: Closure | None, mixed: bool, norms: bool = False) -> Look:
+        """Calls the closure, if there is one; ``mixed``: groups ascend and descend at once.
+
+        ``norms``: of the gradients that it leaves, or that are at hand, in the same copy.
+        """
         loss = None if closure is None else with_grad(closure)
         if mixed or (closure is not None and loss is None):
             self.give_up()  # no function to minimise, be it one or not
-        if loss is None:
-            return Look()
-        value = loss_value(loss)
-        if self.on:
-            one_function = self.tell(value)
-            if one_function is not False:
+        check_loss(loss)
+        compares = self.on and loss is not None
+        if norms:
+            self._flat.check_unchanged()
+        told = self._readout.read(loss, norms=norms or compares)
+        if compares:
+            one_function = self._tell(told)
+            if one_function and self._flat.unsaid:
+                warn_unsaid()  # other ranks may see batches
+            elif one_function is not False:
                 return Look(loss, bool(one_function), one_function is None)
-        return Look(loss, finite=math.isfinite(value))
+        finite = told.loss is None or math.isfinite(told.loss)
+        return Look(loss, finite=finite, norms=told.norms, value=told.loss)
 
-    def tell(self, loss: float) -> bool | None:
+    def _tell(self, told: Told) -> bool | None:
         """Takes in a call; whether it is one function, None while that is not known."""
-        entry, flat = self._entry, self._flat
-        stats = torch.zeros(len(GradStats._fields), dtype=torch.float64, device=flat.device)
-        grad_stats_into(flat, self._ops, stats)
-        norms = GradStats(*stats.tolist())
-        now = Values(loss, norms.square, norms.abs_sum)
+        entry = self._entry
+        norms = told.norms or NO_GRADIENT
+        assert told.loss is not None
+        now = Values(told.loss, norms.square, norms.abs_sum)
         before = Values(entry["watched_loss"], *entry.get("watched_grad", (math.nan, math.nan)))
         if not before.finite and now.finite:
             entry["watched_loss"], entry["watched_grad"] = now.loss, [now.square, now.abs_sum]
@@ -87,3 +102,137 @@ class Watch:
         del entry["watched_loss"]
         entry.pop("watched_grad", None)
         return bool(now.finite and agree(before, now))
+
+
+def warn_unsaid() -> None:
+    """Tells why a closure that repeats is not taken for one function."""
+    warn_caller(
+        "the closure looks like one function, for which L-BFGS with a line search would be better, "
+        "but there are other ranks, and with a search each would go its own way if their losses "
+        "differ: pass process_group=torch.distributed.group.WORLD if they train one model "
+        '(DistributedDataParallel), or process_group="local" if each trains its own'
+    )
+
+
+# Changes of the function, each counting less from step to step, after which they are no accident:
+# every step or every second one. Points that are drawn anew every tenth step come to 1.5.
+MANY_CHANGES = 3.0
+
+
+class Habits:
+    """What a closure does that a function does not; each is said once.
+
+    Adding to the gradients that it finds is put right: they are taken away before each call.
+
+    Args:
+        flat: The parameters.
+        entry: The optimizer's state entry: counts ``func_evals``.
+
+    Attributes:
+        doubles: Whether nothing was said yet of two calls at one point that differ.
+    """
+
+    def __init__(self, flat: FlatParams, entry: dict[str, Any]) -> None:
+        self._flat, self._entry = flat, entry
+        self._adds: bool | None = None  # whether it adds to gradients; None while not known
+        self._changes = 0.0
+        self.doubles, self._said_changes = True, False
+
+    def call(self, closure: Closure) -> Any:
+        """Calls it, the first time where there are gradients with a mark on one of them."""
+        if self._adds:
+            self._clear()
+        if self._adds is not None:
+            return with_grad(closure)
+        mark = self._mark()
+        marked, adds = self._flat.measures.any(mark is not None)[0], False
+        if not marked:
+            return with_grad(closure)
+        if mark is None:  # of other ranks' gradients there is one
+            loss = with_grad(closure)
+        else:
+            loss, adds = self._call_with(closure, *mark)
+        self._adds = self._flat.measures.any(adds)[0]
+        if not self._adds:
+            return loss
+        warn_caller(
+            "the closure adds to the gradients that it finds, so that at every trial of a step "
+            "they hold those of the trials before it. From here on FusePV takes them away before "
+            "each call. Begin the closure with optimizer.zero_grad(); sums over several backward "
+            "passes belong into one call of it"
+        )
+        self._clear()
+        self._entry["func_evals"] += 1
+        return with_grad(closure)
+
+    def _call_with(
+        self, closure: Closure, grad: Tensor, place: tuple[int, ...], value: Any
+    ) -> tuple[Any, bool]:
+        """The loss, and whether the gradient still holds the mark."""
+        try:
+            loss = with_grad(closure)
+        except BaseException:
+            grad[place] = value
+            raise
+        held = (self._flat.grad(i) for i in range(len(self._flat.params)))
+        # A gradient that the closure has not made anew is the one with the mark.
+        return loss, any(g is grad for g in held) and math.isnan(float(grad[place].real))
+
+    def _mark(self) -> tuple[Tensor, tuple[int, ...], Any] | None:
+        """Puts a NaN into a gradient that a closure has to make anew; what was there."""
+        for i, param in enumerate(self._flat.params):
+            grad = self._flat.grad(i)
+            if grad is None or not param.requires_grad or not grad.numel():
+                continue
+            place = (0,) * grad.dim()
+            value = grad[place].clone()
+            grad[place] = math.nan
+            return grad, place, value
+        return None
+
+    def _clear(self) -> None:
+        for param in self._flat.params:
+            param.grad = None
+
+    def check_own(self) -> None:
+        """To be asked where a step begins with gradients that this package has not left there.
+
+        Raises:
+            RuntimeError: The closure adds to them: they are part of another sum.
+        """
+        if self._adds and any(param.grad is not None for param in self._flat.params):
+            raise RuntimeError(
+                "gradients were accumulated before step(closure), and the closure adds to them: a "
+                "line search cannot evaluate that sum again. Do all backward passes in one call of "
+                "the closure (with Lightning: leave accumulate_grad_batches at 1 and sum over the "
+                "parts in training_step), or leave out deterministic=True and the line search"
+            )
+
+    def begin_step(self) -> None:
+        """Changes that lie back count less."""
+        self._changes *= FORGETTING
+
+    def tell_differs(self, first: float, second: float) -> None:
+        """Two calls at one point, one after the other, gave these losses."""
+        self.doubles = False
+        warn_caller(
+            f"deterministic=True, but two calls of the closure at one point gave the losses "
+            f"{first:.7g} and {second:.7g}: dropout, noise, or batches that are drawn inside it. "
+            "FusePV evaluates a step's start again where a trial does not fit it, which costs "
+            "evaluations, and cannot converge. Call model.eval() or draw before step(closure); on "
+            "minibatches leave deterministic out"
+        )
+
+    def tell_changed(self) -> None:
+        """The step under way has begun on another function than the last one has ended on."""
+        self._changes += 1.0
+        if self._changes < MANY_CHANGES or self._said_changes or not self.doubles:
+            return
+        self._said_changes = True
+        warn_caller(
+            "deterministic=True, but the closure is another function from step to step, as "
+            "minibatches are. FusePV notices, and evaluates where the step began again, which "
+            "takes one or two evaluations a step; curvature of many functions is no function's. "
+            "On minibatches leave deterministic out; where points or weights change now and "
+            "then, call optimizer.new_objective()"
+        )

@@ -25,6 +25,8 @@ from fuse_ext.phase.living.kronecker import kronecker_nbytes
 from fuse_ext.phase.modes import AUTO, living, takes_matrix
 from fuse_ext.tell.memory import MemoryEstimate, PhaseMemory
 from fuse_ext.vector.checks import check_params
+from fuse_ext.vector.ranks import ALONE
+from fuse_ext.vector.shards import check_spread, local, shards_of
 
 OPTIMIZERS = ("FusePV", "Adam", "LBFGS", "Fuse")
 # Line searches that may go on past a good trial, whose gradient they then keep.
@@ -39,6 +41,7 @@ def estimate_memory(
     history_dtype: torch.dtype | None = None,
     amsgrad: bool = False,
     moment_dtype: torch.dtype | None = None,
+    master_weights: bool = False,
     line_search: str | None = "auto",
     deterministic: bool | None = None,
     curvature: str = AUTO,
@@ -61,13 +64,15 @@ def estimate_memory(
 
     Args:
         params: A module, its parameters or parameter groups (on any device, of any supported
-            dtype), or just a number of float32 parameters.
+            dtype), or just a number of float32 parameters. Of DTensors what lies on this rank
+            counts.
         optimizer: "FusePV", "Adam", "LBFGS" or "Fuse".
         history_size: This and the rest: as the optimizer will be given; what it does not have is
             ignored. None is the optimizer's default.
         history_dtype: Storage of the pairs.
         amsgrad: Adam's third moment.
         moment_dtype: Storage of Adam's moments.
+        master_weights: Whether steps are taken on weights in float32.
         line_search: Its name; None for a fixed step; "auto" for FusePV on minibatches, and for
             strong Wolfe elsewhere.
         deterministic: What FusePV is told of the closure: with True "auto" is a line search, and
@@ -85,16 +90,22 @@ def estimate_memory(
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
-    groups = _on_meta(params)
+    groups, shards = _on_meta(params)
     averages = line_search == AUTO and optimizer == "FusePV" and not deterministic
     if line_search == AUTO and not averages:
         line_search = "strong_wolfe"
-    lbfgs_options: dict[str, Any] = {"history_dtype": history_dtype}
+    lbfgs_options: dict[str, Any] = {"history_dtype": history_dtype, "process_group": ALONE}
     if history_size is not None:
         lbfgs_options["history_size"] = history_size
     opt: FlatOptimizer  # made for the checks in its constructor, and for its flat layout
     if optimizer == "Adam":
-        opt = Adam(groups, amsgrad=amsgrad, moment_dtype=moment_dtype)
+        opt = Adam(
+            groups,
+            amsgrad=amsgrad,
+            moment_dtype=moment_dtype,
+            master_weights=master_weights,
+            process_group=ALONE,
+        )
     elif optimizer == "LBFGS":
         opt = LBFGS(groups, line_search_fn=line_search, **lbfgs_options)
     elif optimizer == "FusePV":
@@ -102,6 +113,7 @@ def estimate_memory(
             **lbfgs_options,
             "curvature": curvature,
             "moment_dtype": moment_dtype,
+            "master_weights": master_weights,
             "deterministic": deterministic,
             "pairs": pairs,
             "metric": metric,
@@ -110,18 +122,23 @@ def estimate_memory(
     else:
         opt = Fuse(groups, amsgrad=amsgrad, line_search=line_search, **lbfgs_options)
     flat, ops = opt.flat, kernels.select("reference", opt.flat.device)
-    adam = lbfgs = scratch = 0
+    adam = lbfgs = scratch = inherited = 0
+    masters = None
     size = opt.param_groups[0].get("history_size", 0)
     if optimizer != "LBFGS":
-        dtype = opt.param_groups[0].get("moment_dtype")
-        adam = Moments(flat, ops, defaultdict(dict), opt.param_groups, dtype).nbytes
+        dtype, keeps = (opt.param_groups[0].get(n) for n in ("moment_dtype", "master_weights"))
+        state: Any = defaultdict(dict)
+        made = Moments(flat, ops, state, opt.param_groups, dtype, keeps_masters=bool(keeps))
+        adam, masters = made.nbytes, made.masters
     alive = averages and living(opt.param_groups[0])
     if alive:
-        bases, scratch = kronecker_nbytes(flat, opt.param_groups)
-        lbfgs = adam + bases
+        bases, scratch = kronecker_nbytes(flat, opt.param_groups, shards)
+        lbfgs, inherited = adam + bases, adam
     elif averages:
         phase = AveragesPhase(flat, ops, {}, size, history_dtype)
+        phase.masters = masters or phase.masters
         lbfgs, scratch = phase.nbytes, phase.workspace_nbytes
+        inherited = 0 if masters is None else masters.nbytes
     elif optimizer != "Adam":
         held: InverseHessian
         if optimizer == "FusePV" and takes_matrix(opt.param_groups[0], flat):
@@ -137,18 +154,21 @@ def estimate_memory(
         "LBFGS": (PhaseMemory("lbfgs", lbfgs, scratch),),
         "FusePV": (
             PhaseMemory("adam", adam, 0),
-            PhaseMemory("lbfgs", lbfgs, scratch, averages and not alive, adam if alive else 0),
+            PhaseMemory("lbfgs", lbfgs, scratch, averages and not alive, inherited),
         ),
         "Fuse": (PhaseMemory("fuse", adam + lbfgs, scratch),),
     }
     return MemoryEstimate(optimizer, flat.numel, phases[optimizer])
 
 
-def _on_meta(params: Any) -> list[dict[str, Any]]:
-    """Parameter groups of tensors without memory that look like these."""
+def _on_meta(params: Any) -> tuple[list[dict[str, Any]], list[int] | None]:
+    """Parameter groups of tensors without memory that look like what lies here of these.
+
+    And in how many pieces each parameter lies.
+    """
     if isinstance(params, int):
         check_integer("params", params, 1)
-        return [{"params": [torch.empty(params, dtype=torch.float32, device="meta")]}]
+        return [{"params": [torch.empty(params, dtype=torch.float32, device="meta")]}], None
     if isinstance(params, nn.Module):
         params = params.parameters()
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
@@ -162,11 +182,14 @@ def _on_meta(params: Any) -> list[dict[str, Any]]:
     groups = [own_group(group) for group in groups]
     # Each tensor of a group counts once, as in the optimizers.
     groups = [{**group, "params": [*dict.fromkeys(_tensors(group["params"]))]} for group in groups]
-    check_params([tensor for group in groups for tensor in group["params"]])
-    return [
-        {**group, "params": [torch.empty_like(t, device="meta") for t in group["params"]]}
+    owners = [tensor for group in groups for tensor in group["params"]]
+    check_spread(owners)
+    check_params([local(tensor) for tensor in owners], owners)
+    on_meta = [
+        {**group, "params": [torch.empty_like(local(t), device="meta") for t in group["params"]]}
         for group in groups
     ]
+    return on_meta, [shards_of(tensor) for tensor in owners]
 
 
 def _tensors(entries: Any) -> list[Tensor]:

@@ -10,14 +10,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from fuse_ext.curvature.moments import check_moments_fit
 from fuse_ext.kernels import hooks, ops
 from fuse_ext.objective.step_options import default_evaluations
-from fuse_ext.optim.options import Table
+from fuse_ext.optim.checkpoint.record import RECORD, empty_record, opened, pack
+from fuse_ext.optim.checkpoint.shards import divide, join
+from fuse_ext.optim.options import Table, in_words, out_of_words
 from fuse_ext.phase import conversion
+from fuse_ext.phase.modes import check_ranks
 from fuse_ext.phase.protocol import Phase
+from fuse_ext.vector.checks import listed
 from fuse_ext.vector.flat import FlatParams, ParamGroup
+from fuse_ext.vector.narrow.masters import give_up_masters
+from fuse_ext.vector.ranks import Said
+from fuse_ext.vector.shards import is_dtensor
 
 
 class FlatOptimizer(Optimizer, ABC):
@@ -30,23 +38,28 @@ class FlatOptimizer(Optimizer, ABC):
 
     _table: ClassVar[Table]
     _phase: Phase | None = None
+    _loss: Any = None  # that of the last step
 
     # torch calls it on ``step`` when the first object of a class is made.
     profile_hook_step = staticmethod(hooks.noticed)
 
-    def __init__(self, params: Any, defaults: dict[str, Any], backend: str) -> None:
-        self._backend = backend
+    def __init__(
+        self, params: Any, defaults: dict[str, Any], backend: str, process_group: Any = None
+    ) -> None:
+        self._backend, self._said = backend, Said(process_group)
         self._incoming: dict[str, Any] | None = None
+        self._waiting: RemovableHandle | None = None  # for a state: see await_state
         self._flat: FlatParams | None = None
         if backend not in ops.BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}")
-        super().__init__(params, defaults)
+        super().__init__(listed(params), defaults)
         self._check_groups(self.param_groups)
         self._renew_layout()
 
     def _renew_layout(self) -> None:
         """Lays the parameters out as they are now; state made for another layout is void then."""
-        flat = FlatParams(self.param_groups)
+        flat = FlatParams(self.param_groups, self._said.group)
+        check_ranks(self.param_groups[0], flat)
         check_moments_fit(self.param_groups[0].get("moment_dtype"), flat.params)
         self._flat = flat
         self._ops = ops.select(self._backend, self._flat.device)
@@ -65,6 +78,8 @@ class FlatOptimizer(Optimizer, ABC):
     def _entry(self) -> dict[str, Any]:
         """The state that belongs to all parameters lies with the first, as torch's LBFGS does."""
         entry: dict[str, Any] = self.state[self.flat.params[0]]
+        if RECORD not in entry:  # torch's unflattening asks for the names that are there
+            entry[RECORD] = empty_record()
         return entry
 
     def _own_group(self, param_group: ParamGroup) -> ParamGroup:
@@ -131,11 +146,12 @@ class FlatOptimizer(Optimizer, ABC):
             optimizer.continue_in(torch.float64)
 
         Parameters that have not been converted are, in place, with the gradients at hand, and so
-        is all state: moments, curvature, averages, counters. No value changes. What was learnt of
-        the loss's rounding is forgotten, the next step evaluates anew, and a run that had nothing
-        left to gain goes on, which is why this is not called ``to``. Options stay, but for
-        ``moment_dtype``, which is None in float64. After a checkpoint of float32 has been loaded
-        for a model in float64 it does the same. CUDA graphs have to be captured anew.
+        is all state: moments, curvature, averages, counters. No value changes, but that parameters
+        become their master weights where they have some. What was learnt of the loss's rounding is
+        forgotten, the next step evaluates anew, and a run that had nothing left to gain goes on,
+        which is why this is not called ``to``. Options stay, but for ``moment_dtype``, which is
+        None in float64. After a checkpoint of float32 has been loaded for a model in float64 it
+        does the same. CUDA graphs have to be captured anew.
 
         Args:
             dtype: torch.float64; or torch.float32, where parameters are narrower. Complex
@@ -148,6 +164,7 @@ class FlatOptimizer(Optimizer, ABC):
         conversion.check_conversion(self.flat, self.param_groups, dtype, bool(self.state))
         self._settle()
         conversion.convert_params(self.param_groups, dtype)
+        give_up_masters(self.flat, self.state)
         if dtype == torch.float64:
             for group in [self.defaults, *self.param_groups]:
                 if "moment_dtype" in group:
@@ -155,6 +172,15 @@ class FlatOptimizer(Optimizer, ABC):
         self._renew_layout()
         conversion.forget_rounding(self.state.get(self.flat.params[0], {}))
         self._adopt_state()
+
+    def _noted(self, loss: Any) -> Any:
+        """A step's loss, of which the report will tell."""
+        self._loss = loss.detach() if isinstance(loss, Tensor) else loss
+        return loss
+
+    @property
+    def _last_loss(self) -> float | None:
+        return None if self._loss is None else float(self._loss)
 
     @abstractmethod
     def _adopt_state(self) -> None:
@@ -166,14 +192,35 @@ class FlatOptimizer(Optimizer, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch."""
-        self._settle()
+        if self._waiting is None:
+            self._settle()
         saved = super().state_dict()
-        for group in saved["param_groups"]:  # classes are no data: torch.load would refuse them
-            group.pop("trial_errors", None)
+        saved["param_groups"] = list(map(in_words, saved["param_groups"]))
         kinds = {param.is_complex() for param in self.flat.params}
         if len(kinds) > 1:  # torch.save takes no storage that is seen in two dtypes
             saved["state"] = _map_tensors(saved["state"], _own_if_complex)
+        keys = [key for group in saved["param_groups"] for key in group["params"]]
+        if self.flat.spread and self._waiting is None:
+            saved["state"] = divide(saved["state"], keys, self.flat, self.param_groups)
+        if self._waiting is None and RECORD in saved["state"].get(keys[0], {}):
+            saved["state"] = pack(saved["state"], keys, self.flat.device)
         return saved
+
+    def await_state(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        """Holds a state that only has the form of one which ``load_state_dict`` is to bring.
+
+        Until then the optimizer takes no step. See :func:`fuse_ext.prepare_to_load`.
+        """
+        self._stop_waiting()
+        self._phase = None
+        # torch asks for an entry of every parameter.
+        self.state = defaultdict(dict, {param: state.get(param, {}) for param in self.flat.params})
+        self._waiting = self.register_step_pre_hook(_refuse_to_step)
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.remove()
+            self._waiting = None
 
     @abstractmethod
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -192,6 +239,8 @@ class FlatOptimizer(Optimizer, ABC):
         def receive(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
             incoming = dict(incoming)  # it may be the one that a hook of the user's has kept
             self._check_incoming_groups(incoming)
+            keys = [key for group in incoming["param_groups"] for key in group["params"]]
+            incoming["state"] = join(opened(incoming["state"], keys), keys, self.flat)
             self._check_state_dict(incoming)
             self._incoming = incoming
             return incoming
@@ -201,6 +250,7 @@ class FlatOptimizer(Optimizer, ABC):
         handle = self.register_load_state_dict_pre_hook(receive)
         try:
             super().load_state_dict(state_dict)
+            self._stop_waiting()
         finally:
             handle.remove()
             self._incoming = None
@@ -226,11 +276,13 @@ class FlatOptimizer(Optimizer, ABC):
         theirs = [len(group["params"]) for group in groups]
         if ours != theirs:
             raise ValueError(
-                f"state_dict has parameter groups of {theirs} tensors, the optimizer of {ours}"
+                f"state_dict has parameter groups of {theirs} tensors, the optimizer of {ours}; an "
+                "optimizer's state is loaded whole (no strict=False): where layers have come or "
+                "gone, begin with a new optimizer"
             )
         groups = [
             {
-                **with_possible_max_eval(group),
+                **with_possible_max_eval(out_of_words(group)),
                 **{name: own[name] for name in self._table.of_process},
             }
             for group, own in zip(groups, self.param_groups, strict=True)
@@ -247,6 +299,7 @@ class FlatOptimizer(Optimizer, ABC):
             **super().__getstate__(),
             "state": defaultdict(dict, state),
             "_backend": self._backend,
+            "_said": self._said,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -255,6 +308,8 @@ class FlatOptimizer(Optimizer, ABC):
         if not has_option:  # torch adds it to every optimizer's defaults here
             del self.defaults["differentiable"]
         self.__dict__.setdefault("_incoming", None)
+        self.__dict__.setdefault("_said", Said())  # of an older pickle
+        self.__dict__.setdefault("_waiting", None)
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
@@ -266,6 +321,10 @@ class FlatOptimizer(Optimizer, ABC):
                     self.state[param] = _map_tensors(self._incoming["state"][i], _copy)
         self._renew_layout()
         self._adopt_state()
+
+
+def _refuse_to_step(*_: Any) -> None:
+    raise RuntimeError("prepare_to_load was called: load the state before the next step")
 
 
 def with_possible_max_eval(group: ParamGroup) -> ParamGroup:
@@ -319,4 +378,6 @@ def _own_if_complex(tensor: Tensor) -> Tensor:
 
 def _compact(tensor: Tensor) -> Tensor:
     """The tensor, or a copy where it is a small part of its storage."""
+    if is_dtensor(tensor):
+        return _copy(tensor)
     return tensor if 2 * tensor.nbytes > tensor.untyped_storage().nbytes() else _copy(tensor)

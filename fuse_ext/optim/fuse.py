@@ -94,8 +94,9 @@ class Fuse(FlatOptimizer):
         trial_errors: As in :class:`~fuse_ext.LBFGS`.
         same_batch_pairs: Otherwise, with a closure, evaluate it once more after the step, so that
             no pair mixes two batches.
-        betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root, maximize,
-            lbfgs_lr, history_size, history_dtype, curvature_tol, backend: As in FusePV.
+        betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root: As in FusePV.
+        maximize, lbfgs_lr, history_size, history_dtype, curvature_tol, backend: As in FusePV.
+        process_group: As in FusePV.
 
     Memory: Adam's 8 bytes a parameter and L-BFGS's 4 (2 m + 2), and one vector of scratch (three
     with a line search).
@@ -131,6 +132,7 @@ class Fuse(FlatOptimizer):
         trial_errors: tuple[type[Exception], ...] = (),
         same_batch_pairs: bool = True,
         backend: str = "auto",
+        process_group: Any = None,
     ) -> None:
         given = dict(locals())
         if theta is None:
@@ -146,7 +148,7 @@ class Fuse(FlatOptimizer):
         self._lbfgs: Iteration | None = None  # on this history
         self._history: History | None = None
         self._grads: Tensor | None = None
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, backend, process_group)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_theta": self._theta}
@@ -205,6 +207,11 @@ class Fuse(FlatOptimizer):
                 leaves the parameters as they were; only an error in the evaluation after the step
                 (``same_batch_pairs``) leaves the step taken and its pair dropped.
         """
+        if closure is None and self._would_not_move():
+            self._make_ready()
+            assert self._adam is not None
+            self._adam.step(self.param_groups)
+            return None
         options, theta = self._options(), self.theta
         if closure is None and options.line_search is not None:
             raise ValueError(
@@ -217,10 +224,10 @@ class Fuse(FlatOptimizer):
         point = lbfgs.objective.start(closure, options)
         if not point.finite:
             lbfgs.refuse(point)
-            return point.loss
+            return self._noted(point.loss)
         if not point.part.params:
             lbfgs.progress.reason = "gradient"
-            return point.loss
+            return self._noted(point.loss)
         header = lbfgs.find_direction(point, options)
         step = self._lbfgs_step_length(closure, options, point, header)
         origin = lbfgs.trials.origin()
@@ -234,7 +241,13 @@ class Fuse(FlatOptimizer):
         if closure is not None and options.same_batch_pairs and not options.deterministic:
             self._complete_pair(closure, options)
         lbfgs.objective.note_arrival(None, options)
-        return point.loss
+        return self._noted(point.loss)
+
+    def _would_not_move(self) -> bool:
+        """Whether lr and gradients are 0, as where torch.distributed.checkpoint makes a state."""
+        if any(float(group["lr"]) for group in self.param_groups):
+            return False
+        return not any(p.grad is not None and bool(p.grad.any()) for p in self.flat.params)
 
     def _make_ready(self) -> None:
         """Makes the halves; anew where the user has cleared or replaced the state."""
@@ -279,8 +292,8 @@ class Fuse(FlatOptimizer):
         """Gives the parameters the gradients back that the step began with, and no other."""
         for i in part.absent:
             self.flat.params[i].grad = None
-        for param in part.params:
-            if param.grad is None:
+        for i in part.indices:
+            if (param := self.flat.params[i]).grad is None:
                 param.grad = torch.zeros_like(param)
         assert self._grads is not None
         _, grads = self.flat.gradients()
@@ -321,4 +334,5 @@ class Fuse(FlatOptimizer):
         fields = lbfgs_fields(LbfgsPhase(self._lbfgs), self._entry)
         fields["state_bytes"] += self._adam.nbytes
         fields["workspace_bytes"] += 0 if self._grads is None else self._grads.nbytes
+        fields["loss"] = self._last_loss
         return Report(phase=PHASE, adam_steps=self._entry["n_iter"], **fields)

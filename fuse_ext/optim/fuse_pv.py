@@ -15,7 +15,7 @@ from fuse_ext.phase import modes, succession
 from fuse_ext.phase.averages import AveragesPhase
 from fuse_ext.phase.modes import ADAM, AUTO, LBFGS
 from fuse_ext.phase.protocol import Call, Outcome, Scaling
-from fuse_ext.phase.told import ask
+from fuse_ext.phase.told import ask, told_of
 from fuse_ext.switch.criterion import Observation, Switchover
 from fuse_ext.switch.when import as_switchover
 from fuse_ext.tell.log import LOG, NEW_LOG, criterion_in, falls_back, rested, warn_non_finite
@@ -50,16 +50,15 @@ class FusePV(FlatOptimizer):
             :class:`~fuse_ext.Observation`; None for 20 steps where minibatches may follow (50 with
             ``pairs="averaged"``), else :class:`~fuse_ext.LossPlateau` or, if ``deterministic``, a
             short :class:`~fuse_ext.WarmUp`.
-        betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root, moment_dtype: As
-            in :class:`~fuse_ext.Adam`. On averages weight decay is what it is in the Adam phase.
-            With a line search or a fixed step it is an L2 term, weight_decay/2 \|x\|^2, decoupled
-            or not: another decay has no minimum to search for.
-        maximize: Ascend, in both phases. Groups may differ where L-BFGS is on averages or never
-            comes (``switch=Never()``).
+        betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root, moment_dtype,
+            master_weights: As in :class:`~fuse_ext.Adam`. On minibatches weight decay is that of
+            the Adam phase, and master weights stay. With a line search or a fixed step it is an L2
+            term, weight_decay/2 \|x\|^2, decoupled or not, and they go.
+        maximize: Ascend. Groups may differ on minibatches, and with ``switch=Never()``.
         lbfgs_lr: First trial step of L-BFGS, and the step itself without a line search.
         curvature: "dense" for the inverse Hessian as a matrix of 4 d^2 bytes for d parameters
             (:mod:`~fuse_ext.curvature.dense`), "pairs" for L-BFGS, "auto" for a matrix up to
-            128 MiB (5,784 parameters; on a GPU 1 GiB, 16,376) on one function with a line search,
+            512 MiB (11,576 parameters; on a GPU 1 GiB, 16,376) on one function with a line search,
             where nothing is said of pairs, and for pairs elsewhere. Averages go with pairs alone.
         dense_update: The matrix's: "broyden", the self-scaled Broyden update, or "bfgs".
         history_size: m, the curvature pairs kept; None for 10 or, on one function, as many as fit
@@ -113,6 +112,8 @@ class FusePV(FlatOptimizer):
             calls of ``step``, and Adam does not take over where L-BFGS fails.
         on_switch: Called with the optimizer after each switch to L-BFGS.
         backend: "auto", "native" (C++) or "reference" (plain PyTorch).
+        process_group: The ranks that step together (docs/large-models.md): a group or a mesh, to be
+            given with DistributedDataParallel; "local" for none; None for those of DTensors.
 
     Attributes:
         phase: "adam" or "lbfgs"; also in every parameter group, and saved with it.
@@ -145,6 +146,7 @@ class FusePV(FlatOptimizer):
         decoupled_weight_decay: bool = False,
         eps_inside_root: bool = False,
         moment_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
         maximize: bool = False,
         lbfgs_lr: float = 1.0,
         history_size: int | None = None,
@@ -168,6 +170,7 @@ class FusePV(FlatOptimizer):
         capturable: bool = False,
         on_switch: Callable[[FusePV], None] | None = None,
         backend: str = "auto",
+        process_group: Any = None,
     ) -> None:
         given = dict(locals())
         if on_switch is not None and not callable(on_switch):
@@ -179,7 +182,7 @@ class FusePV(FlatOptimizer):
         self._switch = modes.default_switch(defaults) if switch is None else as_switchover(switch)
         check_switch(self._switch, capturable)
         defaults["phase"] = LBFGS if self._switch.at_once else ADAM
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, backend, process_group)
         self._fill_in()
         self._switch.check(self.flat.params)
 
@@ -192,8 +195,7 @@ class FusePV(FlatOptimizer):
     def _log(self) -> dict[str, Any]:
         """Counters and the criterion's state, saved with the rest."""
         self._began = True
-        log: dict[str, Any] = self._entry.setdefault(LOG, dict(NEW_LOG))
-        return log
+        return dict.setdefault(self._entry, LOG, dict(NEW_LOG))
 
     @without_grad
     def step(
@@ -213,7 +215,7 @@ class FusePV(FlatOptimizer):
         of up to ``max_eval`` evaluations, which ends at the least loss that it met; where it is
         not, losses cannot be compared, and Adam goes on from the last point that was accepted,
         with the criterion started anew. On minibatches so does it, for 100 steps at least, where
-        losses have stayed above those at the switch.
+        losses have stayed above those at the switch; or there is no memory for it.
 
         Where nothing can be gained any more (``report().converged``, or neither searches nor Adam
         find a lower loss) a step is one call of the closure, which sees whether that is still so:
@@ -223,10 +225,8 @@ class FusePV(FlatOptimizer):
             closure: Zeroes the gradients, computes the loss and its gradients, returns the loss,
                 or None where nothing needs it. Optional in the Adam phase, and in the L-BFGS phase
                 on averages or with a fixed step and ``max_iter=1``.
-            loss: The loss of the gradients at hand, for a criterion that needs it, where there is
-                no closure.
-            batch_id: What batch this is. Without averages a change of it is as
-                :meth:`new_objective`.
+            loss: Of the gradients at hand, where there is no closure and a criterion needs it.
+            batch_id: What batch this is. Without averages a change is as :meth:`new_objective`.
             pair_closure: Like ``closure``, on the sample that the pair's two gradients are to be
                 of: the overlap of this batch and the next (multi-batch L-BFGS), or a larger one.
                 Called before and after an L-BFGS step without averages; not with ``max_iter`` > 1.
@@ -263,17 +263,19 @@ class FusePV(FlatOptimizer):
         if outcome.refused:
             warn_non_finite(self)
         observed = outcome.observed
-        if observed is not None and self._switch.observe(observed) and rested(self._log):
-            self.switch_now(self._switch.reason)
+        if observed and modes.agreed(self._switch, observed, self.flat) and rested(self._log):
+            self.switch_now(self._switch.reason or modes.ON_ANOTHER_RANK)
         if falls_back(self._log, outcome, modes.finds_out(self.param_groups[0])):
             self.switch_back()  # from where the last good step has led
-        return outcome.loss
+        return self._noted(outcome.loss)
 
     def report(self) -> Report:
         """What was done, and why."""
         self._notice_lost_state()
         self._settle()
-        return report_of_phases(self.phase, self._log, self._entry, self._phase)
+        told = told_of(self._ground(), self._phase, self._switch, self._log)
+        told["loss"] = self._last_loss
+        return report_of_phases(self.phase, self._log, self._entry, self._phase, **told)
 
     def _ground(self) -> succession.Ground:
         return succession.Ground(self.flat, self._ops, self.state, self.param_groups)
@@ -282,19 +284,22 @@ class FusePV(FlatOptimizer):
         """The phase that begins with this step."""
         self._renew_layout()
         if self.phase == LBFGS:  # the switch comes at once
-            return self._begin_lbfgs(self._switch.reason)
-        self._phase = phase = self._ground().adam()
-        return phase
+            self._begin_lbfgs(self._switch.reason)
+        else:
+            self._phase = self._ground().adam()
+        return self._phase  # type: ignore[return-value]
 
     def switch_now(self, reason: str = "switch_now() was called") -> None:
-        """Leaves Adam for L-BFGS, whatever the criterion says; nothing if already there."""
+        """Leaves Adam, whatever the criterion says; nothing if already left, or without memory."""
         if self.phase == ADAM:
             self._begin_lbfgs(reason)
 
-    def _begin_lbfgs(self, reason: str) -> succession.AnyPhase:
+    def _begin_lbfgs(self, reason: str) -> None:
         self._settle()
         log = self._log
         phase = succession.successor(self._ground(), self._phase, log, self._unsaid)
+        if phase is None:
+            return
         log["switches"] += 1
         log["switch_step"], log["switch_reason"] = log["adam_steps"], reason
         succession.drop_adam_state(self._ground(), phase)
@@ -303,14 +308,12 @@ class FusePV(FlatOptimizer):
             group["phase"], group["lr_at_switch"] = LBFGS, float(group["lr"])
         if self._on_switch is not None:
             self._on_switch(self)
-        return phase
 
     def switch_back(self) -> None:
         """Returns to Adam, with the moments if they were kept; the criterion starts anew."""
         if self.phase == ADAM:
             return
-        if self._phase is None:  # the switch at once, taken back before the first step
-            self._log["switches"] += 1
+        self._log["switches"] += self._phase is None  # at once, taken back before the first step
         succession.leave_second(self._ground(), self._phase)
         self._phase = None
         self._begin_adam()
@@ -323,8 +326,7 @@ class FusePV(FlatOptimizer):
         self._switch.reset()
 
     def _fill_in(self, found: bool = False) -> None:
-        groups = [self.defaults, *self.param_groups]
-        modes.fill_in_groups(groups, self.flat, self._unsaid, found)
+        modes.fill_in_groups([self.defaults, *self.param_groups], self.flat, self._unsaid, found)
 
     def next_epoch(self) -> None:
         """Tells the criteria that an epoch has ended."""
@@ -365,8 +367,9 @@ class FusePV(FlatOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch: the phase is in the parameter groups, tensors and counters in the state."""
-        self._notice_lost_state()
-        self._log["criterion"] = self._switch.state_dict()
+        if self._waiting is None:
+            self._notice_lost_state()
+            self._log["criterion"] = self._switch.state_dict()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -79,6 +79,7 @@ class LBFGS(FlatOptimizer):
             an ``lr`` that is a tensor is one for all groups. Parameters must not be moved between
             steps by anyone else. Of the tolerances on changes only that on -g.p counts.
         backend: "auto", "native" (C++) or "reference" (plain PyTorch).
+        process_group: The ranks that step together; as in :class:`~fuse_ext.FusePV`.
 
     Memory: 2 m + 2 vectors of the history's dtype (and one of float32 if it is narrower, or with
     ``capturable``), and one or two vectors of scratch for the line search.
@@ -114,6 +115,7 @@ class LBFGS(FlatOptimizer):
         trial_errors: tuple[type[Exception], ...] = (),
         capturable: bool = False,
         backend: str = "auto",
+        process_group: Any = None,
     ) -> None:
         given = dict(locals())
         if max_eval is None and isinstance(max_iter, int):
@@ -122,7 +124,7 @@ class LBFGS(FlatOptimizer):
         defaults = self._table.defaults(given)
         self._table.check(defaults)
         self._phase: LbfgsPhase | DevicePhase | None = None
-        super().__init__(params, defaults, backend)
+        super().__init__(params, defaults, backend, process_group)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         groups, state = state_dict["param_groups"], state_dict["state"]
@@ -183,6 +185,9 @@ class LBFGS(FlatOptimizer):
         lrs = [float(group["lr"]) if lr is None else 1.0 for group in groups]
         options = step_options(self.flat, groups, lrs, "line_search_fn")
         if closure is None and (options.line_search is not None or options.max_iter > 1):
+            if not any(lrs):  # as torch.distributed.checkpoint makes the state
+                self._phase = self._phase or self._make_phase()
+                return None
             raise ValueError(
                 f"closure=None needs line_search_fn=None and max_iter=1, got "
                 f"line_search_fn={options.line_search!r} and max_iter={options.max_iter}"
@@ -191,8 +196,8 @@ class LBFGS(FlatOptimizer):
         if self._phase is None or asked_for:
             self._phase = self._make_phase()
         if isinstance(self._phase, LbfgsPhase):  # without what FusePV has to ask of it: 1 us
-            return self._phase.iteration.run(closure, options)
-        return self._phase.step(Call(closure, groups, options=options, lr=lr)).loss
+            return self._noted(self._phase.iteration.run(closure, options))
+        return self._noted(self._phase.step(Call(closure, groups, options=options, lr=lr)).loss)
 
     def _settle(self) -> None:
         if self._phase is not None and not self._phase.outdated(self.state):
@@ -203,4 +208,5 @@ class LBFGS(FlatOptimizer):
         self._settle()
         if self._phase is None or self._phase.outdated(self.state):
             return Report(phase="lbfgs")
-        return Report(phase="lbfgs", **lbfgs_fields(self._phase, self._entry))
+        fields = lbfgs_fields(self._phase, self._entry)
+        return Report(phase="lbfgs", loss=self._last_loss, **fields)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fuse_ext.checks import check_loss, loss_value
+from fuse_ext.checks import check_loss
 from fuse_ext.curvature.moments import Moments
 from fuse_ext.kernels.capture import device_loss, is_capturing, refuse_while_capturing
 from fuse_ext.kernels.hooks import with_grad
@@ -16,7 +15,7 @@ from fuse_ext.kernels.ops import Ops
 from fuse_ext.phase.protocol import Call, Outcome
 from fuse_ext.switch.criterion import Observation
 from fuse_ext.vector.flat import FlatParams, ParamGroup
-from fuse_ext.vector.gradients import GradStats, grad_stats_into, grads_are_finite
+from fuse_ext.vector.gradients import GradStats, Readout, grad_stats_into
 
 
 def make_moments(
@@ -24,7 +23,8 @@ def make_moments(
 ) -> Moments:
     """Adam's moments for these groups, with counts where their options want them."""
     first = groups[0]
-    return Moments(flat, ops, state, groups, first["moment_dtype"], bool(first["capturable"]))
+    on_device, keeps = bool(first["capturable"]), bool(first["master_weights"])
+    return Moments(flat, ops, state, groups, first["moment_dtype"], on_device, keeps)
 
 
 class AdamPhase:
@@ -42,6 +42,8 @@ class AdamPhase:
 
     Attributes:
         moments: None before the first step that is taken, unless ``state`` holds some.
+        said: What the user was warned of.
+        last_loss: That of the last step, where one function was promised.
     """
 
     def __init__(
@@ -55,7 +57,10 @@ class AdamPhase:
         # Steps taken and skipped, float64 [2] on the device; None where the log has the truth.
         self._counted: Tensor | None = None
         self._stats: Tensor | None = None
+        self._readout = Readout(flat, ops)
         self.moments: Moments | None = None
+        self.said: set[str] = set()
+        self.last_loss: float | None = None
         # The user may keep other things in the state, under other keys.
         if any("step" in state.get(param, {}) for param in flat.params):
             self.moments = make_moments(flat, ops, state, groups)
@@ -98,23 +103,24 @@ class AdamPhase:
             )
         if call.closure is not None:
             loss = with_grad(call.closure)
-        value = None
-        if loss is not None and (criterion.needs_loss or checks):
-            value = loss_value(loss)
+        wants_loss = loss is not None and (criterion.needs_loss or checks)
+        if wants_loss:
+            check_loss(loss)
         elif criterion.needs_loss and not call.empty:
             check_loss(loss, f"switch={criterion!r}")
         log["adam_evaluations"] += call.closure is not None
-        found_inf = call.scaling.found
-        if found_inf:  # the scaler's business: it lowers its scale
+        found_inf = call.scaling.found_inf
+        looks = checks and found_inf is None  # else the scaler has checked the gradients already
+        if looks:
+            self._flat.check_unchanged()
+        told = self._readout.read(loss if wants_loss else None, found_inf, looks)
+        if told.found_inf:  # the scaler's business: it lowers its scale
             log["adam_non_finite"] += 1
             return Outcome(loss)
-        if checks:
-            self._flat.check_unchanged()
-            finite = value is None or math.isfinite(value)
-            # The scaler has checked the gradients already.
-            if not (finite and (found_inf is not None or grads_are_finite(self._flat, self._ops))):
-                log["adam_non_finite"] += 1
-                return Outcome(loss, refused=True)
+        if checks and not told.finite:
+            log["adam_non_finite"] += 1
+            return Outcome(loss, refused=True)
+        value = told.loss
         self._ready(call.groups).step(call.groups, call.scaling.factor)
         if call.empty:
             return Outcome(loss)

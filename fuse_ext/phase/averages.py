@@ -51,6 +51,9 @@ from fuse_ext.objective.watch import Watch
 from fuse_ext.phase.protocol import Call, Outcome
 from fuse_ext.search.noise import Precision
 from fuse_ext.vector.flat import FlatParams, ParamGroup, Part, memory_order
+from fuse_ext.vector.gradients import NO_GRADIENT
+from fuse_ext.vector.measures import PartsDiffer
+from fuse_ext.vector.narrow.masters import Masters
 
 # Where Adam has seen next to no gradient D is this much of its mean: what wakes up later must not
 # take steps beyond all measure.
@@ -127,9 +130,11 @@ class AveragesPhase:
         history_dtype: torch.dtype | None,
     ) -> None:
         self._flat, self._ops, self._entry = flat, ops, entry
+        self.masters = Masters(flat, {}, keeps=False)  # or with some, of whoever makes the phase
         # The L-BFGS ops see one vector: the step in Adam's coordinates.
         self._step = flat.new_vector()
-        coordinates = FlatParams([{"params": [self._step]}])
+        stretches = [self._step[stretch.place] for stretch in flat.stretches]
+        coordinates = FlatParams([{"params": stretches}], alike=flat)
         self.history = History(coordinates, ops, entry, history_size, history_dtype)
         strides = memory_order(flat)
         if strides:
@@ -190,7 +195,8 @@ class AveragesPhase:
     @property
     def nbytes(self) -> int:
         """Bytes of state held."""
-        return self.history.nbytes + sum(self._entry[name].nbytes for name in VECTORS)
+        held = sum(self._entry[name].nbytes for name in VECTORS)
+        return self.history.nbytes + held + self.masters.nbytes
 
     def settle(self, log: dict[str, Any]) -> None:
         """The host has counted everything itself."""
@@ -211,7 +217,7 @@ class AveragesPhase:
             self.progress.reason = "watch"
         if look.undecided or look.one_function:
             return Outcome(look.loss, one_function=look.one_function)
-        if not look.finite:
+        if not look.finite or not self._agree(look.value, options):
             self.refuse()
             return Outcome(look.loss, refused=True)
         if mixed:
@@ -230,6 +236,18 @@ class AveragesPhase:
             self._flat.per_segment(shrinks, None),
         )
         return Outcome(look.loss, refused=entry["non_finite"] > seen)
+
+    def _agree(self, loss: float | None, options: StepOptions) -> bool:
+        """Whether the loss is finite on all ranks, which see to it that they move the same."""
+        if self._flat.together is None:
+            return True
+        absent = self._flat.gradients(options.freezing)[0].absent
+        try:
+            mean = self._flat.measures.point([*NO_GRADIENT], loss, absent)[-1]
+        except PartsDiffer:
+            self._flat.fill_gradients()
+            return self._agree(loss, options)
+        return loss is None or math.isfinite(mean)
 
     def step_on_gradients(
         self, options: StepOptions, beta: float, step_cap: float, shrink: list[float | None]
@@ -316,7 +334,7 @@ class AveragesPhase:
         entry = self._entry
         for i in [i for i in entry["without_metric"] if i not in part.absent]:
             piece = self._flat.stretch(grad, i)
-            size = self._flat.measures.norm(piece) / math.sqrt(piece.numel())
+            size = math.sqrt(self._flat.measures.mean_square(piece, i))
             if size > 0.0:
                 self._flat.stretch(entry["root_metric"], i).fill_(math.sqrt(size))
                 entry["without_metric"] = [j for j in entry["without_metric"] if j != i]
@@ -336,7 +354,8 @@ class AveragesPhase:
 
     def _direction(self, options: StepOptions) -> Header | None:
         """-H m, with the history forgotten where that does not descend; None where m is 0."""
-        average, tol = [self._entry["grad_avg"]], options.curvature_tol
+        tol, whole = options.curvature_tol, self._entry["grad_avg"]
+        average = [whole[stretch.place] for stretch in self._flat.stretches]
         while True:
             header, _ = self.history.update_direction(average, [], [], False, None, tol)
             if header.direction_dot_grad < 0.0 and math.isfinite(header.direction_sq):
@@ -375,10 +394,7 @@ class AveragesPhase:
         self._step.nan_to_num_(0.0)  # 0 * inf, where nothing moves
 
     def _move(self, part: Part, options: StepOptions, shrink: list[float | None]) -> None:
-        for param, factor in zip(part.params, part.pick(shrink), strict=True) if shrink else ():
-            if factor is not None:
-                param.mul_(factor)
         pieces = part.pick(self._pieces)
         if options.lr_scale:
             torch._foreach_mul_(pieces, part.pick(options.lr_scale))
-        torch._foreach_add_(part.params, pieces)
+        self.masters.add(part.indices, pieces, part.pick(shrink))

@@ -23,6 +23,11 @@ def check_conversion(flat: FlatParams, groups: list[ParamGroup], dtype: Any, beg
     """
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+    if flat.spread:
+        raise ValueError(
+            f"dtype={dtype} cannot be given to DTensors, whose memory belongs to who has spread "
+            "them: convert the model before, and load the state into a new optimizer"
+        )
     if dtype not in WIDE:
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     params = [param for group in groups for param in group["params"]]

@@ -6,9 +6,10 @@ from typing import Any
 
 from fuse_ext.curvature.dense import matrix_nbytes
 from fuse_ext.objective.step_options import MAX_LINE_SEARCH_EVALUATIONS, mixed_signs
-from fuse_ext.switch.criterion import Switchover
+from fuse_ext.switch.criterion import Observation, Switchover
 from fuse_ext.switch.plateau import LossPlateau
 from fuse_ext.switch.steps import AfterSteps, Never, WarmUp
+from fuse_ext.switch.when import When
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
 ADAM, LBFGS = "adam", "lbfgs"  # phases
@@ -32,10 +33,12 @@ HISTORY_BYTES = 64 * 2**20
 # What inverse Hessian L-BFGS keeps: a matrix, or pairs.
 DENSE, IN_PAIRS = "dense", "pairs"
 CURVATURES = (AUTO, DENSE, IN_PAIRS)
-# The largest matrix if nothing is said: 5,784 parameters on a CPU, where one pass takes some
-# milliseconds (python -m benchmarks.per_iteration), and 16,376 on a GPU, which reads that much in
-# less than one.
-MATRIX_BYTES = {"cpu": 128 * 2**20, "cuda": 1024 * 2**20}
+# The largest matrix if nothing is said: 11,576 parameters on a CPU, 16,376 on a GPU, which reads
+# that much in less than a millisecond. A network of 9,873 parameters on Poisson's equation ends at
+# an error of 3.7e-9 with a matrix, at 1.9e-5 with pairs; it takes twice the time for as many
+# evaluations (900 points on one core), and is 500 times ahead at equal time (python -m
+# benchmarks.published --rows poisson-deep). Beyond that a pass takes ten times such a closure.
+MATRIX_BYTES = {"cpu": 512 * 2**20, "cuda": 1024 * 2**20}
 # With fewer of them self-scaling costs some 5% more evaluations (python -m benchmarks.robustness).
 SCALING_PAIRS = 100
 
@@ -50,6 +53,15 @@ def averages(group: ParamGroup) -> bool:
 def living(group: ParamGroup) -> bool:
     """Whether the phase on minibatches is one in a living metric, without pairs."""
     return averages(group) and group["pairs"] == AUTO
+
+
+def closure_wanted(group: ParamGroup) -> str:
+    """The option for whose sake the phase after Adam needs a closure; empty if it needs none."""
+    if averages(group) or (group["line_search"] is None and group["max_iter"] == 1):
+        return ""
+    if group["line_search"] not in (AUTO, None):
+        return f"line_search={group['line_search']!r}"
+    return "deterministic=True" if group["deterministic"] else f"max_iter={group['max_iter']}"
 
 
 def finds_out(group: ParamGroup) -> bool:
@@ -129,8 +141,8 @@ def _numbers(group: ParamGroup, flat: FlatParams, one_function: bool) -> dict[st
     size = LEAST_PAIRS
     if may_scale({**group, "deterministic": one_function}):
         dtype = group["history_dtype"] or flat.dtype
-        numel = max(flat.numel, 1)
-        fit = min(HISTORY_BYTES // (2 * dtype.itemsize * numel), numel, MOST_PAIRS)
+        numel = max(flat.usual, 1)  # all ranks must come to the same number
+        fit = min(HISTORY_BYTES // (2 * dtype.itemsize * numel), max(flat.total, 1), MOST_PAIRS)
         size = max(fit, LEAST_PAIRS)
     return {"history_size": size, "curvature_tol": CURVATURE_TOL[one_function]}
 
@@ -146,6 +158,8 @@ def takes_matrix(group: ParamGroup, flat: FlatParams) -> bool:
     """Whether a dense matrix takes the place of pairs: asked for, or small on one function."""
     if group.get("curvature", IN_PAIRS) != AUTO:
         return bool(group.get("curvature") == DENSE)
+    if flat.spread:  # no rank has all of the vectors that a matrix is made of
+        return False
     one_function = group["deterministic"] and group["line_search"] is not None
     most = MATRIX_BYTES.get(flat.device.type, MATRIX_BYTES["cpu"])
     return bool(one_function and not group["capturable"]) and matrix_nbytes(flat.numel) <= most
@@ -172,6 +186,47 @@ def will_scale(group: ParamGroup, flat: FlatParams, unsaid: set[str]) -> bool:
     return self_scales(found)
 
 
+def second_phase(group: ParamGroup, flat: FlatParams, kind: str) -> str:
+    """Which kind of phase follows Adam, or is at work, and why, in words.
+
+    Args:
+        group: The first parameter group.
+        flat: The parameters.
+        kind: "dense", "pairs", "kronecker" or "diagonal", as the phase at work keeps its
+            curvature; empty before there is one.
+    """
+    if not kind:
+        if living(group):
+            watch = ", unless the closure is found to be one function" * finds_out(group)
+            return f"will be Adam's averages in a metric that grows, for minibatches{watch}"
+        dense = takes_matrix(group, flat) and not averages(group)
+        return f"will be {second_phase(group, flat, DENSE if dense else IN_PAIRS)}"
+    if kind not in (DENSE, IN_PAIRS):
+        metric = "a Kronecker-factored metric" if kind == "kronecker" else "Adam's diagonal metric"
+        unsaid = group["deterministic"] is None
+        known = "the closure is not known to be one function" if unsaid else "deterministic=False"
+        return f"Adam's averages in {metric}, for minibatches: {known}"
+    one_function = "deterministic=True" if group["deterministic"] else "found to be one function"
+    size = f"{flat.numel:,} parameters"
+    if kind == DENSE:
+        asked = "curvature='dense'" if group["curvature"] == DENSE else one_function
+        needs = matrix_nbytes(flat.numel) / 2**20
+        return (
+            f"a dense inverse Hessian ({group['dense_update']}): {asked}; {size}, {needs:.3g} MiB"
+        )
+    if averages(group) and group["pairs"] == AVERAGED:
+        return f"L-BFGS on averages, {group['history_size']} pairs: pairs='averaged'"
+    search = SEARCH if group["line_search"] == AUTO else group["line_search"]
+    step = "a fixed step" if search is None else search
+    if group["capturable"] or search is None or group["curvature"] == IN_PAIRS:
+        why = f"as was asked for; {size}"
+    elif takes_matrix({**group, "deterministic": True}, flat):
+        why = f"the closure is not known to be one function; {size}"
+    else:
+        why = f"{size} are too many for a matrix ({matrix_nbytes(flat.numel) / 2**20:,.0f} MiB)"
+    return f"L-BFGS with up to {group['history_size']} pairs and {step}: {why}"
+
+
 def check_signs(groups: list[ParamGroup]) -> None:
     """Raises ValueError for groups of both signs, which an L-BFGS without averages cannot have."""
     if mixed_signs(groups):
@@ -187,6 +242,54 @@ def check_signs_to_come(groups: list[ParamGroup], switch: Switchover) -> None:
     """As :func:`check_signs`, unless L-BFGS will be on averages or never begin."""
     if not isinstance(switch, Never) and (switch.at_once or not averages(groups[0])):
         check_signs(groups)
+
+
+# Why a criterion that says nothing here switches all the same.
+ON_ANOTHER_RANK = "a criterion says so on another rank"
+
+
+def compares_losses(group: ParamGroup) -> bool:
+    """Whether how often a step calls the closure depends on the losses that it returns."""
+    name = "line_search_fn" if "line_search_fn" in group else "line_search"
+    search = group.get(name)
+    if search == AUTO:
+        return not averages(group)
+    return search not in (None, "fixed") or bool(group.get("deterministic"))
+
+
+def check_ranks(group: ParamGroup, flat: FlatParams) -> None:
+    """Raises where options do not go with parameters that several ranks hold, or may hold.
+
+    Raises:
+        ValueError: A matrix of vectors of which no rank has all; a graph that would have to talk.
+        RuntimeError: A line search among ranks of which nobody has said if they step together.
+    """
+    if flat.spread and group.get("curvature") == DENSE:
+        raise ValueError("curvature='dense' does not go with DTensors: no rank has all of a vector")
+    if flat.together is not None and group.get("capturable") and "history_size" in group:
+        raise ValueError(
+            f"capturable=True does not go with a step of {flat.together.size} ranks, which the "
+            "host decides"
+        )
+    if flat.unsaid and compares_losses(group):
+        raise RuntimeError(
+            "there are other ranks, and with a line search or deterministic=True each would go its "
+            "own way where their losses differ, and wait for the others for ever: pass "
+            "process_group=torch.distributed.group.WORLD if they train one model "
+            '(DistributedDataParallel), or process_group="local" if each trains its own'
+        )
+
+
+def agreed(switch: Switchover, seen: Observation, flat: FlatParams) -> bool:
+    """What a criterion says on any rank; ours say the same on all, for they see the same."""
+    verdict = switch.observe(seen)
+    if flat.together is None:
+        return verdict
+    theirs = (
+        isinstance(leaf, When) or not type(leaf).__module__.startswith("fuse_ext.")
+        for leaf in switch._leaves()
+    )
+    return flat.measures.any(verdict)[0] if any(theirs) else verdict
 
 
 def check_capturable(group: ParamGroup, search: str) -> None:

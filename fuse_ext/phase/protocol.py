@@ -42,19 +42,21 @@ class Scaling(NamedTuple):
         return None if self.found_inf is None else float(self.found_inf) != 0.0
 
     def check(self, closure: Closure | None) -> None:
-        """Raises RuntimeError for a closure in the L-BFGS phase, whose losses are not scaled."""
+        """Raises RuntimeError for a closure, whose gradients the scaler has not looked at."""
         if self.factor is not None and closure is not None:
             raise RuntimeError(
-                "GradScaler does not go with a closure in the L-BFGS phase: losses and gradients "
-                "there must not be scaled; call step(closure) without it"
+                "GradScaler does not go with a closure: it looks for infinities before the closure "
+                "makes new gradients, and L-BFGS wants losses that are not scaled. Call "
+                "scaler.step(optimizer) after scaler.scale(loss).backward(), or step(closure) "
+                "without a scaler"
             )
 
-    def unscale(self, params: list[Tensor]) -> None:
+    def unscale(self, grads: list[Tensor | None]) -> None:
         """Takes the factor out of the gradients."""
         if self.factor is not None:
-            for param in params:
-                if param.grad is not None:
-                    param.grad.div_(self.factor)
+            for grad in grads:
+                if grad is not None:
+                    grad.div_(self.factor)
 
 
 NO_SCALING = Scaling(None, None)
@@ -153,6 +155,10 @@ class Phase(Protocol):
 
 class QuasiNewton(Phase, Protocol):
     """A phase of L-BFGS."""
+
+    @property
+    def history(self) -> Any:
+        """What it knows of H, with its name as ``kind``."""
 
     @property
     def host_decides(self) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fuse_ext.checks import warn_caller
 from fuse_ext.kernels.capture import check_lr_tensor
 from fuse_ext.objective.step_options import step_options
 from fuse_ext.phase.adam import AdamPhase
@@ -12,9 +15,20 @@ from fuse_ext.phase.averages import AveragesPhase
 from fuse_ext.phase.lbfgs.device import DevicePhase
 from fuse_ext.phase.lbfgs.phase import LbfgsPhase
 from fuse_ext.phase.living.phase import LivingPhase
-from fuse_ext.phase.modes import CONSECUTIVE, SEARCH, check_capturable, check_signs, living
+from fuse_ext.phase.modes import (
+    ADAM,
+    CONSECUTIVE,
+    SEARCH,
+    check_capturable,
+    check_signs,
+    closure_wanted,
+    living,
+    second_phase,
+)
 from fuse_ext.phase.protocol import NO_SCALING, Call, Outcome, QuasiNewton
-from fuse_ext.phase.succession import AnyPhase
+from fuse_ext.phase.succession import AnyPhase, Ground
+from fuse_ext.switch.criterion import Observation, Switchover
+from fuse_ext.switch.steps import Never, WarmUp
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
 
@@ -23,24 +37,92 @@ def ask(phase: AnyPhase, call: Call, flat: FlatParams) -> Outcome:
 
     Raises:
         ValueError: Options that have no meaning for this phase, or for a step without closure.
-        RuntimeError: A closure in the L-BFGS phase under GradScaler.
+        RuntimeError: A closure under GradScaler.
     """
     if call.closure is None and call.loss is None:
         call.empty = would_not_move(call.groups)
     if isinstance(phase, AdamPhase):
         note_rate(call)
-        return phase.step(call)
+        call.scaling.check(call.closure)
+        if call.closure is None and not call.empty:
+            look_ahead(phase, call)
+        outcome = phase.step(call)
+        if call.groups[0]["deterministic"] and outcome.observed is not None:
+            tell_noise(phase, call, outcome.observed)
+        return outcome
     if call.empty and phase.host_decides:
         return Outcome(None)
     tell(phase, call, flat)
     if call.scaling is not NO_SCALING:
         # L-BFGS looks at the gradients itself, without the scaler's factor.
         call.scaling.check(call.closure)
-        if phase.host_decides and call.scaling.found:
+        if phase.host_decides and flat.measures.any(bool(call.scaling.found))[0]:
             phase.refuse()
             return Outcome(None)
-        call.scaling.unscale(flat.params)
+        call.scaling.unscale(flat.grads())
     return phase.step(call)
+
+
+def told_of(
+    ground: Ground, phase: AnyPhase | None, criterion: Switchover, log: dict[str, Any]
+) -> dict[str, Any]:
+    """What a report says of the choice of phases: ``second_phase`` and ``waiting``."""
+    group, kind, waiting = ground.groups[0], "", ""
+    if group["phase"] == ADAM:
+        waiting = criterion.waiting(log["phase_steps"], log["phase_epochs"])
+        if "out_of_memory" in log:
+            waiting = f"no memory for the next phase: {log['out_of_memory']}"
+    elif phase is not None and not isinstance(phase, AdamPhase):
+        kind = phase.history.kind
+    follows = "" if isinstance(criterion, Never) else second_phase(group, ground.flat, kind)
+    return {"second_phase": follows, "waiting": waiting}
+
+
+def look_ahead(phase: AdamPhase, call: Call) -> None:
+    """Says of a step without a closure that the phase to come will need one; warns once.
+
+    Raises:
+        ValueError: There is no loss either, which the criterion needs.
+    """
+    wanted, criterion = closure_wanted(call.groups[0]), call.criterion
+    assert criterion is not None
+    if not wanted or isinstance(criterion, Never):
+        return
+    why = (
+        f"step() without a closure, but with {wanted} the phase after Adam evaluates the model at "
+        "trial points: pass step(closure) from the first step on, or, where a trainer passes none, "
+        "leave the option out: FusePV's default on minibatches needs no closure"
+    )
+    if criterion.needs_loss and call.loss is None:
+        raise ValueError(why)
+    if "closure" not in phase.said:
+        phase.said.add("closure")
+        warn_caller(f"{why}. As it is, the first step after the switch will raise an error")
+
+
+# Where a step changes the loss by less, relative to it, that is Adam's own restlessness.
+RESTLESS = 1e-2
+
+
+def tell_noise(phase: AdamPhase, call: Call, observed: Observation) -> None:
+    """Warns once where losses that were promised to be of one function look like batches."""
+    assert call.criterion is not None
+    loss, before = observed.loss, phase.last_loss
+    phase.last_loss = loss
+    if loss is None or before is None or abs(loss - before) <= RESTLESS * abs(loss):
+        return
+    waits = [leaf for leaf in call.criterion._leaves() if isinstance(leaf, WarmUp)]
+    # Noise turns at two steps of three; where Adam itself makes the loss oscillate, at fewer.
+    turns = max((leaf.refused for leaf in waits if 2 * leaf.refused > leaf.n), default=0)
+    if not turns or "noise" in phase.said:
+        return
+    phase.said.add("noise")
+    warn_caller(
+        f"deterministic=True, but after {observed.step} steps the loss goes up and down as on "
+        f"minibatches or with dropout ({turns} turning points). FusePV stays with Adam until it "
+        "does not, or no longer falls. Call model.eval() or use the full batch; on minibatches "
+        "leave deterministic out"
+    )
 
 
 def tell(phase: QuasiNewton, call: Call, flat: FlatParams) -> None:

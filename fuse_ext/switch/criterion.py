@@ -74,6 +74,10 @@ class Switchover(ABC):
         """Forget everything observed."""
         self.reason = AT_ONCE if self.at_once else ""
 
+    def waiting(self, step: int, epoch: int) -> str:
+        """In words, why there is no switch yet, after so many Adam steps and epochs."""
+        return f"{self!r} is not true yet"
+
     def state_dict(self) -> dict[str, object]:
         """What was observed, in types that JSON and ``torch.load(weights_only=True)`` know."""
         return {"kind": type(self).__name__, **self._state()}
@@ -148,6 +152,10 @@ class _Composite(Switchover):
             member.reset()
         super().reset()
 
+    def _waiting(self, step: int, epoch: int, between: str) -> str:
+        words = [member.waiting(step, epoch) for member in self.members if not member.reason]
+        return between.join(words)
+
     def _observe_all(self, obs: Observation) -> list[bool]:
         return [member.observe(obs) for member in self.members]
 
@@ -192,6 +200,10 @@ class All(_Composite):
         self.at_once = all(member.at_once for member in self.members)
         Switchover.reset(self)
 
+    def waiting(self, step: int, epoch: int) -> str:
+        """What each member waits for that has not said so last."""
+        return self._waiting(step, epoch, "; and ")
+
     def _verdict(self, obs: Observation) -> str:
         return self._reasons() if all(self._observe_all(obs)) else ""
 
@@ -203,6 +215,10 @@ class Any(_Composite):
         super().__init__(*members)
         self.at_once = any(member.at_once for member in self.members)
         Switchover.reset(self)
+
+    def waiting(self, step: int, epoch: int) -> str:
+        """What each member waits for."""
+        return self._waiting(step, epoch, "; or ")
 
     def _verdict(self, obs: Observation) -> str:
         return self._reasons() if any(self._observe_all(obs)) else ""

@@ -29,6 +29,11 @@ class GradNorm(MeanCriterion):
         self.zeta = float(zeta)
         super().__init__(window)
 
+    def waiting(self, step: int, epoch: int) -> str:
+        """The mean so far."""
+        value = self._mean.value if self._mean.full else 0.0
+        return self._holds("the squared gradient norm", value, f"zeta={self.zeta:g}")
+
     def _verdict(self, obs: Observation) -> str:
         if usable(obs.grad_norm_sq):
             self._mean.push(obs.grad_norm_sq)
@@ -64,6 +69,11 @@ class LossChange(MeanCriterion):
         """Forget the losses."""
         super().reset()
         self._previous: float | None = None
+
+    def waiting(self, step: int, epoch: int) -> str:
+        """The mean so far."""
+        value = self._mean.value if self._mean.full else 0.0
+        return self._holds("the loss's change", value, f"sigma={self.sigma:g}")
 
     def _verdict(self, obs: Observation) -> str:
         if usable(obs.loss):

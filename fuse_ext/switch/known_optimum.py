@@ -29,6 +29,11 @@ class LossGap(MeanCriterion):
         self.sigma = float(sigma)
         super().__init__(window)
 
+    def waiting(self, step: int, epoch: int) -> str:
+        """The gap so far."""
+        value = self._mean.value - self.f_star if self._mean.full else 0.0
+        return self._holds("f - f*", value, f"sigma={self.sigma:g}")
+
     def _verdict(self, obs: Observation) -> str:
         if usable(obs.loss):
             self._mean.push(obs.loss)
@@ -67,6 +72,8 @@ class NearSolution(Switchover):
 
     def check(self, params: Sequence[torch.Tensor]) -> None:
         """Raise ValueError if the parameters have not the shapes of ``x_star``."""
+        if any(hasattr(p, "placements") for p in params):
+            raise ValueError("x_star: NearSolution does not know parameters that are DTensors")
         expected = [tuple(x.shape) for x in self.x_star]
         shapes = [tuple(p.shape) for p in params]
         if shapes != expected:

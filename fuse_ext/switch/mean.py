@@ -83,6 +83,12 @@ class MeanCriterion(Switchover):
         super().reset()
         self._mean = Mean(self.window)
 
+    def _holds(self, what: str, value: float, bound: str) -> str:
+        """:meth:`waiting` in words, where ``value`` is the mean, or less."""
+        if not self._mean.full:
+            return f"{what}: {self._mean.count} of {self.window or 1} values"
+        return f"{what} is {value:.3g}, above {bound}"
+
     def _over(self, obs: Observation) -> str:
         steps = "all steps" if self.window is None else f"{self.window} steps"
         return f"(mean over {steps}) at step {obs.step}"

@@ -94,6 +94,15 @@ class LossPlateau(Switchover):
         self._checks_since_least = 0
         self._finding = ""  # of the last check
 
+    def waiting(self, step: int, epoch: int) -> str:
+        """What the checks have found so far."""
+        needed = _CHECKS * (self.patience - 1) + 1
+        if self._streak:
+            return f"{self._streak} of {needed} checks in a row found a plateau ({self._finding})"
+        if self._least_median == LARGEST:
+            return f"a plateau of the loss shows after {self.window} steps at the earliest"
+        return "the loss still falls"
+
     def _verdict(self, obs: Observation) -> str:
         if usable(obs.loss):
             self._push(obs.loss)

@@ -9,6 +9,10 @@ from fuse_ext.switch.criterion import AT_ONCE, Observation, Reader, Switchover, 
 class Never(Switchover):
     """Stay with Adam."""
 
+    def waiting(self, step: int, epoch: int) -> str:
+        """It never switches."""
+        return "switch=Never()"
+
     def _verdict(self, obs: Observation) -> str:
         return ""
 
@@ -31,6 +35,10 @@ class AfterSteps(Switchover):
         self.n = n
         self.at_once = self.n == 0
         self.reset()
+
+    def waiting(self, step: int, epoch: int) -> str:
+        """Steps done, of how many."""
+        return f"{step} of {self.n} steps"
 
     def _verdict(self, obs: Observation) -> str:
         return f"step {obs.step} >= n={self.n}" if obs.step >= self.n else ""
@@ -55,6 +63,11 @@ class AfterEpochs(Switchover):
         self.steps_per_epoch = steps_per_epoch
         self.at_once = self.n == 0
         self.reset()
+
+    def waiting(self, step: int, epoch: int) -> str:
+        """Epochs done, of how many."""
+        done = epoch if self.steps_per_epoch is None else step // self.steps_per_epoch
+        return f"{done} of {self.n} epochs"
 
     def _verdict(self, obs: Observation) -> str:
         steps = self.steps_per_epoch
@@ -82,6 +95,9 @@ class WarmUp(Switchover):
     Args:
         n: Steps; at least 10.
 
+    Attributes:
+        refused: The turning points where n steps are done and they are too many; else 0.
+
     References:
         M. G. Kendall and A. Stuart, The Advanced Theory of Statistics, volume 3, 1966, Section
         45.18.
@@ -100,6 +116,16 @@ class WarmUp(Switchover):
         self._turns: deque[float] = deque(maxlen=self.n - 2)  # 1 at a turning point
         self._previous: float | None = None
         self._rising = 0  # whether the last loss was higher than the one before
+        self.refused = 0  # turning points, where they were too many for a switch that was due
+
+    def waiting(self, step: int, epoch: int) -> str:
+        """Steps done, or why more than n are."""
+        if not self.refused:
+            return f"{step} of {self.n} steps of a smooth loss"
+        return (
+            f"the loss turned at {self.refused} of the last {self.n} steps, as on minibatches, "
+            "with dropout or with too large an lr"
+        )
 
     def _verdict(self, obs: Observation) -> str:
         if usable(obs.loss):
@@ -109,7 +135,9 @@ class WarmUp(Switchover):
                 self._rising = rising
             self._previous = obs.loss
         turns = int(sum(self._turns))
-        if obs.step < self.n or len(self._turns) < self.n - 2 or 4 * turns > self.n:
+        due = obs.step >= self.n and len(self._turns) >= self.n - 2
+        self.refused = turns if due and 4 * turns > self.n else 0
+        if not due or self.refused:
             return ""
         return f"step {obs.step} >= n={self.n} of a smooth loss ({turns} turning points)"
 

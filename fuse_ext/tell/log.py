@@ -26,8 +26,9 @@ REST = 100
 
 
 def rested(log: dict[str, Any]) -> bool:
-    """Whether Adam has gone on for long enough where losses rose after a switch."""
-    return bool(log["phase_steps"] >= REST * (2 ** log.get("setbacks", 0) - 1))
+    """Whether Adam has gone on for long enough where losses rose, or memory lacked, at a switch."""
+    least = max(REST * (2 ** log.get("setbacks", 0) - 1), log.get("stays_until", 0))
+    return bool(log["phase_steps"] >= least)
 
 
 def falls_back(log: dict[str, Any], outcome: Any, finds_out: bool) -> bool:

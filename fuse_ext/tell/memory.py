@@ -11,7 +11,8 @@ class PhaseMemory:
 
     Attributes:
         phase: "adam", "lbfgs" or "fuse".
-        state_bytes: What ``state_dict`` saves, padding included.
+        state_bytes: What ``state_dict`` saves, padding included, but for the 16 KiB or more of its
+            record of counts and names.
         workspace_bytes: Scratch held between steps, once the line search has needed it.
         eager: Whether the scratch is made with the state.
         inherited: Bytes of the state that the phase before leaves.

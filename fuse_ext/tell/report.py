@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from html import escape
 from typing import Any, Protocol
 
 from fuse_ext.curvature.protocol import InverseHessian
@@ -37,10 +38,14 @@ class Telling(Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """A snapshot by ``opt.report()``; ``print`` it for a table.
+    """A snapshot by ``opt.report()``; ``print`` it for what matters and a table of the rest.
 
     Attributes:
         phase: "adam" or "lbfgs" ("fuse" for the blend).
+        loss: What the last step returned, the loss where it began; None before the first step, and
+            where there was neither closure nor loss. It is not saved in a checkpoint.
+        second_phase: Which kind of phase follows Adam, or is at work, and why.
+        waiting: Why Adam has not been left yet; empty afterwards.
         adam_steps: Adam steps taken.
         lbfgs_iterations: L-BFGS iterations begun.
         switch_step: Adam steps before the last switch, or None.
@@ -74,6 +79,9 @@ class Report:
     """
 
     phase: str
+    loss: float | None = field(default=None, compare=False)
+    second_phase: str = ""
+    waiting: str = ""
     adam_steps: int = 0
     lbfgs_iterations: int = 0
     switch_step: int | None = None
@@ -108,9 +116,44 @@ class Report:
         """
         return self.stop_reason in CONVERGED
 
+    @property
+    def _headline(self) -> str:
+        loss = "no loss yet" if self.loss is None else f"loss {self.loss:.6g}"
+        if self.phase == "adam":
+            return f"Adam, {self.adam_steps:,} steps: {loss}"
+        ended = f"converged ({self.stop_reason})" if self.converged else "not converged"
+        steps = f"{self.lbfgs_iterations:,} iterations"
+        name = "Adam and L-BFGS blended" if self.phase == "fuse" else "Second phase"
+        return f"{name}, {steps}: {loss}, {ended}"
+
+    @property
+    def _rows(self) -> list[tuple[str, str, bool]]:
+        """Name, value, and whether it matters most."""
+        first = ("second_phase", "waiting", "switch_reason", "advice")
+        told = [(name, str(getattr(self, name)), True) for name in first if getattr(self, name)]
+        rest = [f.name for f in fields(self) if f.name not in first]
+        return told + [(name, str(getattr(self, name)), False) for name in rest]
+
     def __str__(self) -> str:
-        width = max(len(f.name) for f in fields(self))
-        return "\n".join(f"{f.name:<{width}}  {getattr(self, f.name)}" for f in fields(self))
+        width = max(len(name) for name, *_ in self._rows)
+        lines = [f"{name:<{width}}  {value}" for name, value, _ in self._rows]
+        return "\n".join([self._headline, *lines])
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what matters, and the rest folded."""
+        shown, folded = (
+            "".join(
+                f"<tr><th style='text-align:left'>{name}</th>"
+                f"<td style='text-align:left'>{escape(value)}</td></tr>"
+                for name, value, first in self._rows
+                if first is wanted
+            )
+            for wanted in (True, False)
+        )
+        return (
+            f"<b>{escape(self._headline)}</b><table>{shown}</table>"
+            f"<details><summary>all counts</summary><table>{folded}</table></details>"
+        )
 
 
 def lbfgs_fields(phase: Telling | None, entry: dict[str, Any]) -> dict[str, Any]:
@@ -157,8 +200,10 @@ def beyond_the_floor(phase: Telling) -> dict[str, Any]:
     }
 
 
-def report_of_phases(phase: str, log: dict[str, Any], entry: dict[str, Any], now: Any) -> Report:
-    """FusePV's report: what its log has counted, and what its present phase tells."""
+def report_of_phases(
+    phase: str, log: dict[str, Any], entry: dict[str, Any], now: Any, **told: Any
+) -> Report:
+    """FusePV's report: what its log has counted, what its present phase tells, and ``told``."""
     tells = now is not None and phase == "lbfgs"  # Adam tells nothing but its size
     fields = lbfgs_fields(now if tells else None, entry)
     fields["evaluations"] += log["adam_evaluations"]
@@ -167,4 +212,5 @@ def report_of_phases(phase: str, log: dict[str, Any], entry: dict[str, Any], now
         fields["state_bytes"] = 0 if now is None else now.nbytes
     counted = ("adam_steps", "switch_step", "switch_reason", "fallbacks")
     fields["setbacks"] = log.get("setbacks", 0)
+    fields.update(told)
     return Report(phase=phase, **{name: log[name] for name in counted}, **fields)

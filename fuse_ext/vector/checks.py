@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fuse_ext.checks import COMPLEX, FLOATING
 
 
-def check_params(params: list[Tensor]) -> None:
-    """Raises for parameters that cannot share one flat vector."""
+def listed(params: Any) -> Any:
+    """What an optimizer was given, a list in place of an iterator.
+
+    Raises:
+        TypeError: It is a model.
+        ValueError: It is an iterator with nothing (left) in it.
+    """
+    if isinstance(params, nn.Module):
+        raise TypeError(
+            f"params is a {type(params).__name__}, a model: pass its parameters, model.parameters()"
+        )
+    if not isinstance(params, Iterator):
+        return params
+    found = list(params)
+    if not found:
+        raise ValueError(
+            "optimizer got an empty parameter list: params is an iterator with nothing left in it. "
+            "One that was used before, as by another optimizer, is empty: call model.parameters() "
+            "once more, or keep list(model.parameters())"
+        )
+    return found
+
+
+def check_params(params: list[Tensor], owners: list[Tensor] | None = None) -> None:
+    """Raises for parameters that cannot share one flat vector.
+
+    Args:
+        params: What lies here of each.
+        owners: The parameters themselves, where that is not the same.
+    """
     if not params:
         raise ValueError("params is empty: the optimizer got no tensor")
     seen: dict[Tensor, int] = {}
-    for i, param in enumerate(params):
-        if param in seen:
+    for i, (param, owner) in enumerate(zip(params, owners or params, strict=True)):
+        if owner in seen:
             raise ValueError(
-                f"params[{i}] is the same tensor as params[{seen[param]}]; each may appear once"
+                f"params[{i}] is the same tensor as params[{seen[owner]}]; each may appear once"
             )
-        seen[param] = i
+        seen[owner] = i
         if param.layout != torch.strided:
             raise TypeError(
                 f"params[{i}] has layout {param.layout}; only dense tensors are supported"

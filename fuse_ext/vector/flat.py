@@ -15,7 +15,9 @@ from torch import Tensor
 
 from fuse_ext import _C
 from fuse_ext.vector.checks import check_grads, check_params
-from fuse_ext.vector.measures import LOCAL, Measures
+from fuse_ext.vector.measures import Measures
+from fuse_ext.vector.ranks import find_ranks, measures_of, unsaid
+from fuse_ext.vector.shards import Places, divided, is_dtensor, lay_out, like, local
 
 ParamGroup: TypeAlias = dict[str, Any]
 Closure: TypeAlias = Callable[[], Any]
@@ -33,8 +35,9 @@ class Part:
         absent: Which of its parameters are not among them, in order.
 
     Attributes:
-        indices: Which are.
-        params, offsets: Those parameters, and where each begins in the flat vector.
+        indices: Which are, in the order of their places.
+        params, offsets: Their tensors (of DTensors what lies here), and where each begins in the
+            flat vector.
         numel: Elements of theirs, two per complex number.
         layout: What C++ knows of them.
     """
@@ -42,15 +45,16 @@ class Part:
     def __init__(self, flat: FlatParams, absent: tuple[int, ...]) -> None:
         self.flat, self.absent = flat, absent
         left_out = set(absent)
-        self.indices = [i for i in range(len(flat.params)) if i not in left_out]
-        self.params = [flat.params[i] for i in self.indices] if absent else flat.params
-        self.offsets = [flat.offsets[i] for i in self.indices] if absent else flat.offsets
+        self.indices = [i for i in flat.order if i not in left_out]
+        self._chosen: bool = bool(absent) or flat.permuted
+        self.params = self.pick(flat.tensors)
+        self.offsets = self.pick(flat.offsets)
         self.numel = sum(flat.sizes[i] for i in self.indices)
-        self.layout = _C.Layout([self.params], self.offsets) if absent else flat.layout
+        self.layout = _C.Layout([self.params], self.offsets) if self._chosen else flat.layout
 
     def pick(self, values: list[Any]) -> list[Any]:
         """Of one value for each parameter of the flat vector those of this part; [] stays []."""
-        return [values[i] for i in self.indices] if values and self.absent else values
+        return [values[i] for i in self.indices] if values and self._chosen else values
 
     def reals(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors, complex ones as real views of shape [..., 2]."""
@@ -62,12 +66,22 @@ class FlatParams:
 
     Args:
         groups: ``Optimizer.param_groups`` itself; the vector follows their order.
+        process_group: Who steps together; see :func:`~fuse_ext.vector.ranks.find_ranks`.
+        alike: Another layout, whose stretches the parameters here are, one by one.
 
     Attributes:
-        params: All parameters, in flat order.
+        params: All parameters, as the groups have them.
+        tensors: The same list or, where some are DTensors, what lies here of each.
         offsets: First flat index of each; even for complex ones, which view pairs of reals.
-        sizes: Elements of each (two per complex number).
+        sizes: Elements of each that lie here (two per complex number).
         numel: Length of the flat vector.
+        spread: Whether some parameters are DTensors.
+        total, usual: Elements of all parameters, and of those that lie on a rank on average.
+        unsaid: Whether other ranks may step with this one, and nobody has said so.
+        together: The ranks that hold it; None for this process alone.
+        laid_out, stretches: Where what lies, and on how many of them each part of it.
+        order, permuted: The parameters by their places, and whether that is another order: those
+            that equally many ranks hold lie together.
         group_slices: For each group, its slice of ``params``.
         device: Where all of them live.
         dtype: Of the flat state: float64 if any parameter has it, else float32.
@@ -77,7 +91,9 @@ class FlatParams:
         measures: Dots and norms of flat vectors.
     """
 
-    def __init__(self, groups: list[ParamGroup]) -> None:
+    def __init__(
+        self, groups: list[ParamGroup], process_group: Any = None, alike: FlatParams | None = None
+    ) -> None:
         self._groups = groups
         self.params: list[Tensor] = []
         self.group_slices: list[slice] = []
@@ -85,31 +101,61 @@ class FlatParams:
             first = len(self.params)
             self.params.extend(group["params"])
             self.group_slices.append(slice(first, len(self.params)))
-        check_params(self.params)
-        self.device = self.params[0].device
+        self.spread = any(map(is_dtensor, self.params))
+        # Views of their own, whatever becomes of the objects inside DTensors.
+        views = (local(p).detach() if is_dtensor(p) else p for p in self.params)
+        self.tensors = list(views) if self.spread else self.params
+        check_params(self.tensors, self.params)
+        self.device = self.tensors[0].device
         double = (torch.float64, torch.complex128)
         self.dtype = torch.float64 if any(p.dtype in double for p in self.params) else torch.float32
         self._complex = any(p.is_complex() for p in self.params)
-        self.sizes = [p.numel() * (2 if p.is_complex() else 1) for p in self.params]
-        self.offsets: list[int] = []
-        self.numel = 0
-        for param, size in zip(self.params, self.sizes, strict=True):
-            offset = self.numel + (self.numel % 2 if param.is_complex() else 0)
-            self.offsets.append(offset)
-            self.numel = offset + size
-        self.measures: Measures = LOCAL
+        self.sizes = [p.numel() * (2 if p.is_complex() else 1) for p in self.tensors]
+        self.unsaid = alike is None and unsaid(self.params, process_group)
+        if alike is None:
+            self.together = find_ranks(self.params, process_group, self.device)
+            ranks = 1 if self.together is None else self.together.size
+            places = lay_out(self.params, self.sizes, ranks)
+        else:
+            self.together, places = alike.together, divided(alike.laid_out)
+        self.laid_out: Places = places
+        self.stretches = places.stretches
+        self.offsets: list[int] = places.offsets
+        self.numel: int = places.numel
+        self.total, self.usual = places.total, places.usual
+        self.order: list[int] = places.order
+        self.permuted: bool = self.order != list(range(len(self.params)))
+        self.measures: Measures = measures_of(self.together, self.params, self.stretches)
         self.memo: Any = None
-        self.layout = _C.Layout([group["params"] for group in groups], self.offsets)
+        tensors = self.tensors
+        self.layout: Any = _C.Layout([tensors[place] for place in self.group_slices], self.offsets)
         self.whole = Part(self, ())
         self._parts: dict[tuple[int, ...], Part] = {(): self.whole}
         self._formats = self._formats_now()
-        self._described = [_describe(param) for param in self.params]
-        self._forms = [_form(param) for param in self.params]
+        self._described = [_describe(param) for param in self.tensors]
+        self._forms = [_form(param) for param in self.tensors]
+
+    def _follow(self) -> None:
+        """Looks where DTensors keep what lies here, which may have moved."""
+        for i, (param, mine) in enumerate(zip(self.params, self.tensors, strict=True)):
+            if mine is not param and (now := local(param)).data_ptr() != mine.data_ptr():
+                if _form(now) != self._forms[i] or now.dtype != mine.dtype:
+                    raise ValueError(
+                        f"params[{i}] is now {_describe(now)} on this rank, but was "
+                        f"{self._described[i]} when the state was made; make a new optimizer"
+                    )
+                mine.data = now
 
     def _formats_now(self) -> tuple[Any, ...]:
-        params = self.params
+        params = self.tensors
         numels, strides = list(map(Tensor.numel, params)), list(map(Tensor.stride, params))
         return numels, strides, [p.dtype for p in params], params[0].device
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Of the parameters, when this layout was made."""
+        found: list[torch.dtype] = self._formats[2]
+        return found
 
     def replaced(self) -> bool:
         """Whether the groups hold other tensors than when this layout was made."""
@@ -132,9 +178,11 @@ class FlatParams:
         if self.layout.unchanged(self._groups):
             return
         self._check_not_replaced()
+        if self.spread:
+            self._follow()
         if self._formats_now() == self._formats:
             return
-        for i, (param, before) in enumerate(zip(self.params, self._described, strict=True)):
+        for i, (param, before) in enumerate(zip(self.tensors, self._described, strict=True)):
             if _describe(param) != before:
                 self._refuse(i)
 
@@ -144,7 +192,7 @@ class FlatParams:
         And strides, as long as their elements lie in the flat state as they did.
         """
         self._check_not_replaced()
-        for i, (param, before) in enumerate(zip(self.params, self._forms, strict=True)):
+        for i, (param, before) in enumerate(zip(self.tensors, self._forms, strict=True)):
             if _form(param) != before:
                 self._refuse(i)
 
@@ -156,7 +204,7 @@ class FlatParams:
             )
 
     def _refuse(self, i: int) -> None:
-        param, before = self.params[i], self._formats[2][i]
+        param, before = self.tensors[i], self._formats[2][i]
         instead = "convert parameters before the first step"
         real = param.dtype.to_real()
         wider = real in WIDE and torch.finfo(param.dtype).eps < torch.finfo(before).eps
@@ -169,7 +217,9 @@ class FlatParams:
 
     def places(self) -> Any:
         """The versions and addresses of all parameters: differs once anyone has moved them."""
-        return self.layout.places() or [(p._version, p.data_ptr()) for p in self.params]
+        places = self.layout.places() or [(p._version, p.data_ptr()) for p in self.tensors]
+        # An op on a DTensor counts there alone.
+        return (places, [p._version for p in self.params]) if self.spread else places
 
     def reals(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors, complex ones as real views of shape [..., 2]."""
@@ -188,8 +238,8 @@ class FlatParams:
         plain = self.layout.grads()
         if plain is not None and not (lr_scale and 0.0 in lr_scale):
             return self.whole, plain
-        grads = [param.grad for param in self.params]
-        check_grads(self.params, grads)
+        grads = self.grads()
+        check_grads(self.tensors, grads)
         absent = tuple(
             i for i, grad in enumerate(grads) if grad is None or (lr_scale and lr_scale[i] == 0.0)
         )
@@ -198,13 +248,47 @@ class FlatParams:
 
     def _own_memory(self, i: int) -> Tensor:
         """A gradient whose memory holds its values, which is not so of autograd's lazy views."""
-        param = self.params[i]
-        grad = param.grad
+        grad = self.grad(i)
         assert grad is not None
         if grad.is_conj() or grad.is_neg():
             # Line searches write to gradients.
-            grad = param.grad = grad.resolve_conj().resolve_neg()
+            grad = grad.resolve_conj().resolve_neg()
+            self.params[i].grad = like(grad, self.params[i])
         return grad
+
+    def grad(self, i: int) -> Tensor | None:
+        """What lies here of the gradient of ``params[i]``."""
+        param = self.params[i]
+        grad = param.grad
+        if grad is None or self.tensors[i] is param:
+            return grad
+        if grad.placements != param.placements:  # type: ignore[attr-defined]
+            grad = param.grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
+        return local(grad)
+
+    def grads(self) -> list[Tensor | None]:
+        """:meth:`grad` of all."""
+        return [self.grad(i) for i in range(len(self.params))]
+
+    def fill_gradients(self) -> None:
+        """Gives parameters zeros for a gradient where another rank has one, and this one none."""
+        missing = [param.grad is None for param in self.params]
+        counts = self.measures.total(*map(float, missing))
+        for param, is_missing, count in zip(self.params, missing, counts, strict=True):
+            if is_missing and count < self.measures.ranks:
+                param.grad = torch.zeros_like(param)
+
+    def share(self, i: int) -> float:
+        """What elements of ``params[i]`` count in a sum over ranks."""
+        return next(stretch.share for stretch in self.stretches if i in stretch.members)
+
+    def alike(self, members: list[int]) -> list[tuple[list[int], float]]:
+        """These parameters by the ranks that hold them, in flat order, and what they count."""
+        if self.together is None:
+            return [(members, 1.0)]
+        chosen = set(members)
+        found = [([i for i in s.members if i in chosen], s.share) for s in self.stretches]
+        return [(some, share) for some, share in found if some]
 
     def part(self, absent: tuple[int, ...]) -> Part:
         """All parameters but these."""
@@ -217,18 +301,22 @@ class FlatParams:
 
     def piece(self, flat: Tensor, i: int) -> Tensor:
         """The part of a flat tensor that belongs to ``params[i]``, as a view of its shape."""
-        param, offset = self.params[i], self.offsets[i]
-        like = torch.view_as_real(param) if param.is_complex() else param
+        param, offset = self.tensors[i], self.offsets[i]
+        real = torch.view_as_real(param) if param.is_complex() else param
         part = flat[offset : offset + self.sizes[i]]
-        if torch.ops.aten.is_non_overlapping_and_dense(like):
-            part = part.as_strided(like.size(), like.stride(), part.storage_offset())
+        if torch.ops.aten.is_non_overlapping_and_dense(real):
+            part = part.as_strided(real.size(), real.stride(), part.storage_offset())
         else:
-            part = part.view(like.size())
+            part = part.view(real.size())
         return torch.view_as_complex(part) if param.is_complex() else part
 
     def new_vector(self) -> Tensor:
         """A vector of zeros as long as the flat state, and of its dtype."""
         return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
+
+    def shown(self, flat: Tensor, i: int) -> Tensor:
+        """:meth:`piece`, as a DTensor where the parameter is one."""
+        return like(self.piece(flat, i), self.params[i])
 
     def stretch(self, flat: Tensor, i: int) -> Tensor:
         """The part of a flat tensor that belongs to ``params[i]``, as it lies there."""
@@ -259,6 +347,6 @@ def _describe(param: Tensor) -> str:
 
 def memory_order(flat: FlatParams) -> list[list[int]]:
     """Strides of the parameters, whose memory order rows follow; empty if all are row-major."""
-    if all(p.is_contiguous() for p in flat.params):
+    if all(p.is_contiguous() for p in flat.tensors):
         return []
-    return [list(p.stride()) for p in flat.params]
+    return [list(p.stride()) for p in flat.tensors]

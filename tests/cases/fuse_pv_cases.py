@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fuse_ext import Adam, FusePV
+from fuse_ext.optim.checkpoint.record import opened
 
 BACKENDS = ("native", "reference")
 # Counts of attempts, which a step that was not taken may raise.
@@ -106,12 +107,19 @@ def bytes_in(optimizer: torch.optim.Optimizer) -> int:
     return sum(storages.values())
 
 
+def saved_state(optimizer: torch.optim.Optimizer) -> Any:
+    """The state that ``state_dict`` saves, with counts and words under their own names."""
+    saved = optimizer.state_dict()
+    keys = [key for group in saved["param_groups"] for key in group["params"]]
+    return opened(saved["state"], keys)
+
+
 def snapshot(optimizer: torch.optim.Optimizer, but: tuple[str, ...] = ()) -> Any:
     """A copy of state and options."""
     saved = optimizer.state_dict()
     state = {
         key: {name: copy.deepcopy(value) for name, value in entry.items() if name not in but}
-        for key, entry in saved["state"].items()
+        for key, entry in saved_state(optimizer).items()
     }
     return {"state": state, "param_groups": copy.deepcopy(saved["param_groups"])}
 

@@ -1,20 +1,23 @@
 """What the compiled CUDA kernels are made of: registers, memory and instructions, per architecture.
 
-    python tests/cuda/cuda_static.py
+    python tests/cuda/cuda_static.py [file ...]
 
-prints a table. Reads the machine code in the built extension with NVIDIA's cuobjdump; no GPU is
-needed.
+prints a table. Reads the machine code in the built extension, or in files that nvcc has made of
+csrc/cuda (-cubin), with NVIDIA's cuobjdump; no GPU is needed.
 """
 
 from __future__ import annotations
 
+import argparse
+import operator
 import re
 import shutil
 import subprocess
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeAlias
 
 from fuse_ext import _C
 
@@ -23,11 +26,15 @@ TYPES = {"f": "float", "d": "double"}
 # Loads and stores: 128 bits and narrower, from and to global memory; and what should not be there,
 # local memory (spills) and generic addresses.
 INSTRUCTION = re.compile(
-    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.MULTILINE
 )
 KERNEL = re.compile(
     r"(adam|update|direction|two_loop|decide|stats|move|blend|copy|dense_[a-z_]+?)_kernelI(.*?)EEv"
 )
+
+
+# Instead of the extension.
+FILES: list[str] = []
 
 
 def tool(name: str) -> Path | None:
@@ -61,6 +68,7 @@ class Kernel:
     stack: int = 0
     local: int = 0
     instructions: Counter[str] = field(default_factory=Counter)
+    code: list[tuple[int, bool, str, str]] = field(default_factory=list)
 
     def count(self, pattern: str) -> int:
         """Instructions whose whole name matches."""
@@ -83,6 +91,101 @@ class Kernel:
         return self.count(r"(LDL|STL)(\..*)?")
 
 
+# Accesses to global memory of 128, 64 and 32 bits, and narrower ones.
+Accesses: TypeAlias = tuple[int, int, int, int]
+
+
+def accesses(instruction: str) -> Accesses:
+    """Which of them an instruction is."""
+    if not re.fullmatch(r"(?:LDG|STG)\.E(\..*)?", instruction):
+        return 0, 0, 0, 0
+    if "ENL2.256" in instruction:
+        return 2, 0, 0, 0
+    suffixes = ("128", "64", r"[US](?:8|16)")
+    wide, half, narrow = (bool(re.search(rf"\.{x}(\.|$)", instruction)) for x in suffixes)
+    return int(wide), int(half), int(not (wide or half or narrow)), int(narrow)
+
+
+def slots_of_round(kernel: Kernel, target: Accesses) -> int:
+    """Fewest instructions of a round of any loop with just these accesses.
+
+    A round is a way through the control-flow graph from a loop's head back to it; an inner loop is
+    gone through once.
+    """
+    following = _control_flow(kernel.code)
+    none: Accesses = (0, 0, 0, 0)
+    # What is guarded by a predicate is made or not.
+    kinds = [
+        {accesses(name), none} if guarded else {accesses(name)}
+        for _, guarded, name, _ in kernel.code
+    ]
+    heads = sorted({j for i, after in enumerate(following) for j in after if j <= i})
+    counts = [
+        count
+        for head in heads
+        if (count := _shortest_round(following, kinds, head, target)) is not None
+    ]
+    assert counts, f"{kernel.name}: no loop makes the accesses {target}"
+    return min(counts)
+
+
+def _control_flow(code: list[tuple[int, bool, str, str]]) -> list[list[int]]:
+    """The instructions that may follow each one."""
+    place = {address: i for i, (address, *_) in enumerate(code)}
+    following: list[list[int]] = []
+    for i, (_, conditional, name, operands) in enumerate(code):
+        after = [i + 1] if i + 1 < len(code) else []
+        if name.startswith("BRA"):
+            target = int(re.findall(r"0x([0-9a-f]+)", operands)[-1], 16)
+            # A branch may also be conditional by an operand: BRA P0, ...
+            falls = conditional or re.match(r"\s*!?U?P\d", operands) or "DIV" in name
+            after = [place[target]] + (after if falls else [])
+        elif name.startswith(("EXIT", "RET")) and not conditional:
+            after = []
+        following.append(after)
+    return following
+
+
+def _shortest_round(
+    following: list[list[int]], kinds: list[set[Accesses]], head: int, target: Accesses
+) -> int | None:
+    """Of one loop."""
+    # Depth first from the head: an order in which every way forward goes, but for inner loops.
+    order: list[int] = []
+    entered = {head}
+    stack = [(head, iter(following[head]))]
+    while stack:
+        node, rest = stack[-1]
+        for successor in rest:
+            if successor not in entered:
+                entered.add(successor)
+                stack.append((successor, iter(following[successor])))
+                break
+        else:
+            order.append(node)
+            stack.pop()
+    rank = {node: i for i, node in enumerate(reversed(order))}
+    cheapest: dict[int, dict[Accesses, int]] = defaultdict(dict)
+    cheapest[head] = {(0, 0, 0, 0): 0}
+    best: int | None = None
+    for node in reversed(order):
+        reached = {
+            (tuple(map(operator.add, made, kind)), cost + 1)
+            for made, cost in cheapest.pop(node, {}).items()
+            for kind in kinds[node]
+        }
+        for now, cost in reached:
+            if any(map(operator.gt, now, target)):
+                continue
+            for successor in following[node]:
+                if successor == head and now == target:
+                    best = cost if best is None else min(best, cost)
+                elif rank[successor] > rank[node]:
+                    known = cheapest[successor].get(now, cost)
+                    cheapest[successor][now] = min(known, cost)
+    return best
+
+
 def readable(mangled: str) -> str:
     """``update<float, bf16>`` for the mangled name."""
     found = KERNEL.search(mangled)
@@ -99,8 +202,11 @@ def readable(mangled: str) -> str:
 
 
 def _dump(*options: str) -> str:
-    command = [str(tool("cuobjdump")), *options, str(_C.__file__)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    texts = []
+    for file in FILES or [str(_C.__file__)]:
+        command = [str(tool("cuobjdump")), *options, file]
+        texts.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return "\n".join(texts)
 
 
 def architectures() -> list[str]:
@@ -119,7 +225,12 @@ def kernels(architecture: str) -> dict[str, Kernel]:
         found[name] = Kernel(name, int(registers), int(stack), int(local))
     for part in _dump("-sass", "-arch", architecture).split("Function : ")[1:]:
         mangled, _, body = part.partition("\n")
-        found[readable(mangled)].instructions = Counter(INSTRUCTION.findall(body))
+        kernel = found[readable(mangled)]
+        kernel.code = [
+            (int(address, 16), bool(guard), name, operands)
+            for address, guard, name, operands in INSTRUCTION.findall(body)
+        ]
+        kernel.instructions = Counter(name for _, _, name, _ in kernel.code)
     return found
 
 
@@ -139,4 +250,7 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(why_not() or table())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="*")
+    FILES += parser.parse_args().files
+    print((not FILES and why_not()) or table())

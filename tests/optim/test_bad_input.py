@@ -370,8 +370,12 @@ STATE_DICTS = {
         ValueError,
         r"groups of \[5\] tensors, the optimizer of \[6\]",
     ),
-    "no step": (remove("state", 1, "step"), ValueError, r"params\[1\] has no 'step'"),
-    "no exp_avg": (remove("state", 5, "exp_avg"), ValueError, r"params\[5\] has no 'exp_avg'"),
+    "no step": (
+        remove("state", 1, "step"),
+        ValueError,
+        r"params\[1\] has no 'step'|lacks \['step'\] of params\[1\]",
+    ),
+    "no exp_avg": (remove("state", 5, "exp_avg"), ValueError, r"(has no |lacks \[)'exp_avg'"),
     "shape": (
         put(torch.zeros(5, 3), "state", 1, "exp_avg_sq"),
         ValueError,
@@ -412,7 +416,7 @@ FUSE_STATE_DICTS = {
         ValueError,
         r"history has shape \(2, 11, 7\), expected \(2, 11, 36\)",
     ),
-    "no history": (remove("state", 0, "history"), ValueError, "has no tensor 'history'"),
+    "no history": (remove("state", 0, "history"), ValueError, r"lacks \['history'\]"),
     "history_size": (
         put(5, "param_groups", 0, "history_size"),
         ValueError,

@@ -19,7 +19,7 @@ from adam_cases import (
 )
 from resume_cases import run, through_deepcopy, through_pickle, through_torch_save
 
-from fuse_ext import LBFGS, Adam, Fuse, FusePV
+from fuse_ext import LBFGS, Adam, Fuse, FusePV, GradNorm
 from fuse_ext.kernels import scalars as ring
 
 TORCH_KINDS = {
@@ -372,3 +372,54 @@ def test_parameter_names_are_kept():
     unnamed = Adam(network.parameters())
     unnamed.load_state_dict(saved)
     assert unnamed.param_groups[0]["param_names"] == ["weight", "bias"]
+
+
+RECORDS = {
+    "no tensor": lambda record: 3,
+    "no text": lambda record: record.clone().fill_(255),
+    "other text": lambda record: torch.frombuffer(bytearray(b"[1]"), dtype=torch.uint8),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_damaged_record_changes_nothing(name):
+    params = make_params()
+    optimizer = FusePV(params, lr=0.1, switch=2)
+    run(optimizer, 4)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["record"] = RECORDS[name](saved["state"][0]["record"])
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="record is no record"):
+        optimizer.load_state_dict(saved)
+    assert snapshot(optimizer) == before
+
+
+def test_a_record_grows_with_what_it_holds():
+    """In powers of two, so that a new optimizer has a tensor of the same size."""
+    params = make_params()
+    sizes = []
+    for window in (10, 1000):
+        optimizer = FusePV(params, switch=GradNorm(1e-9, window))
+        run(optimizer, 1500)
+        saved = optimizer.state_dict()
+        sizes.append(saved["state"][0]["record"].numel())
+        resumed = FusePV(twin(params), switch=GradNorm(1e-9, window))
+        resumed.load_state_dict(copy.deepcopy(saved))
+        assert frozen(resumed.state_dict()) == frozen(saved)
+    assert sizes == [2**14, 2**15]
+
+
+def test_what_a_user_keeps_in_the_state_is_kept():
+    """If it is no data, beside the record."""
+    params = make_params()
+    optimizer = FusePV(params, lr=0.1, switch=2)
+    run(optimizer, 4)
+    kept = {"mine": (1, 2), "words": ["a", None], 5: {"x": torch.ones(2)}}
+    optimizer.state[params[0]].update(kept)
+    optimizer.state[params[1]]["mine"] = 3.0
+    resumed = FusePV(twin(params), switch=2)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    first, second = list(resumed.state.values())[:2]
+    assert first["mine"] == (1, 2) and first["words"] == ["a", None]
+    assert torch.equal(first[5]["x"], torch.ones(2))
+    assert second["mine"] == 3.0

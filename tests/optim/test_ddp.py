@@ -31,7 +31,12 @@ def fit(model: nn.Module, search: str, rank: int | None = None) -> FusePV:
     full = search == "full batch"
     pairs = "averaged" if search == "averages" else "auto"
     optimizer = FusePV(
-        model.parameters(), lr=1e-2, switch=20, deterministic=full or None, pairs=pairs
+        model.parameters(),
+        lr=1e-2,
+        switch=20,
+        deterministic=full or None,
+        pairs=pairs,
+        process_group=None if rank is None else dist.group.WORLD,
     )
     for step in range(STEPS):
         rows = torch.arange(64) if full else (torch.arange(RANKS * BATCH) + 5 * step) % 64
@@ -41,11 +46,7 @@ def fit(model: nn.Module, search: str, rank: int | None = None) -> FusePV:
             optimizer.zero_grad()
             loss = (model(x[mine]) - y[mine]).square().mean()
             loss.backward()
-            loss = loss.detach()
-            if rank is not None and full:
-                dist.all_reduce(loss)
-                loss /= RANKS
-            return loss
+            return loss.detach()
 
         optimizer.step(closure)
     return optimizer

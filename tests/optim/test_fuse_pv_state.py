@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuse_pv_cases import BACKENDS, Fit, assert_same, snapshot
+from fuse_pv_cases import BACKENDS, Fit, assert_same, saved_state, snapshot
 from torch import Tensor
 
 from fuse_ext import (
@@ -251,6 +251,7 @@ def changed(steps: int, change: Callable[[dict[str, Any]], Any]) -> Callable[[],
         fit = new(switch=LossGap(0.0, 1e-9, 3) | AfterSteps(SWITCH_AT))
         fit.step(steps)
         saved = copy.deepcopy(fit.optimizer.state_dict())
+        saved["state"] = copy.deepcopy(saved_state(fit.optimizer))
         change(saved)
         return saved
 

@@ -167,7 +167,7 @@ def test_an_empty_first_group_and_empty_tensors() -> None:
     again = Objective(rosenbrock(4))
     other = make([{"params": []}, {"params": [torch.zeros(0, 3), again.x]}], history_size=4)
     other.load_state_dict(saved)
-    assert other.state_dict()["state"][0]["n_iter"] == saved["state"][0]["n_iter"]
+    assert other.report().lbfgs_iterations == optimizer.report().lbfgs_iterations > 0
 
 
 def test_all_parameters_empty() -> None:

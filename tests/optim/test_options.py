@@ -24,7 +24,7 @@ from fuse_ext.optim.options import (
 DOCS = Path(__file__).parents[2] / "docs"
 TABLES = {"FusePV": FUSE_PV_TABLE, "Fuse": FUSE_TABLE, "LBFGS": LBFGS_TABLE, "Adam": ADAM_TABLE}
 # Constructor arguments that are of the optimizer and not of its groups.
-NOT_IN_GROUPS = {"params", "switch", "theta", "on_switch", "backend"}
+NOT_IN_GROUPS = {"params", "switch", "theta", "on_switch", "backend", "process_group"}
 
 
 @pytest.fixture(scope="module")

@@ -452,7 +452,7 @@ def test_a_gradient_beyond_all_measure_is_not_stepped_on(size: float) -> None:
     now = run.optimizer.state_dict()["state"]
     for key, entry in before.items():
         for name, value in entry.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and name != "record":  # it has counted the step
                 assert torch.equal(value, now[key][name]), name
     run.step(20)
     assert run.flat.isfinite().all()
@@ -461,7 +461,7 @@ def test_a_gradient_beyond_all_measure_is_not_stepped_on(size: float) -> None:
 def test_who_gets_a_basis() -> None:
     def sides(*shape: int, dtype: torch.dtype = torch.float32, **flags: bool) -> tuple[bool, bool]:
         options = {"amsgrad": False, "narrow": False, "limited": True, **flags}
-        return rotated_sides(torch.empty(shape, dtype=dtype), **options)
+        return rotated_sides(torch.empty(shape, dtype=dtype), device=torch.device("cpu"), **options)
 
     assert sides(10, 784) == (True, False)
     assert sides(10, 784, limited=False) == (True, True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 pytest.importorskip("matplotlib", reason="the examples need the extra 'demo'")
 pytest.importorskip("tqdm", reason="the examples need the extra 'demo'")
@@ -27,6 +28,30 @@ def run_script(name: str, *args: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run_on_ranks(name: str, *args: str) -> str:
+    """The same under torchrun, with two processes, which meet at a port that is free."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launch, str(EXAMPLES / name), *args]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize(("name", "share"), [("ddp.py", 26122), ("fsdp2.py", 13061)])
+def test_ranks_agree_and_resume(name: str, share: int, tmp_path: Path) -> None:
+    out = ("--out", str(tmp_path))
+    run_on_ranks(name, "--steps", "30", *out)
+    resumed = run_on_ranks(name, "--steps", "60", "--resume", *out)
+    whole = run_on_ranks(name, "--steps", "60", "--out", str(tmp_path / "whole"))
+    for output in (resumed, whole):
+        assert "all ranks agree: True" in output
+        assert f"rank 1: {share:,} of 26,122 parameters" in output
+    # A restart changes nothing.
+    assert whole.splitlines()[-5:] == resumed.splitlines()[-5:]
 
 
 def rows(output: str) -> list[list[str]]:
@@ -140,3 +165,33 @@ def test_a_restart_changes_nothing(
     for name, weight in whole["model"].items():
         assert torch.equal(weight, parts["model"][name]), name
     assert "switch_step           20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    # A tenth of the evaluations, and small networks: that they learn, not how well.
+    [("poisson", 0.1), ("inverse", 0.5), ("hard_constraints", 0.02), ("burgers", 0.9)],
+)
+def test_pinn(
+    name: str,
+    most: float,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    script = EXAMPLES / "pinn" / f"{name}.py"
+    monkeypatch.syspath_prepend(str(script.parent))
+    monkeypatch.setattr(sys, "argv", [script.name, "--quick", "--out", str(tmp_path)])
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    output = capsys.readouterr().out
+    (error,) = re.findall(r"relative error (\S+), loss", output)
+    assert 0.0 < float(error) < most
+    assert "switch after 100 steps, a dense inverse Hessian" in output
+    if name == "inverse":
+        (of_a,) = re.findall(r"0\.3 is true: error (\S+)", output)
+        assert float(of_a) < 0.5  # it begins with 2.3
+    assert (tmp_path / f"pinn_{name}.png").read_bytes().startswith(PNG)

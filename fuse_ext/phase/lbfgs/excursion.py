@@ -87,5 +87,5 @@ def _copies(params: list[Tensor]) -> list[Tensor]:
 
 def _others(iteration: Iteration, point: Point) -> list[Tensor]:
     """Parameters with gradients in groups with lr = 0, of which Adam may make 0.0 of -0.0."""
-    absent = [iteration.flat.params[i] for i in point.part.absent]
-    return [param for param in absent if param.grad is not None]
+    flat = iteration.flat
+    return [flat.tensors[i] for i in point.part.absent if flat.params[i].grad is not None]

@@ -82,7 +82,7 @@ class Iteration:
             progress.reason = "gradient"
             # Sums of squares that are 0 are solved before the first iteration.
             trained = point.stats.abs_max > 0.0 or self.entry["n_iter"] > 0 or point.value == 0.0
-            if not (trained and point.part.params) and self.flat.numel:
+            if not (trained and point.part.params) and self.flat.total:
                 progress.stop_untrained(self.entry["n_iter"])
         else:
             try:
@@ -259,9 +259,9 @@ class Iteration:
         """
         self.setbacks.count_non_finite()
         self.entry["bad_starts"] += 1
-        here = self.objective.stands_where_it_arrived()
-        bad = self.entry["bad_starts"] > BAD_BATCHES
-        if not bad or self.entry["pair_step"] is None or not here:
+        if self.entry["bad_starts"] <= BAD_BATCHES or self.entry["pair_step"] is None:
+            return
+        if not self.objective.stands_where_it_arrived():
             return
         self.trials.undo()
         self.setbacks.count_failing(True)

@@ -25,8 +25,10 @@ from torch import Tensor
 
 from fuse_ext.curvature.moments import Moments
 from fuse_ext.curvature.step_counts import HostCounts
+from fuse_ext.phase.living.bases import BASES, adams_second, rotate, rotate_back
 from fuse_ext.phase.modes import AUTO
 from fuse_ext.vector.flat import FlatParams, ParamGroup
+from fuse_ext.vector.shards import largest_here, shards_of
 
 DIAGONAL, KRONECKER = "diagonal", "kronecker"
 METRICS = (AUTO, DIAGONAL, KRONECKER)
@@ -50,7 +52,6 @@ EMBEDDING_SIDE = 8192
 # In a parameter's own state: covariances, bases (of the sides that have one), the second moment in
 # them while it is measured, and steps since the covariances, and since the measuring, began.
 FACTORS = ("row_factor", "column_factor")
-BASES = ("row_basis", "column_basis")
 MEASURED = "rotated_sq"
 STEPS = ("factor_steps", "basis_steps")
 KRONECKER_NAMES = (*FACTORS, *BASES, MEASURED, *STEPS)
@@ -62,7 +63,9 @@ def matrix_shape(param: Tensor) -> tuple[int, int]:
     return rows, param.numel() // max(rows, 1)
 
 
-def rotated_sides(param: Tensor, amsgrad: bool, narrow: bool, limited: bool) -> tuple[bool, bool]:
+def rotated_sides(
+    param: Tensor, amsgrad: bool, narrow: bool, limited: bool, device: torch.device
+) -> tuple[bool, bool]:
     """Which sides of a parameter get a basis.
 
     None do of vectors, complex numbers, with AMSGrad, whose largest moment is of one basis, and
@@ -75,7 +78,7 @@ def rotated_sides(param: Tensor, amsgrad: bool, narrow: bool, limited: bool) -> 
         return False, False
     most = EMBEDDING_SIDE
     if limited:
-        most = LONGEST_SIDE.get(param.device.type, LONGEST_SIDE["cpu"])
+        most = LONGEST_SIDE.get(device.type, LONGEST_SIDE["cpu"])
     return rows <= most, columns <= most
 
 
@@ -100,30 +103,47 @@ def check_kronecker_state(entry: dict[str, Any], param: Tensor, i: int) -> None:
 
 
 def sides_of(
-    flat: FlatParams, groups: list[ParamGroup], narrow: bool, limited: bool
+    flat: FlatParams,
+    groups: list[ParamGroup],
+    narrow: bool,
+    limited: bool,
+    shards: list[int] | None = None,
 ) -> dict[int, tuple[bool, bool]]:
-    """Of each parameter that has a basis on some side, which ones; see :func:`rotated_sides`."""
+    """Of each parameter that has a basis on some side, which ones; see :func:`rotated_sides`.
+
+    ``shards``: in how many pieces each lies, if the parameters do not know.
+    """
     found = {}
+    pieces = shards or [shards_of(param) for param in flat.params]
     for group, place in zip(groups, flat.group_slices, strict=True):
         for i in range(place.start, place.stop):
-            sides = rotated_sides(flat.params[i], bool(group["amsgrad"]), narrow, limited)
+            shape = largest_here(flat.params[i])  # ranks have bases of the same sides
+            sides = rotated_sides(shape, bool(group["amsgrad"]), narrow, limited, flat.device)
+            if pieces[i] > 1:
+                # The longer side's would be of the whole matrix's size, and on every rank.
+                rows, columns = matrix_shape(shape)
+                sides = sides[0] and rows <= columns, sides[1] and columns <= rows
             if any(sides):
                 found[i] = sides
     return found
 
 
-def kronecker_nbytes(flat: FlatParams, groups: list[ParamGroup]) -> tuple[int, int]:
+def kronecker_nbytes(
+    flat: FlatParams, groups: list[ParamGroup], shards: list[int] | None = None
+) -> tuple[int, int]:
     """Bytes of covariances and bases, and of the second moments while they are measured."""
     metric = groups[0]["metric"]
     narrow = groups[0]["moment_dtype"] not in (None, flat.dtype)
-    sides = sides_of(flat, groups, narrow, metric == AUTO) if metric != DIAGONAL else {}
+    sides = {}
+    if metric != DIAGONAL:
+        sides = sides_of(flat, groups, narrow, metric == AUTO, shards)
     squares = sum(
         side * side
         for i, has in sides.items()
-        for side, one in zip(matrix_shape(flat.params[i]), has, strict=True)
+        for side, one in zip(matrix_shape(flat.tensors[i]), has, strict=True)
         if one
     )
-    measured = sum(flat.params[i].numel() for i in sides)
+    measured = sum(flat.tensors[i].numel() for i in sides)
     return 2 * squares * flat.dtype.itemsize, measured * flat.dtype.itemsize
 
 
@@ -161,10 +181,17 @@ class KroneckerMetric:
                 if name in entry:  # perhaps of a checkpoint in another dtype
                     entry[name] = entry[name].to(dtype=flat.dtype, device=flat.device)
 
+    def begin(self) -> None:
+        """Takes the memory for all parameters that have had a gradient."""
+        for i in self.sides:
+            entry = self.entry(i) if self._flat.params[i] in self._state else {}
+            if "exp_avg" in entry and "factor_steps" not in entry:
+                self._begin(entry, i)
+
     def _begin(self, entry: dict[str, Any], i: int) -> None:
         """Zeros where nothing has been gathered."""
         flat = self._flat
-        shape = matrix_shape(flat.params[i])
+        shape = matrix_shape(flat.tensors[i])
         for names in (FACTORS, BASES):
             for name, side, has in zip(names, shape, self.sides[i], strict=True):
                 if has:
@@ -209,7 +236,9 @@ class KroneckerMetric:
 
         To be called after Adam has stepped the others.
         """
-        flat, stepped = self._flat, []
+        flat, stepped, masters = self._flat, [], self._moments.masters
+        if masters is not None:
+            masters.follow(self.ready())
         for group, place in zip(groups, flat.group_slices, strict=True):
             for i in range(place.start, place.stop):
                 if i not in self.sides or flat.params[i].grad is None:
@@ -220,17 +249,20 @@ class KroneckerMetric:
                 else:
                     self._gather(i, group)
         if stepped:
+            if masters is not None:
+                masters.round(stepped)
             assert isinstance(self._moments.counts, HostCounts)  # as LivingPhase makes them
             self._moments.counts.advance(stepped)
 
     def _gradient(self, i: int, group: ParamGroup) -> Tensor:
         """Of what is minimised, an L2 penalty included, in the flat state's dtype."""
-        param = self._flat.params[i]
-        assert param.grad is not None
-        grad = param.grad.to(self._flat.dtype)
+        own = self._flat.grad(i)
+        assert own is not None
+        grad = own.to(self._flat.dtype)
         grad = -grad if group["maximize"] else grad
         if group["weight_decay"] and not group["decoupled_weight_decay"]:
-            grad = grad.add(param.to(grad.dtype), alpha=float(group["weight_decay"]))
+            weight = self._moments.weight(i).to(grad.dtype)
+            grad = grad.add(weight, alpha=float(group["weight_decay"]))
         return grad
 
     def _moment(self, name: str, i: int) -> Tensor:
@@ -261,7 +293,7 @@ class KroneckerMetric:
             if not self._find_bases(entry):
                 return
             entry[MEASURED] = torch.zeros_like(matrix)
-        rotated = self._rotate(entry, matrix)
+        rotated = rotate(entry, matrix)
         beta1, beta2 = map(float, group["betas"])
         entry[MEASURED].mul_(beta2).addcmul_(rotated, rotated, value=1.0 - beta2)
         entry["basis_steps"] += 1
@@ -273,12 +305,12 @@ class KroneckerMetric:
         second = torch.maximum(entry.pop(MEASURED), floor)
         self._moment("exp_avg_sq", i).copy_(second.view(grad.shape))
         average = self._moment("exp_avg", i)
-        average.copy_(self._rotate(entry, average.reshape(matrix.shape)).view(grad.shape))
+        average.copy_(rotate(entry, average.reshape(matrix.shape)).view(grad.shape))
 
     def _corrected_mean(self, i: int, entry: dict[str, Any], beta1: float) -> Tensor:
         """The bias-corrected first moment in the basis."""
         average = self._moment("exp_avg", i)
-        rotated = self._rotate(entry, average.reshape(matrix_shape(average)))
+        rotated = rotate(entry, average.reshape(matrix_shape(average)))
         return rotated.div_(1.0 - beta1 ** self._moments.counts.of(i))
 
     def _find_bases(self, entry: dict[str, Any]) -> bool:
@@ -294,29 +326,15 @@ class KroneckerMetric:
             entry[basis].copy_(vectors)
         return True
 
-    @staticmethod
-    def _rotate(entry: dict[str, Any], matrix: Tensor) -> Tensor:
-        """Q_L^T G Q_R; always a new tensor."""
-        left, right = (entry.get(name) for name in BASES)
-        rotated = matrix if left is None else left.T @ matrix
-        return rotated if right is None else rotated @ right
-
-    @staticmethod
-    def _rotate_back(entry: dict[str, Any], matrix: Tensor) -> Tensor:
-        """Q_L X Q_R^T."""
-        left, right = (entry.get(name) for name in BASES)
-        rotated = matrix if left is None else left @ matrix
-        return rotated if right is None else rotated @ right.T
-
     def _advance(self, i: int, group: ParamGroup, lr: float) -> None:
         """Adam's step in the basis."""
-        entry, param = self.entry(i), self._flat.params[i]
+        entry, weight = self.entry(i), self._moments.weight(i)
         grad = self._gradient(i, group)
         matrix = grad.reshape(matrix_shape(grad))
         (beta1, beta2), eps = map(float, group["betas"]), float(group["eps"])
         steps = self._moments.counts.of(i) + 1.0
         self._average(entry, matrix, FACTOR_EVERY)
-        rotated = self._rotate(entry, matrix)
+        rotated = rotate(entry, matrix)
         stored = [self._moment(name, i) for name in ("exp_avg", "exp_avg_sq")]
         # Copies where the weight is not row-major.
         average, second = (of.reshape(matrix.shape) for of in stored)
@@ -327,10 +345,10 @@ class KroneckerMetric:
         root = (
             variance.add_(eps).sqrt_() if group["eps_inside_root"] else variance.sqrt_().add_(eps)
         )
-        step = self._rotate_back(entry, torch.div(average, root, out=root)).view(grad.shape)
+        step = rotate_back(entry, torch.div(average, root, out=root)).view(grad.shape)
         if group["decoupled_weight_decay"] and group["weight_decay"]:
-            param.mul_(1.0 - lr * float(group["weight_decay"]))
-        param.add_(step.to(param.dtype), alpha=-lr / (1.0 - beta1**steps))
+            weight.mul_(1.0 - lr * float(group["weight_decay"]))
+        weight.add_(step.to(weight.dtype), alpha=-lr / (1.0 - beta1**steps))
         if entry["basis_steps"] % REFRESH == 0:
             average, second = self._renew(entry, average, second)
         for kept, new in zip(stored, (average, second), strict=True):
@@ -345,7 +363,7 @@ class KroneckerMetric:
         The first moment is taken over exactly; the second goes with its directions, which move
         little in so few steps.
         """
-        average = self._rotate_back(entry, average)
+        average = rotate_back(entry, average)
         for side, (factor, basis) in enumerate(zip(FACTORS, BASES, strict=True)):
             if factor not in entry:
                 continue
@@ -354,34 +372,21 @@ class KroneckerMetric:
             order = torch.argsort((vectors * image).sum(0), descending=True, stable=True)
             entry[basis] = torch.linalg.qr(image[:, order])[0].contiguous()
             second = second.index_select(side, order)
-        return self._rotate(entry, average), second
+        return rotate(entry, average), second
 
     # --- leaving ----------------------------------------------------------------------------
 
     def leave(self, groups: list[ParamGroup]) -> None:
-        """Gives the metric up: Adam's moments become those of the weights' own elements.
-
-        Coordinates of the basis are next to uncorrelated, so that the variance of an element is
-        the sum of theirs, each by the square of its share.
-        """
+        """Gives the metric up: Adam's moments become those of the weights' own elements."""
         betas = self._flat.per_segment([group["betas"] for group in groups], None)
         for i in self.sides:
             entry = self.entry(i)
             if self._is_ready(entry):
                 stored = self._moment("exp_avg_sq", i)
                 second = stored.reshape(matrix_shape(stored))
-                squares = {name: entry[name].square() for name in BASES if name in entry}
-                second = self._rotate_back(squares, second)
-                # Its own count becomes the parameter's.
-                beta2 = betas[i][1]
-                second = second * (
-                    (1.0 - beta2 ** self._moments.counts.of(i))
-                    / (1.0 - beta2 ** entry["basis_steps"])
-                )
+                second = adams_second(entry, second, self._moments.counts.of(i), betas[i][1])
                 stored.copy_(second.view(stored.shape))
                 average = self._moment("exp_avg", i)
-                average.copy_(
-                    self._rotate_back(entry, average.reshape(second.shape)).view(average.shape)
-                )
+                average.copy_(rotate_back(entry, average.reshape(second.shape)).view(average.shape))
             for name in KRONECKER_NAMES:
                 entry.pop(name, None)

@@ -29,7 +29,6 @@ from fuse_ext.phase.modes import AUTO
 from fuse_ext.phase.protocol import Call, Outcome
 from fuse_ext.search.noise import Precision
 from fuse_ext.vector.flat import FlatParams, ParamGroup
-from fuse_ext.vector.gradients import GradStats, grad_stats_into
 
 # What an entry holds beside lengths and trend: lr of the first group at the last step.
 LIVING_NAMES = (*NAMES, *TREND_NAMES, "last_lr")
@@ -69,7 +68,9 @@ class LivingPhase:
         self._flat, self._ops, self._state = flat, ops, state
         self._entry: dict[str, Any] = state[flat.params[0]]
         # Counted on the host, which decides here, whatever Adam did.
-        self.moments = Moments(flat, ops, state, groups, groups[0]["moment_dtype"])
+        first = groups[0]
+        narrow, keeps = first["moment_dtype"], bool(first["master_weights"])
+        self.moments = Moments(flat, ops, state, groups, narrow, keeps_masters=keeps)
         for name in (*COUNTERS, *TALLIES):
             self._entry.setdefault(name, 0)
         metric = groups[0]["metric"]
@@ -81,10 +82,14 @@ class LivingPhase:
         self.history = NoPairs(DIAGONAL if self._matrices is None else KRONECKER)
         self._lengths, self._trend = Lengths(self._entry), Trend(self._entry)
         self._watch = Watch(flat, ops, self._entry)
-        self._stats = torch.zeros(len(GradStats._fields), dtype=torch.float64, device=flat.device)
         self._largest = torch.finfo(flat.dtype).max
         self.progress = Progress()
         self.precision = Precision(self._entry, torch.finfo(flat.dtype).eps)
+
+    def take_memory(self) -> None:
+        """Takes what the metric of matrices will need, so that it is known at the switch."""
+        if self._matrices is not None:
+            self._matrices.begin()
 
     def inherit(self, groups: list[ParamGroup], scheduled: bool, watches: bool) -> None:
         """Begins where Adam ends.
@@ -137,7 +142,7 @@ class LivingPhase:
     def step(self, call: Call) -> Outcome:
         """One step, unless the closure turns out to be one function all along."""
         entry, closure, groups = self._entry, call.closure, call.groups
-        look = self._watch.look(closure, mixed_signs(groups))
+        look = self._watch.look(closure, mixed_signs(groups), norms=True)
         entry["func_evals"] += closure is not None
         if look.undecided:
             self.progress.reason = "watch"
@@ -146,11 +151,10 @@ class LivingPhase:
         if not look.finite:
             self.refuse()
             return Outcome(look.loss, refused=True)
-        self._flat.check_unchanged()
-        if not grad_stats_into(self._flat, self._ops, self._stats):
+        if look.norms is None:
             self.progress.stop_untrained(entry["n_iter"])
             return Outcome(look.loss)
-        square = GradStats(*self._stats.tolist()).square
+        square = look.norms.square
         if square == 0.0 and not entry["living_steps"] and not self._has_trained():
             self.progress.stop_untrained(0)
             return Outcome(look.loss)
@@ -158,11 +162,12 @@ class LivingPhase:
             self.refuse()
             return Outcome(look.loss, refused=True)
         self._move(groups, math.sqrt(square))
-        return Outcome(look.loss, worse=self._makes_it_worse(call, look.loss))
+        return Outcome(look.loss, worse=self._makes_it_worse(call, look.value))
 
     def _has_trained(self) -> bool:
         """Whether Adam has met a gradient that is not 0."""
-        return bool(self.moments.stored("exp_avg").any())
+        trained = bool(self.moments.stored("exp_avg").any())
+        return self._flat.measures.any(trained)[0]
 
     def _move(self, groups: list[ParamGroup], norm: float) -> None:
         entry, lengths = self._entry, self._lengths
@@ -182,16 +187,16 @@ class LivingPhase:
         self.progress.step_length = factor
         self.progress.reason, self.progress.line_search = "max_iter", "fixed"
 
-    def _makes_it_worse(self, call: Call, loss: Any) -> bool:
+    def _makes_it_worse(self, call: Call, loss: float | None) -> bool:
         """Whether losses have stayed above those at the switch, and not for too long steps.
 
         Steps that were longer than Adam's are the first to go. Unknown losses rise and fall unseen.
         """
-        loss = call.loss if loss is None else loss
+        if loss is None and call.loss is not None:
+            loss = loss_value(call.loss)
         if loss is None or mixed_signs(call.groups):
             return False
-        sign = -1.0 if call.groups[0]["maximize"] else 1.0
-        if not self._trend.worse(sign * loss_value(loss)):
+        if not self._trend.worse(-loss if call.groups[0]["maximize"] else loss):
             return False
         return not self._lengths.shorten()
 

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "numeric.h"
 #include "scheduler.h"
 
 #define __host__
@@ -19,8 +20,39 @@
   (static_cast<void>(stream),                                  \
    cuda_sim::launch(blocks, kThreads, shared_bytes, [=] { kernel(__VA_ARGS__); }))
 #define FUSE_SHARED(type, name) type* const name = static_cast<type*>(cuda_sim::shared_memory())
-#define FUSE_ASSUME_GLOBAL(pointer) static_cast<void>(pointer)
-#define FUSE_STORE_GLOBAL(pointer, value) static_cast<void>(*(pointer) = value)
+#define FUSE_ASSUME_GLOBAL(pointer) cuda_sim::move_bytes(sizeof *(pointer))
+#define FUSE_ASSUME_COMMON(pointer) static_cast<void>(pointer)
+#define FUSE_STORE_GLOBAL(pointer, value) \
+  (cuda_sim::move_bytes(sizeof *(pointer)), static_cast<void>(*(pointer) = value))
+
+// What the hardware converts: as the CPU's kernels do.
+inline float sim_float_of_half(std::uint16_t bits) {
+  return fuse_ext::load<float>(fuse_ext::Float16{bits});
+}
+inline std::uint16_t sim_half_of_float(float value) {
+  fuse_ext::Float16 stored;
+  fuse_ext::store(&stored, value);
+  return stored.bits;
+}
+inline std::uint16_t sim_bfloat_of_float(float value) {
+  fuse_ext::BFloat16 stored;
+  fuse_ext::store(&stored, value);
+  return stored.bits;
+}
+#define FUSE_FLOAT_OF_HALF(bits) sim_float_of_half(bits)
+#define FUSE_HALF_OF_FLOAT(value) sim_half_of_float(value)
+#define FUSE_BFLOAT_OF_FLOAT(value) sim_bfloat_of_float(value)
+
+// Four of the eight bytes of two words, chosen by the selector's hexadecimal digits.
+inline std::uint32_t __byte_perm(std::uint32_t low, std::uint32_t high, std::uint32_t selector) {
+  const std::uint64_t bytes = static_cast<std::uint64_t>(high) << 32 | low;
+  std::uint32_t word = 0;
+  for (int i = 0; i < 4; ++i) {
+    const std::uint32_t which = selector >> (4 * i) & 7u;
+    word |= static_cast<std::uint32_t>(bytes >> (8 * which) & 0xffu) << (8 * i);
+  }
+  return word;
+}
 
 inline const auto& threadIdx = cuda_sim::thread_index;
 inline const auto& blockIdx = cuda_sim::block_index;

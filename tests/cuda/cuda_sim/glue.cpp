@@ -12,13 +12,13 @@ namespace {
 // sees their ends.
 std::unique_ptr<Segment[]> table_memory;
 std::unique_ptr<double[]> partials_memory;
-std::unique_ptr<unsigned> counter_memory;
+std::unique_ptr<unsigned[]> counter_memory;
 
 }  // namespace
 
 DeviceCall::DeviceCall(const at::Device& device)
     : guard_(device), device_(device), stream_(nullptr) {
-  counter_memory = std::make_unique<unsigned>(0);
+  counter_memory = std::make_unique<unsigned[]>(kCounters);
 }
 
 Segments DeviceCall::segments(const TensorSegments& tensors) const {
@@ -29,8 +29,8 @@ Segments DeviceCall::segments(const TensorSegments& tensors) const {
   return {table, tensors.begin(), tensors.end()};
 }
 
-Workspace DeviceCall::workspace(std::int64_t width) const {
-  const auto size = static_cast<std::size_t>(workspace_size(width));
+Workspace DeviceCall::workspace(std::int64_t doubles) const {
+  const auto size = static_cast<std::size_t>(doubles);
   partials_memory = std::make_unique<double[]>(size);
   std::fill_n(partials_memory.get(), size, std::numeric_limits<double>::quiet_NaN());
   return {partials_memory.get(), counter_memory.get()};
@@ -39,7 +39,10 @@ Workspace DeviceCall::workspace(std::int64_t width) const {
 bool DeviceCall::is_capturing() const { return false; }
 
 void DeviceCall::check_launch() const {
-  TORCH_CHECK(*counter_memory == 0, "a kernel left its workspace's counter at ", *counter_memory);
+  for (std::int64_t i = 0; i < kCounters; ++i) {
+    TORCH_CHECK(counter_memory[i] == 0, "a kernel left its workspace's counter ", i, " at ",
+                counter_memory[i]);
+  }
 }
 
 }  // namespace cuda
@@ -56,5 +59,8 @@ __attribute__((visibility("default"))) void cuda_sim_set_schedule(int order, uns
 }
 __attribute__((visibility("default"))) std::int64_t cuda_sim_launch_count() {
   return cuda_sim::launch_count();
+}
+__attribute__((visibility("default"))) std::int64_t cuda_sim_bytes_moved() {
+  return cuda_sim::bytes_moved();
 }
 }

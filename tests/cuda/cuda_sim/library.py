@@ -37,6 +37,7 @@ ORDERS = ("forward", "reverse", "shuffled")
 # Small blocks and grids: few elements already take every path. ThreadSanitizer's threads are dear.
 THREADS = 64
 MOST_BLOCKS = {"plain": 5, "asan": 5, "tsan": 2}
+GRID = {"THREADS": THREADS, "MOST_LIGHT_BLOCKS": 7, "GROUPS": 2, "FILL": 4, "LEAST_PAIRS": 1}
 
 SANITIZERS = {
     "plain": [],
@@ -119,7 +120,8 @@ def _link(name: str, objects: list[Path], flags: list[str]) -> Path:
 def build(variant: str) -> Path:
     """The shared library with the CUDA kernels and the ops' own torch glue."""
     sanitize = SANITIZERS[variant]
-    grid = [f"-DFUSE_CUDA_THREADS={THREADS}", f"-DFUSE_CUDA_MOST_BLOCKS={MOST_BLOCKS[variant]}"]
+    sizes = {**GRID, "MOST_BLOCKS": MOST_BLOCKS[variant]}
+    grid = [f"-DFUSE_CUDA_{name}={value}" for name, value in sizes.items()]
     with _locked():
         objects = [_object(HERE / "scheduler.cpp", "scheduler", [])]
         headers = (TORCH / "include", TORCH / "include/torch/csrc/api/include")
@@ -175,7 +177,8 @@ class SimulatedOps:
         for name in ops.NAMES:
             setattr(self, name, getattr(torch.ops.fuse_ext_sim, name).default)
         self._library = ctypes.CDLL(path)
-        self._library.cuda_sim_launch_count.restype = ctypes.c_int64
+        for name in ("cuda_sim_launch_count", "cuda_sim_bytes_moved"):
+            getattr(self._library, name).restype = ctypes.c_int64
 
     def schedule(self, order: str, seed: int = 0) -> None:
         """Which threads run first, from now on."""
@@ -184,3 +187,7 @@ class SimulatedOps:
     def launches(self) -> int:
         """Kernels launched so far."""
         return int(self._library.cuda_sim_launch_count())
+
+    def bytes_moved(self) -> int:
+        """Bytes that kernels have read and written of vectors so far."""
+        return int(self._library.cuda_sim_bytes_moved())

@@ -117,6 +117,7 @@ struct Block {
 Order schedule_order = Order::forward;
 unsigned schedule_seed = 0;
 std::int64_t launches = 0;
+std::int64_t moved = 0;
 
 const std::function<void()>* kernel_of_launch = nullptr;
 Block* block = nullptr;
@@ -298,6 +299,9 @@ void set_schedule(Order order, unsigned seed) {
 }
 
 std::int64_t launch_count() { return launches; }
+
+void move_bytes(std::int64_t bytes) { moved += bytes; }
+std::int64_t bytes_moved() { return moved; }
 
 void launch(std::int64_t blocks, int threads, std::int64_t shared_bytes,
             const std::function<void()>& kernel) {

@@ -30,6 +30,12 @@ void set_schedule(Order order, unsigned seed);
 // Kernels launched so far.
 std::int64_t launch_count();
 
+// Counts an access to global memory, and says how many bytes were read and written so far. Only
+// what kernels load and store by name (packs.cuh) is counted, not what they read of tables and
+// scalars. Not to be seen by a sanitizer, to which all threads share the count.
+void move_bytes(std::int64_t bytes);
+std::int64_t bytes_moved();
+
 // Runs the kernel to its end. Shared memory and stacks are new to every block and full of NaNs.
 // Throws std::runtime_error for what CUDA would refuse, and where threads do not meet.
 void launch(std::int64_t blocks, int threads, std::int64_t shared_bytes,
