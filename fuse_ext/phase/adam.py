@@ -43,6 +43,7 @@ class AdamPhase:
     Attributes:
         moments: None before the first step that is taken, unless ``state`` holds some.
         said: What the user was warned of.
+        last_loss: That of the last step, where one function was promised.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class AdamPhase:
         self._readout = Readout(flat, ops)
         self.moments: Moments | None = None
         self.said: set[str] = set()
+        self.last_loss: float | None = None
         # The user may keep other things in the state, under other keys.
         if any("step" in state.get(param, {}) for param in flat.params):
             self.moments = make_moments(flat, ops, state, groups)
