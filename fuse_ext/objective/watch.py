@@ -148,10 +148,15 @@ class Habits:
         marked, adds = self._flat.measures.any(mark is not None)[0], False
         if not marked:
             return with_grad(closure)
-        if mark is None:  # of other ranks' gradients there is one
-            loss = with_grad(closure)
-        else:
-            loss, adds = self._call_with(closure, *mark)
+        try:
+            if mark is None:  # of other ranks' gradients there is one
+                loss = with_grad(closure)
+            else:
+                loss, adds = self._call_with(closure, *mark)
+        except Exception:
+            if self._flat.together is not None:  # the others wait for an answer, and know then
+                self._adds = self._flat.measures.any(False)[0]
+            raise
         self._adds = self._flat.measures.any(adds)[0]
         if not self._adds:
             return loss
