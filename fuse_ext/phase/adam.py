@@ -23,7 +23,8 @@ def make_moments(
 ) -> Moments:
     """Adam's moments for these groups, with counts where their options want them."""
     first = groups[0]
-    return Moments(flat, ops, state, groups, first["moment_dtype"], bool(first["capturable"]))
+    on_device, keeps = bool(first["capturable"]), bool(first["master_weights"])
+    return Moments(flat, ops, state, groups, first["moment_dtype"], on_device, keeps)
 
 
 class AdamPhase:

@@ -1,6 +1,6 @@
 """What the compiled CUDA kernels are made of: registers, memory and instructions, per architecture.
 
-    python tests/cuda/cuda_static.py [--slots] [file ...]
+    python tests/cuda/cuda_static.py [file ...]
 
 prints a table. Reads the machine code in the built extension, or in files that nvcc has made of
 csrc/cuda (-cubin), with NVIDIA's cuobjdump; no GPU is needed.
@@ -253,4 +253,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="*")
     FILES += parser.parse_args().files
-    print("" if FILES else why_not() or table())
+    print((not FILES and why_not()) or table())

@@ -12,6 +12,8 @@ import torch
 from fuse_ext import _C
 from fuse_ext.kernels import ops
 
+gpu_model = pytest.importorskip("benchmarks.harness.gpu_model")
+
 CUDA_BUILD = bool(_C.build_info()["cuda"])
 needs_cuda_build = pytest.mark.skipif(
     not CUDA_BUILD,
@@ -70,14 +72,15 @@ WIDE = {
     "adam<float, bf16, yes>": (2, 1),
     # Per 16 elements: 4 loads each of grad, previous gradient, p, S and Y; y.
     "update<float, f32>": (20, 4),
-    "update<float, bf16>": (14, 2),
+    "update<float, bf16>": (18, 2),  # and two pairs' S and Y
     "direction<float, f32>": (12, 8),  # grad, S and Y; p and previous gradient
-    "direction<float, bf16>": (8, 6),
-    "stats<float>": (2, 0),
-    "move<float>": (3, 2),
-    "blend<float>": (3, 2),
-    "copy<float, yes>": (1, 1),
-    "copy<float, no>": (1, 1),
+    "direction<float, bf16>": (12, 6),
+    # Per 16 elements: four packs of each vector at once.
+    "stats<float>": (8, 0),  # grad, direction
+    "move<float>": (8, 4),  # origin, direction; param
+    "blend<float>": (12, 4),  # param, origin, direction; param
+    "copy<float, yes>": (4, 4),
+    "copy<float, no>": (4, 4),
     # Eight tiles at a time; the terms' vectors s and w, and the tiles.
     "dense_product<float>": (8, 0),
     "dense_take_in<float>": (24, 8),
@@ -98,4 +101,26 @@ def test_whole_packs_move_as_128_bits(name: str) -> None:
 def test_8_bit_rows_move_as_64_bits() -> None:
     for architecture in cuda_static.architectures():
         for name in ("update<float, i8>", "direction<float, i8>"):
-            assert kernels(architecture)[name].count(r"LDG\.E\.64(\..*)?") >= 4, architecture
+            # Two pairs at once, two packs of each row.
+            assert kernels(architecture)[name].count(r"LDG\.E\.64(\..*)?") >= 8, architecture
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_the_model_knows_the_machine_code(architecture: str) -> None:
+    """Registers and instructions, within a tenth: compilers differ."""
+    if architecture not in cuda_static.architectures():
+        pytest.skip(f"the extension has no code for {architecture}")
+    for name, modelled in gpu_model.KERNELS.items():
+        kernel = kernels(architecture)[name]
+        found = cuda_static.slots_of_round(kernel, gpu_model.ACCESSES[name])
+        assert kernel.registers == pytest.approx(modelled.registers[architecture], rel=0.1), name
+        assert found == pytest.approx(modelled.slots[architecture], rel=0.1), name
+
+
+@needs_cuobjdump
+def test_no_kernel_on_vectors_divides_by_a_number_that_it_is_told() -> None:
+    """A remainder of 64 bits is a subroutine, or some sixty instructions with a reciprocal."""
+    for architecture in cuda_static.architectures():
+        for name in ("copy<float, yes>", "copy<float, no>", "move<float>"):
+            assert kernels(architecture)[name].count(r"MUFU\.RCP.*|I2F\.U64.*") == 0, name
