@@ -166,19 +166,24 @@ class Habits:
         return with_grad(closure)
 
     def _call_with(
-        self, closure: Closure, grad: Tensor, place: tuple[int, ...], value: Any
+        self, closure: Closure, param: Tensor, address: int, place: tuple[int, ...], value: Any
     ) -> tuple[Any, bool]:
-        """The loss, and whether the gradient still holds the mark."""
+        """The loss, and whether the gradient still holds the mark.
+
+        Nobody holds it meanwhile: its memory is free for a new one, in which a loss that is finite
+        leaves no NaN.
+        """
         try:
             loss = with_grad(closure)
         except BaseException:
-            grad[place] = value
+            if _marked(param, address, place):
+                assert param.grad is not None
+                param.grad[place] = value
             raise
-        held = (self._flat.grad(i) for i in range(len(self._flat.params)))
-        # A gradient that the closure has not made anew is the one with the mark.
-        return loss, any(g is grad for g in held) and math.isnan(float(grad[place].real))
+        finite = not isinstance(loss, Tensor) or bool(loss.detach().isfinite().all())
+        return loss, finite and _marked(param, address, place)
 
-    def _mark(self) -> tuple[Tensor, tuple[int, ...], Any] | None:
+    def _mark(self) -> tuple[Tensor, int, tuple[int, ...], Any] | None:
         """Puts a NaN into a gradient that a closure has to make anew; what was there."""
         for i, param in enumerate(self._flat.params):
             grad = self._flat.grad(i)
@@ -187,7 +192,7 @@ class Habits:
             place = (0,) * grad.dim()
             value = grad[place].clone()
             grad[place] = math.nan
-            return grad, place, value
+            return param, grad.data_ptr(), place, value
         return None
 
     def _clear(self) -> None:
@@ -236,3 +241,9 @@ class Habits:
             "On minibatches leave deterministic out; where points or weights change now and "
             "then, call optimizer.new_objective()"
         )
+
+
+def _marked(param: Tensor, address: int, place: tuple[int, ...]) -> bool:
+    """Whether the gradient at this address is still the parameter's, with a NaN in its place."""
+    grad = param.grad
+    return grad is not None and grad.data_ptr() == address and math.isnan(float(grad[place].real))
