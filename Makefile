@@ -18,7 +18,7 @@ CPP_FILES = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -
 # a time: installing into another removes this one's stamp.
 TOOLS := $(VENV)/.fuse_ext-tools
 INSTALLED := build/installed-in-$(subst /,_,$(abspath $(VENV)))
-BUILD_INPUTS := setup.py pyproject.toml fuse_ext/_version.py csrc/sources.txt \
+BUILD_INPUTS := setup.py build_backend.py pyproject.toml fuse_ext/_version.py csrc/sources.txt \
     $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.inl')
 
 export FUSE_EXT_WERROR := 1

@@ -8,21 +8,36 @@ Environment:
     TORCH_CUDA_ARCH_LIST: GPU architectures; by default 8.0;9.0;10.0+PTX.
     FUSE_EXT_WERROR: 1 makes warnings errors, as the Makefile does.
     MAX_JOBS: how many compilers run at once.
+    FUSE_EXT_RELEASE: 1 names in the wheel's version the torch and CUDA that it is for, and asks for
+        that torch, so that wheels for several of them can lie side by side.
+    FUSE_EXT_HOME: the repository's address, for the links of a package index.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import runpy
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
-import torch
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+from build_backend import (
+    home_address,
+    long_description,
+    oldest_torch,
+    project_urls,
+    require_torch,
+    torch_minor,
+)
 
 ROOT = Path(__file__).parent
+VERSION: str = runpy.run_path(str(ROOT / "fuse_ext" / "_version.py"))["__version__"]
 DEFAULT_CUDA_ARCHS = "8.0;9.0;10.0+PTX"
 
 
@@ -60,6 +75,8 @@ def find_cuda_home() -> Path | None:
 
 def choose_cuda(sources: list[str]) -> Path | None:
     """The toolkit to build the CUDA sources with, or None to build for the CPU only."""
+    import torch
+
     wish = os.environ.get("FUSE_EXT_CUDA", "")
     if wish not in ("", "0", "1"):
         raise SystemExit(f"FUSE_EXT_CUDA must be 0, 1 or unset, not {wish!r}")
@@ -107,11 +124,11 @@ def make_extension() -> Extension:
         os.environ["CUDA_HOME"] = str(cuda_home)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHS)
         archs = os.environ["TORCH_CUDA_ARCH_LIST"]
+    import torch
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    version = runpy.run_path(str(ROOT / "fuse_ext" / "_version.py"))["__version__"]
     facts = {
-        "FUSE_EXT_VERSION": version,
+        "FUSE_EXT_VERSION": VERSION,
         "FUSE_EXT_TORCH_VERSION": torch.__version__,
         "FUSE_EXT_CUDA_VERSION": torch.version.cuda if cuda_home else "",
         "FUSE_EXT_CUDA_ARCHS": archs,
@@ -121,7 +138,7 @@ def make_extension() -> Extension:
     if cuda_home is not None:
         macros.append(("FUSE_EXT_WITH_CUDA", None))
         sources += sections["cuda"]
-    print(f"fuse_ext {version}: torch {torch.__version__}, CUDA {archs or 'not built'}")
+    print(f"fuse_ext {VERSION}: torch {torch.__version__}, CUDA {archs or 'not built'}")
 
     kind = CppExtension if cuda_home is None else CUDAExtension
     extension = kind("fuse_ext._C", sources, define_macros=macros)
@@ -161,4 +178,47 @@ def make_build_ext() -> type:
     return BuildExt
 
 
-setup(ext_modules=[make_extension()], cmdclass={"build_ext": make_build_ext()})
+class NoTorch(build_ext):
+    """Refuses; the package can be described, and its sources packed, without torch."""
+
+    def run(self) -> None:
+        """Ends with a line that says why."""
+        require_torch()
+
+
+def built_with_torch() -> dict[str, Any]:
+    """The extension, its command, and what the wheel says of its torch."""
+    import torch
+
+    extension = make_extension()
+    facts: dict[str, Any] = {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": make_build_ext()},
+    }
+    wish = os.environ.get("FUSE_EXT_RELEASE", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"FUSE_EXT_RELEASE must be 0, 1 or unset, not {wish!r}")
+    if wish == "1":
+        torch_version = ".".join(map(str, torch_minor(torch.__version__)))
+        with_cuda = ("FUSE_EXT_WITH_CUDA", None) in extension.define_macros
+        device = f"cu{torch.version.cuda.replace('.', '')}" if with_cuda else "cpu"
+        facts["version"] = f"{VERSION}+torch{torch_version}.{device}"
+        facts["install_requires"] = [f"torch=={torch_version}.*"]
+    return facts
+
+
+facts: dict[str, Any] = {
+    "version": VERSION,
+    "install_requires": [f"torch>={oldest_torch()}"],
+    "long_description": long_description(home_address(), f"v{VERSION}"),
+    "long_description_content_type": "text/markdown",
+    "project_urls": project_urls(home_address()),
+}
+if importlib.util.find_spec("torch") is None:
+    facts |= {
+        "ext_modules": [Extension("fuse_ext._C", [])],
+        "cmdclass": {"build_ext": NoTorch},
+    }
+else:
+    facts |= built_with_torch()
+setup(**facts)

@@ -113,8 +113,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 5 : 2)
   sums.finish([&](int column, double total) { stats[column] = total; });
 }
 
+// Blocks a multiprocessor; for sm_100 ptxas 13.0 spills registers with more than four.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kMoveBlocks = 4;
+#else
+constexpr int kMoveBlocks = 6;
+#endif
+
 template <class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 6 : 2)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? kMoveBlocks : 2)
     move_kernel(const Segments segments, T* origin, const Ring ring, bool together, double step,
                 bool save, double* control) {
   if (control != nullptr) {

@@ -16,6 +16,7 @@ from fuse_ext.kernels.capture import check_lr_tensor
 from fuse_ext.kernels.ops import Ops, zeros_in_large_pages
 from fuse_ext.vector.checks import check_grads
 from fuse_ext.vector.flat import FlatParams, ParamGroup
+from fuse_ext.vector.narrow.masters import MASTER, Masters
 from fuse_ext.vector.reduced_ops import bound_ops
 from fuse_ext.vector.shards import local, placed
 
@@ -28,7 +29,7 @@ def check_adam_state(
     """Raises ValueError unless ``state`` holds Adam's moments in the parameters' shapes."""
     for i, (param, key) in enumerate(zip(params, where, strict=True)):
         entry = state.get(key)
-        if not entry:
+        if not entry or entry.keys() == {MASTER}:  # which other phases leave
             continue
         for name in ("step", *MOMENTS[:2]):
             if name not in entry:
@@ -39,7 +40,7 @@ def check_adam_state(
         step = entry["step"]
         if not _is_count(step):
             raise ValueError(f"{source} does not fit: step of params[{i}] is {step!r}, no count")
-        for name in MOMENTS:
+        for name in (*MOMENTS, MASTER):
             moment = entry.get(name)
             if moment is None:
                 continue
@@ -82,7 +83,7 @@ class Moments:
     buffers, so that checkpoints are those of torch.optim.Adam.
 
     Memory: 8 bytes a parameter (12 with amsgrad) in float32, twice that in float64, half of it in
-    bfloat16.
+    bfloat16; with master weights 4 more.
 
     Args:
         flat: The parameters.
@@ -91,6 +92,8 @@ class Moments:
         groups: ``Optimizer.param_groups``.
         dtype: How moments are stored; None for the flat state's.
         on_device: Count steps beside the parameters, for steps that a CUDA graph repeats.
+        keeps_masters: Step weights in the flat state's dtype, of which narrower parameters are the
+            rounding.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Moments:
         groups: list[ParamGroup],
         dtype: torch.dtype | None = None,
         on_device: bool = False,
+        keeps_masters: bool = False,
     ) -> None:
         self.counts: HostCounts | DeviceCounts
         self.counts = DeviceCounts(flat) if on_device else HostCounts(flat)
@@ -115,6 +119,7 @@ class Moments:
             for name in names
         }
         self._exposed = [False] * len(flat.params)
+        self.masters = Masters(flat, state) if keeps_masters else None
         # The sums of squared gradients, one for each call of the last step that has not been read.
         self._totals = self._new_totals(len(groups))
         self._sums = list(self._totals.split(1))
@@ -154,6 +159,10 @@ class Moments:
         entry["step"] = self.counts.entry(i)
         for name in MOMENTS if self._amsgrad[i] else MOMENTS[:2]:
             entry[name] = self._flat.shown(self._moments[name], i)
+        if self.masters is not None:
+            self.masters.show(i)
+        else:  # of a checkpoint
+            entry.pop(MASTER, None)
         self._exposed[i] = True
 
     def _expose_new(self, stepped: Iterable[int]) -> None:
@@ -182,7 +191,16 @@ class Moments:
     @property
     def nbytes(self) -> int:
         """Bytes of state held."""
-        return sum(moment.nbytes for moment in self._moments.values()) + self.counts.nbytes
+        held = sum(moment.nbytes for moment in self._moments.values()) + self.counts.nbytes
+        return held + (0 if self.masters is None else self.masters.nbytes)
+
+    def weight(self, i: int) -> Tensor:
+        """What steps of ``params[i]`` are taken on: the parameter, or its master weight."""
+        return self._flat.tensors[i] if self.masters is None else self.masters.weight(i)
+
+    def _round(self, stepped: Iterable[int]) -> None:
+        if self.masters is not None:
+            self.masters.round(stepped)
 
     def stored(self, name: str) -> Tensor:
         """One of the moments as a flat vector, in the dtype it is stored in."""
@@ -210,7 +228,9 @@ class Moments:
         flat.check_unchanged()
         self._check_amsgrad(groups)
         shared, plain = counts.shared(), flat.layout.grads()
-        if plain is not None and shared is not None and len(groups) == 1 and not leave_out:
+        alike = shared is not None and len(groups) == 1 and not leave_out
+        if plain is not None and alike and self.masters is None:
+            assert shared is not None
             self._step_all(counts, groups[0], shared + 1, plain, grad_scale, found_inf)
             return None
         grads = [None if i in leave_out else flat.grad(i) for i in range(len(flat.params))]
@@ -233,6 +253,7 @@ class Moments:
         stepped = [i for _, members, _ in calls for i in members]
         if stepped:
             counts.advance(stepped)
+            self._round(stepped)
             self._expose_new(stepped)
         return None
 
@@ -315,6 +336,7 @@ class Moments:
                 grad_square=grad_square,
                 counts=counted,
             )
+            self._round(counts.members[which])
             counted = None  # once a step
         if counted is not None:  # a step without gradients
             counted[:1].add_(1.0)
@@ -342,8 +364,10 @@ class Moments:
     ) -> None:
         flat = self._flat
         chosen: list[Any] = [grads[i] for i in members]
+        if self.masters is not None:
+            self.masters.follow(members)
         self._ops.adam_step(
-            flat.reals([flat.tensors[i] for i in members]),
+            flat.reals([self.weight(i) for i in members]),
             flat.reals(chosen),
             [flat.offsets[i] for i in members],
             self._moments["exp_avg"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import re
+import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
@@ -55,9 +56,9 @@ def _minor(version: str) -> tuple[int, int]:
     return (int(numbers[1]), int(numbers[2])) if numbers else OLDEST_TORCH
 
 
-def _extension_file() -> Path | None:
+def _extension_file(package: Path = PACKAGE) -> Path | None:
     names = (f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
-    return next((PACKAGE / name for name in names if (PACKAGE / name).is_file()), None)
+    return next((package / name for name in names if (package / name).is_file()), None)
 
 
 def _built_for() -> str | None:
@@ -77,15 +78,36 @@ def _mismatch(built_for: str, installed: str) -> str:
 
 def _why_not_loaded(error: ImportError, torch_version: str) -> str:
     if _extension_file() is None:
-        return (
-            "fuse_ext's compiled extension is missing in "
-            f"{PACKAGE}; build it: pip install --no-build-isolation -e . "
-            "in fuse_ext's source"
-        )
+        return _not_built()
     built_for = _built_for()
     if built_for is not None and built_for != torch_version:
         return f"{_mismatch(built_for, torch_version)} ({_first_line(error)})"
     return f"fuse_ext's compiled extension does not load: {_first_line(error)}"
+
+
+def _not_built() -> str:
+    """What is wrong where there is no extension: most often where Python was started."""
+    source = PACKAGE.parent
+    if not (source / "csrc").is_dir():
+        return f"fuse_ext's compiled extension is missing in {PACKAGE}; install it again: {REBUILD}"
+    build_here = "pip install --no-build-isolation -e ."
+    installed = _installed_elsewhere()
+    if installed is None:
+        return (
+            f"this is fuse_ext's source, {source}, and it has not been built; build it there: "
+            f"{build_here}"
+        )
+    return (
+        f"this is fuse_ext's source, {source}, which has not been built and hides the fuse_ext "
+        f"installed in {installed.parent}: start Python in another folder (cd ..), or build here: "
+        f"{build_here}"
+    )
+
+
+def _installed_elsewhere() -> Path | None:
+    """Another fuse_ext on the path, which has an extension."""
+    found = (Path(entry or ".").resolve() / "fuse_ext" for entry in sys.path)
+    return next((p for p in found if p != PACKAGE.resolve() and _extension_file(p)), None)
 
 
 def _first_line(error: ImportError) -> str:

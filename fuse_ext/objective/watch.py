@@ -6,6 +6,7 @@ For minibatches that may be none (``Watch``), and for what was promised to be on
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from fuse_ext.kernels.ops import Ops
 from fuse_ext.search.one_function import FORGETTING, Values, agree
 from fuse_ext.vector.flat import Closure, FlatParams
 from fuse_ext.vector.gradients import NO_GRADIENT, GradStats, Readout, Told
+from fuse_ext.vector.shards import local
 
 
 class Look(NamedTuple):
@@ -119,6 +121,14 @@ def warn_unsaid() -> None:
 MANY_CHANGES = 3.0
 
 
+class _Mark(NamedTuple):
+    """Where there is a NaN in a gradient, which the closure is free to drop, and what was there."""
+
+    grad: weakref.ref[Tensor]
+    place: tuple[int, ...]
+    value: Tensor
+
+
 class Habits:
     """What a closure does that a function does not; each is said once.
 
@@ -148,10 +158,15 @@ class Habits:
         marked, adds = self._flat.measures.any(mark is not None)[0], False
         if not marked:
             return with_grad(closure)
-        if mark is None:  # of other ranks' gradients there is one
-            loss = with_grad(closure)
-        else:
-            loss, adds = self._call_with(closure, *mark)
+        try:
+            if mark is None:  # of other ranks' gradients there is one
+                loss = with_grad(closure)
+            else:
+                loss, adds = self._call_with(closure, mark)
+        except Exception:
+            if self._flat.together is not None:  # the others wait for an answer, and know then
+                self._adds = self._flat.measures.any(False)[0]
+            raise
         self._adds = self._flat.measures.any(adds)[0]
         if not self._adds:
             return loss
@@ -165,29 +180,30 @@ class Habits:
         self._entry["func_evals"] += 1
         return with_grad(closure)
 
-    def _call_with(
-        self, closure: Closure, grad: Tensor, place: tuple[int, ...], value: Any
-    ) -> tuple[Any, bool]:
+    def _call_with(self, closure: Closure, mark: _Mark) -> tuple[Any, bool]:
         """The loss, and whether the gradient still holds the mark."""
         try:
             loss = with_grad(closure)
         except BaseException:
-            grad[place] = value
+            if (grad := mark.grad()) is not None:
+                local(grad)[mark.place] = mark.value
             raise
-        held = (self._flat.grad(i) for i in range(len(self._flat.params)))
         # A gradient that the closure has not made anew is the one with the mark.
-        return loss, any(g is grad for g in held) and math.isnan(float(grad[place].real))
+        grad = mark.grad()
+        if grad is None or all(param.grad is not grad for param in self._flat.params):
+            return loss, False
+        return loss, math.isnan(float(local(grad)[mark.place].real))
 
-    def _mark(self) -> tuple[Tensor, tuple[int, ...], Any] | None:
-        """Puts a NaN into a gradient that a closure has to make anew; what was there."""
+    def _mark(self) -> _Mark | None:
+        """Puts a NaN into a gradient that a closure has to make anew."""
         for i, param in enumerate(self._flat.params):
-            grad = self._flat.grad(i)
-            if grad is None or not param.requires_grad or not grad.numel():
+            grad, whole = self._flat.grad(i), param.grad
+            if grad is None or whole is None or not param.requires_grad or not grad.numel():
                 continue
             place = (0,) * grad.dim()
             value = grad[place].clone()
             grad[place] = math.nan
-            return grad, place, value
+            return _Mark(weakref.ref(whole), place, value)
         return None
 
     def _clear(self) -> None:

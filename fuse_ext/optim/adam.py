@@ -56,6 +56,11 @@ class Adam(FlatOptimizer):
             as the largest of noisy ones it is some 5% too large. The random bits depend on the
             step count and the element's place alone: runs repeat bit for bit. Checkpoints of any
             dtype are taken and given.
+        master_weights: Step weights in float32 that are kept in the state (``master_weight``), of
+            which bfloat16 and float16 parameters are the rounding: in them alone a step of less
+            than a 512th of a weight (a 4096th in float16) is lost. A parameter that is written to
+            in between is taken over, unless through ``p.data``. Wider parameters have none. A
+            checkpoint without them can be loaded, and theirs by who does without.
         capturable: The step reads nothing from the device: step counts lie there, and ``lr`` may
             (a tensor on the parameters' device), so that a CUDA graph can repeat it. Take a step
             before the capture.
@@ -66,7 +71,8 @@ class Adam(FlatOptimizer):
             PyTorch).
         process_group: Over whom :attr:`grad_norm_sq` is summed; as in :class:`~fuse_ext.FusePV`.
 
-    Memory: 8 bytes a parameter, 12 with amsgrad; double for float64, half with bfloat16 moments.
+    Memory: 8 bytes a parameter, 12 with amsgrad; double for float64, half with bfloat16 moments;
+    4 more with master weights.
 
     Raises:
         ValueError, TypeError: An option out of range; parameters that are empty, repeated, on
@@ -97,6 +103,7 @@ class Adam(FlatOptimizer):
         decoupled_weight_decay: bool = False,
         eps_inside_root: bool = False,
         moment_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
         backend: str = "auto",
         process_group: Any = None,
     ) -> None:

@@ -41,6 +41,7 @@ def estimate_memory(
     history_dtype: torch.dtype | None = None,
     amsgrad: bool = False,
     moment_dtype: torch.dtype | None = None,
+    master_weights: bool = False,
     line_search: str | None = "auto",
     deterministic: bool | None = None,
     curvature: str = AUTO,
@@ -71,6 +72,7 @@ def estimate_memory(
         history_dtype: Storage of the pairs.
         amsgrad: Adam's third moment.
         moment_dtype: Storage of Adam's moments.
+        master_weights: Whether steps are taken on weights in float32.
         line_search: Its name; None for a fixed step; "auto" for FusePV on minibatches, and for
             strong Wolfe elsewhere.
         deterministic: What FusePV is told of the closure: with True "auto" is a line search, and
@@ -97,7 +99,13 @@ def estimate_memory(
         lbfgs_options["history_size"] = history_size
     opt: FlatOptimizer  # made for the checks in its constructor, and for its flat layout
     if optimizer == "Adam":
-        opt = Adam(groups, amsgrad=amsgrad, moment_dtype=moment_dtype, process_group=ALONE)
+        opt = Adam(
+            groups,
+            amsgrad=amsgrad,
+            moment_dtype=moment_dtype,
+            master_weights=master_weights,
+            process_group=ALONE,
+        )
     elif optimizer == "LBFGS":
         opt = LBFGS(groups, line_search_fn=line_search, **lbfgs_options)
     elif optimizer == "FusePV":
@@ -105,6 +113,7 @@ def estimate_memory(
             **lbfgs_options,
             "curvature": curvature,
             "moment_dtype": moment_dtype,
+            "master_weights": master_weights,
             "deterministic": deterministic,
             "pairs": pairs,
             "metric": metric,
@@ -113,18 +122,23 @@ def estimate_memory(
     else:
         opt = Fuse(groups, amsgrad=amsgrad, line_search=line_search, **lbfgs_options)
     flat, ops = opt.flat, kernels.select("reference", opt.flat.device)
-    adam = lbfgs = scratch = 0
+    adam = lbfgs = scratch = inherited = 0
+    masters = None
     size = opt.param_groups[0].get("history_size", 0)
     if optimizer != "LBFGS":
-        dtype = opt.param_groups[0].get("moment_dtype")
-        adam = Moments(flat, ops, defaultdict(dict), opt.param_groups, dtype).nbytes
+        dtype, keeps = (opt.param_groups[0].get(n) for n in ("moment_dtype", "master_weights"))
+        state: Any = defaultdict(dict)
+        made = Moments(flat, ops, state, opt.param_groups, dtype, keeps_masters=bool(keeps))
+        adam, masters = made.nbytes, made.masters
     alive = averages and living(opt.param_groups[0])
     if alive:
         bases, scratch = kronecker_nbytes(flat, opt.param_groups, shards)
-        lbfgs = adam + bases
+        lbfgs, inherited = adam + bases, adam
     elif averages:
         phase = AveragesPhase(flat, ops, {}, size, history_dtype)
+        phase.masters = masters or phase.masters
         lbfgs, scratch = phase.nbytes, phase.workspace_nbytes
+        inherited = 0 if masters is None else masters.nbytes
     elif optimizer != "Adam":
         held: InverseHessian
         if optimizer == "FusePV" and takes_matrix(opt.param_groups[0], flat):
@@ -140,7 +154,7 @@ def estimate_memory(
         "LBFGS": (PhaseMemory("lbfgs", lbfgs, scratch),),
         "FusePV": (
             PhaseMemory("adam", adam, 0),
-            PhaseMemory("lbfgs", lbfgs, scratch, averages and not alive, adam if alive else 0),
+            PhaseMemory("lbfgs", lbfgs, scratch, averages and not alive, inherited),
         ),
         "Fuse": (PhaseMemory("fuse", adam + lbfgs, scratch),),
     }

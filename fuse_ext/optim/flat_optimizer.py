@@ -23,6 +23,7 @@ from fuse_ext.phase.modes import check_ranks
 from fuse_ext.phase.protocol import Phase
 from fuse_ext.vector.checks import listed
 from fuse_ext.vector.flat import FlatParams, ParamGroup
+from fuse_ext.vector.narrow.masters import give_up_masters
 from fuse_ext.vector.ranks import Said
 from fuse_ext.vector.shards import is_dtensor
 
@@ -145,11 +146,12 @@ class FlatOptimizer(Optimizer, ABC):
             optimizer.continue_in(torch.float64)
 
         Parameters that have not been converted are, in place, with the gradients at hand, and so
-        is all state: moments, curvature, averages, counters. No value changes. What was learnt of
-        the loss's rounding is forgotten, the next step evaluates anew, and a run that had nothing
-        left to gain goes on, which is why this is not called ``to``. Options stay, but for
-        ``moment_dtype``, which is None in float64. After a checkpoint of float32 has been loaded
-        for a model in float64 it does the same. CUDA graphs have to be captured anew.
+        is all state: moments, curvature, averages, counters. No value changes, but that parameters
+        become their master weights where they have some. What was learnt of the loss's rounding is
+        forgotten, the next step evaluates anew, and a run that had nothing left to gain goes on,
+        which is why this is not called ``to``. Options stay, but for ``moment_dtype``, which is
+        None in float64. After a checkpoint of float32 has been loaded for a model in float64 it
+        does the same. CUDA graphs have to be captured anew.
 
         Args:
             dtype: torch.float64; or torch.float32, where parameters are narrower. Complex
@@ -162,6 +164,7 @@ class FlatOptimizer(Optimizer, ABC):
         conversion.check_conversion(self.flat, self.param_groups, dtype, bool(self.state))
         self._settle()
         conversion.convert_params(self.param_groups, dtype)
+        give_up_masters(self.flat, self.state)
         if dtype == torch.float64:
             for group in [self.defaults, *self.param_groups]:
                 if "moment_dtype" in group:

@@ -50,10 +50,10 @@ class FusePV(FlatOptimizer):
             :class:`~fuse_ext.Observation`; None for 20 steps where minibatches may follow (50 with
             ``pairs="averaged"``), else :class:`~fuse_ext.LossPlateau` or, if ``deterministic``, a
             short :class:`~fuse_ext.WarmUp`.
-        betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root, moment_dtype: As
-            in :class:`~fuse_ext.Adam`. On averages weight decay is what it is in the Adam phase.
-            With a line search or a fixed step it is an L2 term, weight_decay/2 \|x\|^2, decoupled
-            or not: another decay has no minimum to search for.
+        betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root, moment_dtype,
+            master_weights: As in :class:`~fuse_ext.Adam`. On minibatches weight decay is that of
+            the Adam phase, and master weights stay. With a line search or a fixed step it is an L2
+            term, weight_decay/2 \|x\|^2, decoupled or not, and they go.
         maximize: Ascend. Groups may differ on minibatches, and with ``switch=Never()``.
         lbfgs_lr: First trial step of L-BFGS, and the step itself without a line search.
         curvature: "dense" for the inverse Hessian as a matrix of 4 d^2 bytes for d parameters
@@ -146,6 +146,7 @@ class FusePV(FlatOptimizer):
         decoupled_weight_decay: bool = False,
         eps_inside_root: bool = False,
         moment_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
         maximize: bool = False,
         lbfgs_lr: float = 1.0,
         history_size: int | None = None,
@@ -325,8 +326,7 @@ class FusePV(FlatOptimizer):
         self._switch.reset()
 
     def _fill_in(self, found: bool = False) -> None:
-        groups = [self.defaults, *self.param_groups]
-        modes.fill_in_groups(groups, self.flat, self._unsaid, found)
+        modes.fill_in_groups([self.defaults, *self.param_groups], self.flat, self._unsaid, found)
 
     def next_epoch(self) -> None:
         """Tells the criteria that an epoch has ended."""

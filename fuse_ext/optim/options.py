@@ -171,6 +171,7 @@ _OPTIONS = (
     Option("decoupled_weight_decay", "a bool", _BOTH),
     Option("eps_inside_root", "a bool", _FIRST),
     Option("moment_dtype", "None or torch.bfloat16", _FIRST, _moment_dtype, True, True),
+    Option("master_weights", "a bool", _BOTH, shared=True, of_process=True),
     Option("lbfgs_lr", "a number >= 0", _SECOND, _at_least(0.0)),
     Option("max_iter", "an int >= 1", _SECOND, _integer(1), shared=True),
     Option("max_eval", "an int >= 1, or None", _SECOND, _integer(1, True), shared=True),
@@ -322,7 +323,7 @@ class Table:
 
 ADAM_TABLE = Table(
     "lr betas eps weight_decay amsgrad maximize foreach capturable differentiable fused "
-    "decoupled_weight_decay eps_inside_root moment_dtype",
+    "decoupled_weight_decay eps_inside_root moment_dtype master_weights",
     required="lr betas",
 )
 LBFGS_TABLE = Table(
@@ -358,8 +359,8 @@ FUSE_TABLE = Table(
 )
 FUSE_PV_TABLE = Table(
     "lr betas eps weight_decay amsgrad maximize differentiable decoupled_weight_decay "
-    "eps_inside_root moment_dtype lbfgs_lr history_size history_dtype line_search max_iter "
-    "max_eval tolerance_grad tolerance_change rtol curvature_tol self_scaling curvature "
+    "eps_inside_root moment_dtype master_weights lbfgs_lr history_size history_dtype line_search "
+    "max_iter max_eval tolerance_grad tolerance_change rtol curvature_tol self_scaling curvature "
     "dense_update deterministic trial_errors pairs metric step_cap check_finite capturable phase "
     "lr_at_switch",
     required="lr betas",

@@ -23,7 +23,8 @@ def make_moments(
 ) -> Moments:
     """Adam's moments for these groups, with counts where their options want them."""
     first = groups[0]
-    return Moments(flat, ops, state, groups, first["moment_dtype"], bool(first["capturable"]))
+    on_device, keeps = bool(first["capturable"]), bool(first["master_weights"])
+    return Moments(flat, ops, state, groups, first["moment_dtype"], on_device, keeps)
 
 
 class AdamPhase:
@@ -42,6 +43,7 @@ class AdamPhase:
     Attributes:
         moments: None before the first step that is taken, unless ``state`` holds some.
         said: What the user was warned of.
+        last_loss: That of the last step, where one function was promised.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class AdamPhase:
         self._readout = Readout(flat, ops)
         self.moments: Moments | None = None
         self.said: set[str] = set()
+        self.last_loss: float | None = None
         # The user may keep other things in the state, under other keys.
         if any("step" in state.get(param, {}) for param in flat.params):
             self.moments = make_moments(flat, ops, state, groups)

@@ -53,6 +53,7 @@ from fuse_ext.search.noise import Precision
 from fuse_ext.vector.flat import FlatParams, ParamGroup, Part, memory_order
 from fuse_ext.vector.gradients import NO_GRADIENT
 from fuse_ext.vector.measures import PartsDiffer
+from fuse_ext.vector.narrow.masters import Masters
 
 # Where Adam has seen next to no gradient D is this much of its mean: what wakes up later must not
 # take steps beyond all measure.
@@ -129,6 +130,7 @@ class AveragesPhase:
         history_dtype: torch.dtype | None,
     ) -> None:
         self._flat, self._ops, self._entry = flat, ops, entry
+        self.masters = Masters(flat, {}, keeps=False)  # or with some, of whoever makes the phase
         # The L-BFGS ops see one vector: the step in Adam's coordinates.
         self._step = flat.new_vector()
         stretches = [self._step[stretch.place] for stretch in flat.stretches]
@@ -193,7 +195,8 @@ class AveragesPhase:
     @property
     def nbytes(self) -> int:
         """Bytes of state held."""
-        return self.history.nbytes + sum(self._entry[name].nbytes for name in VECTORS)
+        held = sum(self._entry[name].nbytes for name in VECTORS)
+        return self.history.nbytes + held + self.masters.nbytes
 
     def settle(self, log: dict[str, Any]) -> None:
         """The host has counted everything itself."""
@@ -391,10 +394,7 @@ class AveragesPhase:
         self._step.nan_to_num_(0.0)  # 0 * inf, where nothing moves
 
     def _move(self, part: Part, options: StepOptions, shrink: list[float | None]) -> None:
-        for param, factor in zip(part.params, part.pick(shrink), strict=True) if shrink else ():
-            if factor is not None:
-                param.mul_(factor)
         pieces = part.pick(self._pieces)
         if options.lr_scale:
             torch._foreach_mul_(pieces, part.pick(options.lr_scale))
-        torch._foreach_add_(part.params, pieces)
+        self.masters.add(part.indices, pieces, part.pick(shrink))

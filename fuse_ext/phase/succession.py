@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -38,6 +39,7 @@ from fuse_ext.phase.modes import (
 )
 from fuse_ext.phase.protocol import QuasiNewton
 from fuse_ext.vector.flat import FlatParams, ParamGroup
+from fuse_ext.vector.narrow.masters import MASTER, Masters
 
 # Where there was no memory for the next phase Adam takes so many steps before the next attempt.
 STAY = 100
@@ -96,7 +98,13 @@ class Ground(NamedTuple):
     def averages(self) -> AveragesPhase:
         """L-BFGS on averages, with whatever the entry holds of them."""
         size, dtype = self.groups[0]["history_size"], self.groups[0]["history_dtype"]
-        return AveragesPhase(self.flat, self.ops, self.entry, size, dtype)
+        phase = AveragesPhase(self.flat, self.ops, self.entry, size, dtype)
+        if self.groups[0]["master_weights"]:
+            phase.masters = Masters(self.flat, self.state)
+        else:  # there may be some of a checkpoint
+            for param in self.flat.params:
+                self.state.get(param, {}).pop(MASTER, None)
+        return phase
 
     def living(self) -> LivingPhase:
         """The phase in a living metric, with the moments that the state holds."""
@@ -137,14 +145,18 @@ def successor(
     """
     state = ground.state
     kept = {param: dict(state[param]) for param in ground.flat.params if param in state}
+    lacks = ""
     try:
-        made = _made_successor(ground, before, log, unsaid)
-        log.pop("out_of_memory", None)
-        return made
+        made, inherit = _made_successor(ground, before, log, unsaid)
     except (RuntimeError, MemoryError) as error:
         if not (_is_out_of_memory(error) and isinstance(before, AdamPhase)):
             raise
-        log["out_of_memory"] = str(error).partition("\n")[0]
+        lacks = str(error).partition("\n")[0] or "out of memory"
+    if not ground.flat.measures.any(bool(lacks))[0]:  # ranks go on together
+        log.pop("out_of_memory", None)
+        inherit()
+        return made
+    log["out_of_memory"] = lacks or "on another rank"
     log["stays_until"] = log["phase_steps"] + STAY
     for param in ground.flat.params:  # what was made holds memory, and moments were moved
         if param in kept:
@@ -167,8 +179,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _made_successor(
     ground: Ground, before: AnyPhase | None, log: dict[str, Any], unsaid: set[str]
-) -> QuasiNewton:
-    """The phase that follows Adam.
+) -> tuple[QuasiNewton, Callable[[], None]]:
+    """The phase that follows Adam, with all its memory, and how it begins where Adam ends.
 
     Raises:
         RuntimeError: Averages are asked for, and Adam has left none.
@@ -179,16 +191,16 @@ def _made_successor(
     if averages(groups[0]) and moments is not None and log["phase_steps"]:
         watches = finds_out(groups[0]) and not mixed_signs(groups) and not log.get("batches")
         if living(groups[0]):
-            begun = ground.living()
-            begun.inherit(groups, bool(log.get("scheduled")), watches)
-            return begun
+            begun, scheduled = ground.living(), bool(log.get("scheduled"))
+            begun.take_memory()
+            return begun, lambda: begun.inherit(groups, scheduled, watches)
         phase = ground.averages()
-        phase.inherit(moments, groups, watches)
-        return phase
+        return phase, lambda: phase.inherit(moments, groups, watches)
     if groups[0]["pairs"] == AVERAGED:
         raise RuntimeError("pairs='averaged' needs Adam's moments: take an Adam step first")
     check_signs(groups)
-    return ground.lbfgs(self_scaling=will_scale(groups[0], ground.flat, unsaid))
+    scales = will_scale(groups[0], ground.flat, unsaid)
+    return ground.lbfgs(self_scaling=scales), lambda: None
 
 
 def found_one_function(ground: Ground) -> LbfgsPhase | DevicePhase:
@@ -237,8 +249,10 @@ def drop_adam_state(ground: Ground, after: AnyPhase | None) -> None:
     """
     if isinstance(after, LivingPhase):
         return
+    kept = () if isinstance(after, AveragesPhase) else (MASTER,)
+    names = ("step", *MOMENTS, *KRONECKER_NAMES, *kept)
     for param in ground.flat.params:
-        for name in ("step", *MOMENTS, *KRONECKER_NAMES):
+        for name in names:
             ground.state[param].pop(name, None)
         if not ground.state[param]:
             del ground.state[param]
@@ -321,7 +335,7 @@ def check_living_state(state: dict[Any, Any], flat: FlatParams, keys: list[Any])
         ):
             raise ValueError(f"state_dict does not fit: {name} is {value!r}, no number")
     moments = {
-        key: {name: state[key][name] for name in ("step", *MOMENTS) if name in state[key]}
+        key: {n: state[key][n] for n in ("step", *MOMENTS, MASTER) if n in state[key]}
         for key in keys
         if key in state
     }

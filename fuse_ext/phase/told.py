@@ -27,7 +27,7 @@ from fuse_ext.phase.modes import (
 )
 from fuse_ext.phase.protocol import NO_SCALING, Call, Outcome, QuasiNewton
 from fuse_ext.phase.succession import AnyPhase, Ground
-from fuse_ext.switch.criterion import Switchover
+from fuse_ext.switch.criterion import Observation, Switchover
 from fuse_ext.switch.steps import Never, WarmUp
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
@@ -48,7 +48,7 @@ def ask(phase: AnyPhase, call: Call, flat: FlatParams) -> Outcome:
             look_ahead(phase, call)
         outcome = phase.step(call)
         if call.groups[0]["deterministic"] and outcome.observed is not None:
-            tell_noise(phase, call, outcome.observed.step)
+            tell_noise(phase, call, outcome.observed)
         return outcome
     if call.empty and phase.host_decides:
         return Outcome(None)
@@ -100,19 +100,28 @@ def look_ahead(phase: AdamPhase, call: Call) -> None:
         warn_caller(f"{why}. As it is, the first step after the switch will raise an error")
 
 
-def tell_noise(phase: AdamPhase, call: Call, step: int) -> None:
+# Where a step changes the loss by less, relative to it, that is Adam's own restlessness.
+RESTLESS = 1e-2
+
+
+def tell_noise(phase: AdamPhase, call: Call, observed: Observation) -> None:
     """Warns once where losses that were promised to be of one function look like batches."""
     assert call.criterion is not None
-    refused = [leaf for leaf in call.criterion._leaves() if isinstance(leaf, WarmUp)]
-    turns = max((leaf.refused for leaf in refused), default=0)
+    loss, before = observed.loss, phase.last_loss
+    phase.last_loss = loss
+    if loss is None or before is None or abs(loss - before) <= RESTLESS * abs(loss):
+        return
+    waits = [leaf for leaf in call.criterion._leaves() if isinstance(leaf, WarmUp)]
+    # Noise turns at two steps of three; where Adam itself makes the loss oscillate, at fewer.
+    turns = max((leaf.refused for leaf in waits if 2 * leaf.refused > leaf.n), default=0)
     if not turns or "noise" in phase.said:
         return
     phase.said.add("noise")
     warn_caller(
-        f"deterministic=True, but after {step} steps the loss goes up and down as on minibatches "
-        f"or with dropout ({turns} turning points). FusePV stays with Adam until it does not, or "
-        "no longer falls. Call model.eval() or use the full batch; on minibatches leave "
-        "deterministic out"
+        f"deterministic=True, but after {observed.step} steps the loss goes up and down as on "
+        f"minibatches or with dropout ({turns} turning points). FusePV stays with Adam until it "
+        "does not, or no longer falls. Call model.eval() or use the full batch; on minibatches "
+        "leave deterministic out"
     )
 
 

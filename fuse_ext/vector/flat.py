@@ -151,6 +151,12 @@ class FlatParams:
         numels, strides = list(map(Tensor.numel, params)), list(map(Tensor.stride, params))
         return numels, strides, [p.dtype for p in params], params[0].device
 
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Of the parameters, when this layout was made."""
+        found: list[torch.dtype] = self._formats[2]
+        return found
+
     def replaced(self) -> bool:
         """Whether the groups hold other tensors than when this layout was made."""
         if self.layout.unchanged(self._groups):

@@ -179,7 +179,8 @@ def test_into_an_optimizer_in_the_other_phase(
 def test_full_states_that_torch_mixes_with_what_is_there(saving: str, loading: str) -> None:
     """As it does where nothing was prepared; counts of Adam's steps alone have to be there."""
     run = Run(KINDS[saving], "batches" if saving in ("living", "averages") else "whole").train(12)
-    other = Run(KINDS[saving if loading == "new" else loading], run.driver)
+    kind = saving if loading == "new" else loading
+    other = Run(KINDS[kind], "batches" if kind in ("living", "averages") else "whole")
     other.train(0 if loading == "new" else 12)
     saved = copy.deepcopy(get_optimizer_state_dict(run.model, run.optimizer, options=FULL))
     if saving == "living" and loading not in ("living", "new"):

@@ -152,6 +152,14 @@ def test_a_start_outside_is_projected_and_equal_bounds_hold() -> None:
     torch.testing.assert_close(found.x, torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_dtypes_stand_on_their_bounds(dtype: torch.dtype) -> None:
+    x0 = torch.full((4,), 0.5, dtype=dtype)
+    found = minimize(lambda x: ((x.float() + 1) ** 2).sum(), x0, bounds=(0.1, 0.7), gtol=1e-3)
+    assert found.success and found.nfev < 6
+    assert torch.equal(found.x, torch.full((4,), 0.1, dtype=dtype))
+
+
 def test_rounding_ends_a_run_that_no_tolerance_does() -> None:
     f, x0 = quadratic(20, 100.0), torch.zeros(20, dtype=torch.float64)
     for bounds in (None, (-1e3, 1e3)):

@@ -197,7 +197,7 @@ def plain(config):
     return budgeted(config) and config.driver == "closure"
 
 
-@pytest.mark.filterwarnings("ignore:FusePV met a loss")
+@pytest.mark.filterwarnings("ignore:FusePV met a loss", "ignore:deterministic=True, but")
 @pytest.mark.parametrize("what", ("plain", "noise", "nan"))
 @each(plain, dtypes=(F64,))
 def test_max_eval_is_kept(config, dtype, what):

@@ -337,8 +337,10 @@ def test_batches_are_not_taken_for_one_function() -> None:
         loss.backward()
         return loss
 
-    for _ in range(390):
-        fit.optimizer.step(closure)
+    with pytest.warns(RuntimeWarning, match="goes up and down as on minibatches") as told:
+        for _ in range(390):
+            fit.optimizer.step(closure)
+    assert len(told) == 1
     assert fit.optimizer.phase == "adam"
 
 

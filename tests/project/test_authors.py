@@ -248,6 +248,9 @@ def test_verdicts_follow_the_figures(results):
     )
     assert "win on 0, draw on 0 and loss on 4 at equal epochs" in found.sentence
     assert "win on 4, draw on 0 and loss on 0 at equal gradients" in found.sentence
+    untouched = authors.report("authors", results, True)
+    (on_all,) = [text for text in untouched.sentence.split(". ") if "On all test images" in text]
+    assert on_all in found.sentence
 
     changed = with_accuracies(changed, "usps", adam=(0.9, 0.9))
     found = authors.report("authors", changed, True)
@@ -295,10 +298,23 @@ def test_what_is_not_run_yet_is_said(results):
     assert report.sentence.endswith("Not run yet: digits, DenseNet.")
     assert "| digits, DenseNet | not run yet |" in report.text
     assert report.verdict != page.YES and "of 3 problems" in report.sentence
-    # A single run missing is enough.
+    # A single seed is too few, and is one as soon as a single run is missing.
     del some["authors/mnist/adam/1"]
     assert authors.report("authors", some, True).data["not_run"] == ["mnist", "cifar10"]
     assert not authors.ready("authors", {}, True)
+
+
+def test_seeds_that_are_not_run_yet_are_said(results, monkeypatch):
+    changed = results
+    for problem in PROBLEMS:
+        low = dict.fromkeys(authors.METHODS, (0.5, 0.5))
+        changed = with_accuracies(changed, problem, **{**low, "authors_fuse": (0.9, 0.9)})
+    found = authors.report("authors", changed, True)
+    assert found.verdict == page.YES and "so far" not in found.text
+    monkeypatch.setattr(authors, "QUICK_SEEDS", (0, 1, 2))
+    found = authors.report("authors", changed, True)
+    assert found.verdict == page.PARTLY
+    assert found.text.count("; seeds 0 and 1 alone so far") == len(PROBLEMS)
 
 
 def test_time_that_is_up(folder, tmp_path, capsys):

@@ -6,6 +6,7 @@ run has ``<!-- not run: why -->`` on the line before it, and is compiled.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import nn
+
+import fuse_ext
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -84,6 +87,36 @@ def test_a_block_that_fails_fails_the_page() -> None:
     run_page("page", "<!-- not run: it is wrong -->\n```python\n1 / 0\n```\n", {})
     with pytest.raises(ZeroDivisionError):  # without a reason it is run
         run_page("page", "<!-- not run: -->\n```python\n1 / 0\n```\n", {})
+
+
+def strings_of(package: Path) -> Iterator[str]:
+    """Every string in the package, with the expressions that stand in it."""
+    for file in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value for part in node.values)  # of text or of an expression
+                yield "".join(p if isinstance(p, str) else ast.unparse(p) for p in parts)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_troubleshooting_quotes_what_is_said() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    tables = page.partition("## Errors")[2].partition("\n## ")[0]
+    rows = [line for line in tables.splitlines() if line.startswith("| `")]
+    quotes = [quote for row in rows for quote in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    assert len(quotes) >= 20
+    said = list(strings_of(ROOT / "fuse_ext"))
+    for quote in quotes:
+        # In what is left out a message names values.
+        parts = [part.strip(" ,") for part in quote.split("...")]
+        assert any(all(part in text for part in parts) for text in said), quote
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    reference = (ROOT / "docs" / "api.md").read_text()
+    for name in set(fuse_ext.__all__) - {"__version__"}:
+        assert re.search(rf":: {name}$", reference, re.MULTILINE), name
 
 
 def slug(heading: str) -> str:

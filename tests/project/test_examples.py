@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -164,3 +165,33 @@ def test_a_restart_changes_nothing(
     for name, weight in whole["model"].items():
         assert torch.equal(weight, parts["model"][name]), name
     assert "switch_step           20" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    # A tenth of the evaluations, and small networks: that they learn, not how well.
+    [("poisson", 0.1), ("inverse", 0.5), ("hard_constraints", 0.02), ("burgers", 0.9)],
+)
+def test_pinn(
+    name: str,
+    most: float,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    script = EXAMPLES / "pinn" / f"{name}.py"
+    monkeypatch.syspath_prepend(str(script.parent))
+    monkeypatch.setattr(sys, "argv", [script.name, "--quick", "--out", str(tmp_path)])
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    output = capsys.readouterr().out
+    (error,) = re.findall(r"relative error (\S+), loss", output)
+    assert 0.0 < float(error) < most
+    assert "switch after 100 steps, a dense inverse Hessian" in output
+    if name == "inverse":
+        (of_a,) = re.findall(r"0\.3 is true: error (\S+)", output)
+        assert float(of_a) < 0.5  # it begins with 2.3
+    assert (tmp_path / f"pinn_{name}.png").read_bytes().startswith(PNG)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import fuse_ext
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(fuse_ext.__file__).parent
+STDLIB = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
 
 
 def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -86,6 +90,81 @@ def test_extension_not_built(copy: Path) -> None:
     assert "compiled extension is missing" in import_error(copy)
 
 
+def test_source_that_is_not_built(copy: Path) -> None:
+    extension(copy).unlink()
+    fake_torch(copy, "2.99.0")
+    (copy / "csrc").mkdir()
+    # Without site-packages, and what lies there.
+    message = import_error(copy, f"import sys; sys.path[1:] = {STDLIB!r}; import fuse_ext")
+    assert message == (
+        f"this is fuse_ext's source, {copy}, and it has not been built; build it there: "
+        "pip install --no-build-isolation -e ."
+    )
+
+
+def test_source_hides_the_installed_package(copy: Path) -> None:
+    installed = copy / "site-packages"
+    shutil.copytree(copy / "fuse_ext", installed / "fuse_ext")
+    extension(copy).unlink()
+    fake_torch(copy, "2.99.0")
+    (copy / "csrc").mkdir()
+    code = f"import sys; sys.path[1:] = [{str(installed)!r}, *{STDLIB!r}]; import fuse_ext"
+    message = import_error(copy, code)
+    assert f"hides the fuse_ext installed in {installed}: start Python in another folder" in message
+
+
+def build_hook(folder: Path, hook: str) -> subprocess.CompletedProcess[str]:
+    """A hook of the build backend, as a build without torch calls it."""
+    code = (
+        f"import sys; sys.path[:0] = [{str(folder)!r}]; sys.modules['torch'] = None; "
+        f"import build_backend; print(build_backend.{hook})"
+    )
+    return run(code, folder)
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "get_requires_for_build_wheel()",
+        "get_requires_for_build_editable()",
+        "prepare_metadata_for_build_wheel('.')",
+        "build_wheel('.')",
+    ],
+)
+def test_a_build_without_torch_ends_at_once_and_names_the_command(hook: str) -> None:
+    result = build_hook(ROOT, hook)
+    assert result.returncode == 1 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("fuse_ext is compiled against the torch that will run it, ")
+    assert line.endswith("pip install --no-build-isolation .")
+
+
+def test_a_build_against_an_old_torch_is_refused(tmp_path: Path) -> None:
+    fake_torch(tmp_path, "2.9.1+cpu")
+    code = (
+        f"import sys; sys.path.append({str(ROOT)!r}); import build_backend; "
+        "build_backend.require_torch()"
+    )
+    result = run(code, tmp_path)
+    assert result.stderr == "fuse_ext needs torch >= 2.10, and 2.9.1+cpu is installed\n"
+
+
+def test_links_of_the_description_lead_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    backend = importlib.import_module("build_backend")
+    readme = (ROOT / "README.md").read_text()
+    assert "](docs/start.md)" in readme and "](docs/images/digits.png)" in readme
+    at_home = backend.long_description("https://example.org/fuse", "v1")
+    targets = re.findall(r"\]\(([^)]+)\)", at_home)
+    assert len(targets) > 20 and all(target.startswith("https://") for target in targets)
+    assert "](https://example.org/fuse/blob/v1/docs/start.md)" in at_home
+    assert "](https://example.org/fuse/raw/v1/docs/images/digits.png)" in at_home
+    homeless = backend.long_description("", "v1")
+    targets = re.findall(r"\]\(([^)]+)\)", homeless)
+    assert targets and all(target.startswith("https://") for target in targets)
+    assert "Ten minutes goes through it" in homeless and ".png" not in homeless
+
+
 def test_extension_does_not_load_into_another_torch(copy: Path) -> None:
     fake_torch(copy, "2.99.0")
     message = import_error(copy)
@@ -113,16 +192,45 @@ def test_one_openmp_runtime(tmp_path: Path) -> None:
     assert result.stdout.strip() == "1", result
 
 
-def test_source_distribution_carries_all_that_a_build_needs(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the repository that has not been built."""
     skipped = shutil.ignore_patterns(".git", ".venv*", "build", "*.so", "*.egg-info", "*cache*")
-    shutil.copytree(ROOT, tree, ignore=skipped)
-    code = f"from setuptools import build_meta; print(build_meta.build_sdist({str(tmp_path)!r}))"
-    result = run(code, tree)
+    return Path(shutil.copytree(ROOT, tmp_path / "tree", ignore=skipped))
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_a_wheel_for_release_names_its_torch(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, release: bool
+) -> None:
+    (tree / "meta").mkdir()
+    monkeypatch.setenv("FUSE_EXT_CUDA", "0")
+    monkeypatch.setenv("FUSE_EXT_RELEASE", str(int(release)))
+    result = run("import build_backend as b; b.prepare_metadata_for_build_wheel('meta')", tree)
+    assert result.returncode == 0, result.stderr
+    (file,) = (tree / "meta").glob("*.dist-info/METADATA")
+    metadata = file.read_text().splitlines()
+    minor = ".".join(torch.__version__.split(".")[:2])
+    version, needs = (f"+torch{minor}.cpu", f"torch=={minor}.*") if release else ("", "torch>=2.10")
+    assert f"Version: {fuse_ext.__version__}{version}" in metadata
+    assert [
+        line for line in metadata if line.startswith("Requires-Dist") and "extra" not in line
+    ] == [f"Requires-Dist: {needs}"]
+
+
+def test_source_distribution_carries_all_that_a_build_needs(tree: Path, tmp_path: Path) -> None:
+    result = build_hook(tree, f"build_sdist({str(tmp_path)!r})")  # which needs no torch
     assert result.returncode == 0, result.stderr
     with tarfile.open(tmp_path / result.stdout.splitlines()[-1]) as archive:
         carried = {name.partition("/")[2] for name in archive.getnames()}
     files = [file for part in ("csrc", "fuse_ext", "tests") for file in (tree / part).rglob("*")]
     needed = {str(file.relative_to(tree)) for file in files if file.is_file()}
-    needed |= {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt"}
+    needed |= {
+        "setup.py",
+        "build_backend.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "CMakeLists.txt",
+    }
     assert needed <= carried, needed - carried

@@ -72,7 +72,7 @@ def test_a_converged_run_says_so() -> None:
             "approximate_wolfe: as was asked",
         ),
         ({"line_search": "armijo"}, "10 pairs and armijo: the closure is not known to be one"),
-        ({"deterministic": True, "width": 1200}, "6,001 parameters are too many for a matrix"),
+        ({"deterministic": True, "width": 5000}, "25,001 parameters are too many for a matrix"),
         ({"curvature": "dense", "max_iter": 2}, "curvature='dense'; 41 parameters"),
     ],
 )

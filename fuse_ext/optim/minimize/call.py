@@ -71,7 +71,7 @@ def minimize(
     callback: Callable[[Any], Any] | None = None,
     trial_errors: tuple[type[Exception], ...] = (),
 ) -> Minimum:
-    """For one smooth function of a few tensors, in one call; FusePV is for training a model.
+    r"""For one smooth function of a few tensors, in one call; FusePV is for training a model.
 
     L-BFGS with approximate Wolfe (:class:`~fuse_ext.LBFGS` with ``deterministic=True``): about one
     evaluation an iteration. With bounds it is a projected L-BFGS. Where the start is poor, the
@@ -91,8 +91,8 @@ def minimize(
             without bounds, complex) dtype. They are not changed. float64 reaches farther.
         bounds: None, or a pair (lower, upper) or an object with ``lb`` and ``ub``; each of them
             None, a number, a tensor that broadcasts to x0, or a tree like x0 of these.
-        gtol: Ends where max |g| is at most this; with bounds, where max |P(x - g) - x| is.
-            Absolute, as in scipy: 0 goes on to the rounding of the loss.
+        gtol: Ends where max \|g\| is at most this; with bounds, where max \|P(x - g) - x\| is, P
+            the projection onto them. Absolute, as in scipy: 0 goes on to the rounding of the loss.
         ftol: Ends where a step gains at most this share of the loss; 0 for never.
         maxiter: Iterations at most.
         maxfun: Evaluations at most, at least 3.

@@ -108,7 +108,9 @@ class Tree:
                 given = torch.as_tensor(
                     infinite if value is None else value, dtype=torch.float64, device=leaf.device
                 )
-                found.append(given.broadcast_to(leaf.shape).reshape(-1))
+                # As the leaf can hold it, so that it can stand on its bound.
+                held = given.to(leaf.dtype).double()
+                found.append(held.broadcast_to(leaf.shape).reshape(-1))
             except (RuntimeError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"bounds: {value!r} does not fit leaf {i} of x0, of shape {tuple(leaf.shape)}"

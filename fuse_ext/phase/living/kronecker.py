@@ -236,7 +236,9 @@ class KroneckerMetric:
 
         To be called after Adam has stepped the others.
         """
-        flat, stepped = self._flat, []
+        flat, stepped, masters = self._flat, [], self._moments.masters
+        if masters is not None:
+            masters.follow(self.ready())
         for group, place in zip(groups, flat.group_slices, strict=True):
             for i in range(place.start, place.stop):
                 if i not in self.sides or flat.params[i].grad is None:
@@ -247,17 +249,20 @@ class KroneckerMetric:
                 else:
                     self._gather(i, group)
         if stepped:
+            if masters is not None:
+                masters.round(stepped)
             assert isinstance(self._moments.counts, HostCounts)  # as LivingPhase makes them
             self._moments.counts.advance(stepped)
 
     def _gradient(self, i: int, group: ParamGroup) -> Tensor:
         """Of what is minimised, an L2 penalty included, in the flat state's dtype."""
-        param, own = self._flat.tensors[i], self._flat.grad(i)
+        own = self._flat.grad(i)
         assert own is not None
         grad = own.to(self._flat.dtype)
         grad = -grad if group["maximize"] else grad
         if group["weight_decay"] and not group["decoupled_weight_decay"]:
-            grad = grad.add(param.to(grad.dtype), alpha=float(group["weight_decay"]))
+            weight = self._moments.weight(i).to(grad.dtype)
+            grad = grad.add(weight, alpha=float(group["weight_decay"]))
         return grad
 
     def _moment(self, name: str, i: int) -> Tensor:
@@ -323,7 +328,7 @@ class KroneckerMetric:
 
     def _advance(self, i: int, group: ParamGroup, lr: float) -> None:
         """Adam's step in the basis."""
-        entry, param = self.entry(i), self._flat.tensors[i]
+        entry, weight = self.entry(i), self._moments.weight(i)
         grad = self._gradient(i, group)
         matrix = grad.reshape(matrix_shape(grad))
         (beta1, beta2), eps = map(float, group["betas"]), float(group["eps"])
@@ -342,8 +347,8 @@ class KroneckerMetric:
         )
         step = rotate_back(entry, torch.div(average, root, out=root)).view(grad.shape)
         if group["decoupled_weight_decay"] and group["weight_decay"]:
-            param.mul_(1.0 - lr * float(group["weight_decay"]))
-        param.add_(step.to(param.dtype), alpha=-lr / (1.0 - beta1**steps))
+            weight.mul_(1.0 - lr * float(group["weight_decay"]))
+        weight.add_(step.to(weight.dtype), alpha=-lr / (1.0 - beta1**steps))
         if entry["basis_steps"] % REFRESH == 0:
             average, second = self._renew(entry, average, second)
         for kept, new in zip(stored, (average, second), strict=True):

@@ -68,7 +68,9 @@ class LivingPhase:
         self._flat, self._ops, self._state = flat, ops, state
         self._entry: dict[str, Any] = state[flat.params[0]]
         # Counted on the host, which decides here, whatever Adam did.
-        self.moments = Moments(flat, ops, state, groups, groups[0]["moment_dtype"])
+        first = groups[0]
+        narrow, keeps = first["moment_dtype"], bool(first["master_weights"])
+        self.moments = Moments(flat, ops, state, groups, narrow, keeps_masters=keeps)
         for name in (*COUNTERS, *TALLIES):
             self._entry.setdefault(name, 0)
         metric = groups[0]["metric"]
@@ -84,6 +86,11 @@ class LivingPhase:
         self.progress = Progress()
         self.precision = Precision(self._entry, torch.finfo(flat.dtype).eps)
 
+    def take_memory(self) -> None:
+        """Takes what the metric of matrices will need, so that it is known at the switch."""
+        if self._matrices is not None:
+            self._matrices.begin()
+
     def inherit(self, groups: list[ParamGroup], scheduled: bool, watches: bool) -> None:
         """Begins where Adam ends.
 
@@ -92,8 +99,6 @@ class LivingPhase:
             scheduled: Whether lr has changed in the Adam phase.
             watches: Whether to find out if the closure is one function.
         """
-        if self._matrices is not None:
-            self._matrices.begin()
         self._lengths.begin(scheduled)
         self._trend.restart()
         self._entry["last_lr"] = float(groups[0]["lr"])
