@@ -251,6 +251,11 @@ struct Shares {
   int warps;    // of a block that take part
 };
 
+// Doubles for the three sums of lbfgs_direction, up to where vectors may begin that move as packs.
+__host__ __device__ __forceinline__ Index direction_sums(int columns) {
+  return ((columns + kGroups) * Index{3} + 1) / 2 * 2;
+}
+
 // Which share a block has.
 struct Share {
   int slice, column;
@@ -474,8 +479,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce<T, row>)
   const bool divided = a.shares.slices > 1;
   // Behind the sums' memory: what the slices give, as vectors of whole tiles.
   const Index padded = static_cast<Index>(a.shares.columns) * kWarps * Pass::kLength;
-  T* const parts =
-      reinterpret_cast<T*>(a.workspace.partials + (a.shares.columns + kGroups) * Index{3});
+  T* const parts = reinterpret_cast<T*>(a.workspace.partials + direction_sums(a.shares.columns));
   const auto tile_of = [&](Index round) {
     return (round * a.shares.columns + share.column) * kWarps +
            static_cast<Index>(threadIdx.x / kWarp);
@@ -725,7 +729,7 @@ std::int64_t direction_workspace_size(DType dtype, DType row_dtype, std::int64_t
     using Pass = Tile<T, decltype(row)::value>;
     const Shares shares = direction_shares<T, decltype(row)::value>(slots, numel);
     const Index padded = Index{shares.columns} * kWarps * Pass::kLength;
-    size = (shares.columns + kGroups) * Index{3};
+    size = direction_sums(shares.columns);
     if (shares.slices > 1) {
       size += shares.slices * padded * static_cast<Index>(sizeof(T)) /
               static_cast<Index>(sizeof(double));

@@ -274,15 +274,15 @@ def minibatch_counts(counter: Counter) -> dict[str, Counts]:
             counter.of(lambda: optimizer.step(problem.closure)) for _ in range(steps)
         ]
 
-    # Step 3 switches, step 4 looks at the closure, 10 + 9 gather, 3 + 10 k renew the bases.
-    _, steps = follow(40)
+    # Step 3 switches, step 4 looks at the closure, ten gather covariances and ten measure; then
+    # every other step takes covariances, and every tenth renews the bases.
+    _, steps = follow(43)
     found["the switch, to a living metric"] = steps[2]
     found["living metric, gathering"] = steps[8]
     found["living metric, measuring"] = steps[17]
-    *rest, last = sorted(steps[26:36], key=lambda counts: counts.launches)
-    assert len({(counts.launches, counts.waits) for counts in rest}) == 1
-    found["living metric"] = rest[0]
-    found["living metric, bases renewed"] = last
+    kinds = sorted(set(steps[33:43]), key=lambda counts: counts.launches)
+    names = "living metric", "living metric, taking covariances", "living metric, bases renewed"
+    found |= dict(zip(names, kinds, strict=True))
     _, steps = follow(8, metric="diagonal")
     found["living metric, diagonal"] = steps[-1]
     _, steps = follow(26, pairs="averaged", history_size=PAIRS)
