@@ -53,7 +53,7 @@ def test_the_model_has_the_bytes_that_are_counted(
     modelled = cuda_model.iteration_bytes(cuda_counts.PAIRS, rows)
     scales = 44 * 4 / 128 if rows == "int8" else 0.0
     counted = counts[name].bytes / cuda_counts.NUMEL
-    assert counted == pytest.approx(modelled - scales, abs=0.05)
+    assert counted == pytest.approx(modelled - scales, abs=0.1)
 
 
 def test_the_counter_sees_what_is_planted(simulated: library.SimulatedOps) -> None:
