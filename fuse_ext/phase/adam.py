@@ -44,6 +44,7 @@ class AdamPhase:
         moments: None before the first step that is taken, unless ``state`` holds some.
         said: What the user was warned of.
         last_loss: That of the last step, where one function was promised.
+        next_loss: What was seen where the next step begins, if that was looked at.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class AdamPhase:
         self.moments: Moments | None = None
         self.said: set[str] = set()
         self.last_loss: float | None = None
+        self.next_loss: float | None = None
         # The user may keep other things in the state, under other keys.
         if any("step" in state.get(param, {}) for param in flat.params):
             self.moments = make_moments(flat, ops, state, groups)

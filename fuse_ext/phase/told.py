@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse_ext.checks import warn_caller
+from fuse_ext.checks import loss_value, warn_caller
 from fuse_ext.kernels.capture import check_lr_tensor
+from fuse_ext.kernels.hooks import with_grad
 from fuse_ext.objective.step_options import step_options
 from fuse_ext.phase.adam import AdamPhase
 from fuse_ext.phase.averages import AveragesPhase
@@ -27,6 +28,7 @@ from fuse_ext.phase.modes import (
 )
 from fuse_ext.phase.protocol import NO_SCALING, Call, Outcome, QuasiNewton
 from fuse_ext.phase.succession import AnyPhase, Ground
+from fuse_ext.search.noise import LARGEST_NOISE
 from fuse_ext.switch.criterion import Observation, Switchover
 from fuse_ext.switch.steps import Never, WarmUp
 from fuse_ext.vector.flat import FlatParams, ParamGroup
@@ -48,7 +50,7 @@ def ask(phase: AnyPhase, call: Call, flat: FlatParams) -> Outcome:
             look_ahead(phase, call)
         outcome = phase.step(call)
         if call.groups[0]["deterministic"] and outcome.observed is not None:
-            tell_noise(phase, call, outcome.observed)
+            tell_noise(phase, call, outcome.observed, flat)
         return outcome
     if call.empty and phase.host_decides:
         return Outcome(None)
@@ -104,9 +106,15 @@ def look_ahead(phase: AdamPhase, call: Call) -> None:
 RESTLESS = 1e-2
 
 
-def tell_noise(phase: AdamPhase, call: Call, observed: Observation) -> None:
-    """Warns once where losses that were promised to be of one function look like batches."""
+def tell_noise(phase: AdamPhase, call: Call, observed: Observation, flat: FlatParams) -> None:
+    """Warns once where losses that were promised to be of one function are those of batches.
+
+    Where they look like it a call at the point where the next step begins tells.
+    """
     assert call.criterion is not None
+    if phase.next_loss is not None:
+        _compare(phase, observed)
+        return
     loss, before = observed.loss, phase.last_loss
     phase.last_loss = loss
     if loss is None or before is None or abs(loss - before) <= RESTLESS * abs(loss):
@@ -117,11 +125,24 @@ def tell_noise(phase: AdamPhase, call: Call, observed: Observation) -> None:
     if not turns or "noise" in phase.said:
         return
     phase.said.add("noise")
+    alone = flat.together is None  # one rank's loss is not that of all
+    if alone and call.closure is not None and call.log is not None:
+        call.log["adam_evaluations"] += 1
+        value = loss_value(with_grad(call.closure))
+        phase.next_loss = -value if call.groups[0]["maximize"] else value
+
+
+def _compare(phase: AdamPhase, observed: Observation) -> None:
+    """Warns if a step has begun with another loss than was seen there; else Adam oscillates."""
+    seen, found = phase.next_loss, observed.loss
+    phase.next_loss = None
+    if seen is None or found is None or abs(found - seen) <= LARGEST_NOISE * abs(seen):
+        return
     warn_caller(
         f"deterministic=True, but after {observed.step} steps the loss goes up and down as on "
-        f"minibatches or with dropout ({turns} turning points). FusePV stays with Adam until it "
-        "does not, or no longer falls. Call model.eval() or use the full batch; on minibatches "
-        "leave deterministic out"
+        f"minibatches or with dropout ({seen:.7g} and {found:.7g} at one point). FusePV stays "
+        "with Adam until it does not, or no longer falls. Call model.eval() or use the full batch; "
+        "on minibatches leave deterministic out"
     )
 
 

@@ -11,10 +11,10 @@ from lbfgs_cases import NEVER_STOP
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fuse_ext import _C, LBFGS, Adam, Fuse, FusePV
-from fuse_ext.curvature import moments
 from fuse_ext.curvature import ring as history
 from fuse_ext.kernels import bound_ops, ops
 from fuse_ext.kernels.scalars import index
+from fuse_ext.vector import gradients, reduced_ops
 from fuse_ext.vector.flat import FlatParams
 
 OPTIMIZERS = {
@@ -263,7 +263,7 @@ def test_both_ways_of_calling_the_ops_do_the_same(kind, monkeypatch):
         return losses, frozen(params), frozen(optimizer.state_dict())
 
     direct = run()
-    for module in (moments, history):
+    for module in (reduced_ops, gradients):
         monkeypatch.setattr(module, "bind", bound_ops._Listed)
     assert run() == direct
 

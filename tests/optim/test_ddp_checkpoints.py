@@ -41,7 +41,8 @@ KINDS: dict[str, dict[str, Any]] = {
 def make(kind: str) -> tuple[nn.Module, FusePV]:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
-    return model, FusePV(model.parameters(), lr=1e-2, **KINDS[kind])
+    group = dist.group.WORLD if dist.is_initialized() else None
+    return model, FusePV(model.parameters(), lr=1e-2, process_group=group, **KINDS[kind])
 
 
 def train(model: nn.Module, optimizer: FusePV, kind: str, steps: range, rank: int) -> None:
