@@ -197,7 +197,7 @@ def pass_time(
 
 
 def slices(pairs: int, numel: int) -> tuple[int, int]:
-    """Slices of the pairs, and blocks of each, as csrc/cuda/lbfgs.cu divides a pass."""
+    """Slices of the pairs, and blocks of each, as csrc/cuda/shares.cuh divides a pass."""
     tiles = ceil(numel / 512)
     columns = max(1, min(MOST_BLOCKS, ceil(tiles / WARPS)))
     count = max(1, min(FILL // columns, pairs // LEAST_PAIRS, MOST_SLICES))

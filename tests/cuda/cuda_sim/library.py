@@ -32,7 +32,7 @@ BUILD = ROOT / "build" / "cuda_sim"
 TORCH = Path(torch.__file__).parent
 # The variant that this process can load.
 VARIANT = os.environ.get("FUSE_EXT_CUDA_SIM", "plain")
-KERNELS = ("adam", "dense", "lbfgs", "points")
+KERNELS = ("adam", "dense", "lbfgs", "points", "recursion")
 ORDERS = ("forward", "reverse", "shuffled")
 # Small blocks and grids: few elements already take every path. ThreadSanitizer's threads are dear.
 THREADS = 64
