@@ -15,7 +15,7 @@ PAIRS = 10
 FIXED = {"lr": 0.5, "max_iter": 1, "history_size": PAIRS}
 FIXED |= {"tolerance_grad": 0.0, "tolerance_change": 0.0}
 CAPTURABLE = {"switch": Never(), "line_search": None, "capturable": True}
-SEARCH: dict[str, Any] = {"switch": 1, "deterministic": True}
+SEARCH: dict[str, Any] = {"lr": 1e-3, "switch": 2, "deterministic": True}
 PEERS = ("torch.optim.Adam(fused=True)", "torch.optim.Adam(fused=True), captured")
 TORCH_LBFGS = "torch.optim.LBFGS, fixed step"
 
@@ -49,7 +49,9 @@ class Problem:
             torch.mul(h, at, out=x.grad.view(-1))
             loss += 0.5 * torch.dot(x.grad.view(-1), at)
             if self.batches:
-                x.grad.add_(0.1 * (self.calls % 7 - 3))
+                slope = 0.1 * (self.calls % 7 - 3)
+                x.grad.add_(slope)
+                loss += slope * at.sum()
         return loss
 
 
@@ -139,26 +141,12 @@ STEPS = {
     ),
     "fixed step, capturable, int8": Step(lbfgs(torch.int8, capturable=True), FULL, captured=True),
     "fixed step": Step(lbfgs(), FULL),
-    "search with pairs, one trial": Step(
-        lambda p: FusePV(p.params, curvature="pairs", history_size=PAIRS, **SEARCH), FULL
-    ),
     PEERS[0]: Step(theirs(), closure=False),
     PEERS[1]: Step(theirs(capturable=True), closure=False, captured=True),
     TORCH_LBFGS: Step(lambda p: torch.optim.LBFGS(p.params, **FIXED), FULL),
 }
-# On matrices, whose sides the living metric gives a basis.
-OF_MATRICES = {
-    "living metric": Step(
-        lambda p: FusePV(p.params, switch=1, metric="kronecker"), 25, batches=True
-    ),
-    "torch.optim.Adam(fused=True)": STEPS[PEERS[0]],
-}
-# Where the parameters are few.
-DENSE = {
-    "search with matrix, one trial": Step(
-        lambda p: FusePV(p.params, curvature="dense", **SEARCH), FULL
-    ),
-}
+# On matrices: beside what the living metric costs there.
+OF_MATRICES = {PEERS[0]: STEPS[PEERS[0]]}
 # A long history of few parameters, with as many pairs as it has room for.
 LONG_PAIRS = 500
 LONG = {
@@ -170,3 +158,73 @@ LONG = {
         captured=True,
     )
 }
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Steps that come once or now and then: fresh optimizers are led through them.
+
+    Attributes:
+        make: The optimizer of a problem.
+        steps: That each optimizer takes.
+        rows: Which of them make a row: takes a step's number, from 0, and the calls of the closure
+            in it.
+        batches: Whether the closure is another function at every call.
+        more: A row for what one row takes more than another: its name, and theirs.
+    """
+
+    make: Callable[[Problem], Any]
+    steps: int
+    rows: dict[str, Callable[[int, int], bool]]
+    batches: bool = False
+    more: tuple[str, str, str] | None = None
+
+    def names(self) -> list[str]:
+        """Of all rows."""
+        return [*self.rows, *([self.more[0]] if self.more else [])]
+
+    def row_of(self, number: int, calls: int) -> str | None:
+        """The row that a step belongs to."""
+        return next((name for name, is_of in self.rows.items() if is_of(number, calls)), None)
+
+
+# The switch ends step 2, and step 3 looks at the closure. Then ten steps gather covariances, of
+# which the last finds the bases, and ten measure in them; of those that follow every other takes
+# covariances, and every tenth renews the bases.
+EIGH = "living metric, bases found"
+LIVING = Passage(
+    lambda p: FusePV(p.params, 1e-3, switch=3, metric="kronecker"),
+    43,
+    {
+        "the switch, to a living metric": lambda number, _: number == 2,
+        "living metric, gathering": lambda number, _: 5 <= number <= 12,
+        EIGH: lambda number, _: number == 13,
+        "living metric, measuring": lambda number, _: 14 <= number <= 21,
+        "living metric, bases renewed": lambda number, _: number in (32, 42),
+        "living metric, taking covariances": lambda number, _: number > 22 and number % 2 == 1,
+        "living metric": lambda number, _: number > 22,
+    },
+    batches=True,
+)
+
+
+def search(curvature: str) -> Passage:
+    """On one function; the history is full where trials are told apart."""
+    name = {"pairs": "pairs", "dense": "matrix"}[curvature]
+    one, two = (f"search with {name}, {count}" for count in ("one trial", "two trials"))
+    return Passage(
+        lambda p: FusePV(p.params, curvature=curvature, history_size=PAIRS, **SEARCH),
+        FULL + 20,
+        {
+            f"the switch, to a search with {name}": lambda number, _: number == 1,
+            one: lambda number, calls: number >= FULL - 1 and calls == 1,
+            two: lambda number, calls: number >= FULL - 1 and calls == 2,
+        },
+        more=(f"search with {name}, each trial more", two, one),
+    )
+
+
+WITH_PAIRS, WITH_MATRIX = search("pairs"), search("dense")
+PASSAGES = (LIVING, WITH_PAIRS, WITH_MATRIX)
+# Rows that docs/cuda.md has no counts for.
+UNCOUNTED = (EIGH, WITH_PAIRS.more[1], WITH_MATRIX.more[1])

@@ -2,86 +2,240 @@
 
 from __future__ import annotations
 
+import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import rank_cases
 import torch
 
 cuda_check = pytest.importorskip("benchmarks.cuda_check")
 cuda_model = pytest.importorskip("benchmarks.cuda_model")
 gpu_model = pytest.importorskip("benchmarks.harness.gpu_model")
+gpu_ranks = pytest.importorskip("benchmarks.harness.gpu_ranks")
 gpu_steps = pytest.importorskip("benchmarks.harness.gpu_steps")
+gpu_table = pytest.importorskip("benchmarks.harness.gpu_table")
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The check on the CPU, each step once, on few parameters; returns what steps returned."""
-    calls: list[object] = []
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check on the CPU, few times, on few parameters."""
 
-    def once(run: Callable[[], object], repeats: int) -> float:
-        calls.append(run())
+    def timed(run: Callable[[], object]) -> float:
+        run()
         return 1.0
 
-    monkeypatch.setattr(cuda_check, "milliseconds", once)
-    monkeypatch.setattr(cuda_check, "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(cuda_check, "COPIED", 100)
-    monkeypatch.setattr(cuda_check, "CASES", ((90, 3),))
-    monkeypatch.setattr(cuda_check, "WEIGHTS", ((2, 8),))
-    monkeypatch.setattr(cuda_check, "MATRICES", (70,))
-    monkeypatch.setattr(cuda_check, "LONG", (600,))
-    return calls
+    torch.manual_seed(0)
+    monkeypatch.setattr(gpu_table, "timed", timed)
+    monkeypatch.setattr(gpu_table, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(gpu_table, "COPIED", 100)
+    monkeypatch.setattr(gpu_table, "CASES", ((90, 3),))
+    monkeypatch.setattr(gpu_table, "WEIGHTS", ((2, 8),))
+    monkeypatch.setattr(gpu_table, "MATRICES", (70,))
+    monkeypatch.setattr(gpu_table, "LONG", (600,))
 
 
-def test_the_check_measures_every_step(small: list[object]) -> None:
-    text, failed = cuda_check.benchmark(quick=True)
-    assert failed == 0, text
-    steps = gpu_steps.STEPS
-    assert text.count("| 90 | 3 |") == len(steps)
-    for name in (*steps, *gpu_steps.OF_MATRICES, *gpu_steps.DENSE):
-        assert f"| {name} |" in text
+def test_the_check_measures_every_step(small: None) -> None:
+    lines: list[str] = []
+    assert gpu_table.measure(quick=True, lines=lines) == 0, "\n".join(lines)
+    text = "\n".join(lines)
+    for name in (*gpu_steps.STEPS, *gpu_steps.WITH_PAIRS.names()):
+        assert f"| 90 | 3 | {name} |" in text
+    for name in (*gpu_steps.OF_MATRICES, *gpu_steps.LIVING.names()):
+        assert f"| 128 | 2 | {name} |" in text
+    for name in gpu_steps.WITH_MATRIX.names():
+        assert f"| 70 | 1 | {name} |" in text
     assert "| 600 | 1 | fixed step, capturable |" in text
     assert "dense_direction alone" in text
 
 
-def test_every_row_is_one_that_was_counted() -> None:
-    peers = {*gpu_steps.PEERS, gpu_steps.TORCH_LBFGS}
-    rows = {*gpu_steps.STEPS, *gpu_steps.OF_MATRICES, *gpu_steps.DENSE, *gpu_steps.LONG}
-    assert rows - peers <= set(cuda_model.counted())
+def test_every_row_that_was_counted_is_measured_and_no_other() -> None:
+    """But for torch's optimizers, and for what tells of a row that it is a difference of two."""
+    others = {*gpu_steps.PEERS, gpu_steps.TORCH_LBFGS, *gpu_steps.UNCOUNTED}
+    rows = {*gpu_steps.STEPS, *gpu_steps.OF_MATRICES, *gpu_steps.LONG}
+    rows |= {name for passage in gpu_steps.PASSAGES for name in passage.names()}
+    assert rows - others == set(cuda_model.counted())
 
 
-def test_a_row_that_fails_is_reported_and_the_rest_goes_on(
-    small: list[object], monkeypatch: pytest.MonkeyPatch
+def test_steps_of_the_living_metric_are_what_their_rows_say(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def broken(problem: object) -> object:
-        raise RuntimeError("no such kernel")
+    """Which of its methods a step calls, against the name of the row that the step is put in."""
+    kronecker = pytest.importorskip("fuse_ext.phase.living.kronecker")
+    told: list[str] = []
+    for method in ("_gather", "_find_bases", "_advance", "_renew", "_average"):
+        original = getattr(kronecker.KroneckerMetric, method)
 
+        def noted(self: Any, *args: Any, method: str = method, original: Any = original) -> Any:
+            before = [x.clone() for x in self.entry(0).values() if isinstance(x, torch.Tensor)]
+            found = original(self, *args)
+            after = [x for x in self.entry(0).values() if isinstance(x, torch.Tensor)]
+            if method != "_average":
+                told.append(method)
+            elif not all(map(torch.equal, before, after)):
+                told.append("covariances")
+            return found
+
+        monkeypatch.setattr(kronecker.KroneckerMetric, method, noted)
+    torch.manual_seed(0)
+    passage = gpu_steps.LIVING
+    problem = gpu_steps.Problem([(8, 8)], torch.device("cpu"), passage.batches)
+    optimizer = passage.make(problem)
+    found: dict[str, set[tuple[str, ...]]] = {}
+    for number in range(passage.steps):
+        told.clear()
+        before, phase = problem.calls, optimizer.phase
+        optimizer.step(problem.closure)
+        assert problem.calls == before + 1
+        name = passage.row_of(number, 1)
+        if phase != optimizer.phase:
+            assert name == "the switch, to a living metric"
+        elif name is not None:
+            found.setdefault(name, set()).add(tuple(sorted(told)))
+    assert found == {
+        "living metric, gathering": {("_gather", "covariances")},
+        gpu_steps.EIGH: {("_find_bases", "_gather", "covariances")},
+        "living metric, measuring": {("_gather", "covariances")},
+        "living metric": {("_advance",)},
+        "living metric, taking covariances": {("_advance", "covariances")},
+        "living metric, bases renewed": {("_advance", "_renew")},
+    }
+    assert optimizer.report().function_changes == 0
+
+
+def broken(*args: object, **kwargs: object) -> Any:
+    raise RuntimeError("no such | kernel")
+
+
+def test_rows_that_fail_are_reported_and_the_rest_goes_on(
+    small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps = {"broken": gpu_steps.Step(broken), "Adam": gpu_steps.STEPS["Adam"]}
-    monkeypatch.setattr(cuda_check, "STEPS", steps)
-    text, good = cuda_check.report({"Tests": (True, "1 passed")}, "- GPU: none", quick=True)
+    monkeypatch.setattr(gpu_table, "STEPS", steps)
+    monkeypatch.setattr(gpu_table, "LIVING", replace(gpu_steps.LIVING, make=broken))
+    never = {"a step that never comes": lambda number, calls: False}
+    monkeypatch.setattr(gpu_table, "WITH_MATRIX", replace(gpu_steps.WITH_MATRIX, rows=never))
+    good, text = cuda_check.measured(quick=True)
     assert not good
-    assert "| broken | FAILED: RuntimeError: no such kernel |" in text
-    assert "1 rows FAILED" in text
+    assert "| broken | FAILED: RuntimeError: no such / kernel |" in text
+    assert "| living metric | FAILED: RuntimeError: no such / kernel |" in text
+    assert "| a step that never comes | FAILED: no such step came |" in text
+    # The difference of two rows that are not there is the second that fails in that passage.
+    assert f"{1 + len(gpu_steps.LIVING.names()) + 2} rows FAILED" in text
     assert "| 90 | 3 | Adam | 1.000 |" in text
-    assert "What to send back" in text
+    assert "| search with pairs, one trial | 1.000 |" in text
 
 
-def test_a_benchmark_that_fails_leaves_a_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(quick: bool) -> tuple[str, int]:
-        raise MemoryError("no triad")
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_what_was_measured_before_the_end_is_in_the_report(
+    small: None, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ends(*args: object) -> float:
+        raise error("no matrix")
 
-    monkeypatch.setattr(cuda_check, "benchmark", broken)
-    text, good = cuda_check.report({}, "", quick=True)
+    monkeypatch.setattr(gpu_table, "release", ends)
+    good, text = cuda_check.measured(quick=True)
     assert not good
-    assert "MemoryError: no triad" in text
-    assert "predict" in text
+    assert "| 90 | 3 | Adam | 1.000 |" in text
+    assert f"{error.__name__}: no matrix" in text
+
+
+def test_the_report_is_written_whatever_its_parts_do(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of `make gpu-check`, with a GPU that is made up and half of its parts broken."""
+    target = tmp_path / "new" / "report.md"
+    monkeypatch.setattr(cuda_check, "can_run", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", broken)
+    monkeypatch.setattr(torch.cuda, "device_count", broken)
+    monkeypatch.setattr(cuda_check, "PYTEST", ["/nonexistent/python"])
+    monkeypatch.setattr(cuda_check.sys, "argv", ["cuda_check", "--quick", "--output", str(target)])
+    seen: list[str] = []
+
+    def stopped(tool: str) -> Any:
+        seen.append(target.read_text())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cuda_check, "sanitized", stopped)
+    assert cuda_check.main() == 1
+    # It is there from the beginning, and grows.
+    assert "Tests marked cuda: FAILED" in seen[0]
+    assert "compute-sanitizer memcheck" not in seen[0] and "memcheck" in seen[1]
+    text = target.read_text()
+    assert "does not answer: no such | kernel" in text
+    assert "What to send back" in text
+    assert text.count("\nKeyboardInterrupt") == len(cuda_check.SANITIZER_TOOLS)
+    assert "## Several GPUs: FAILED" in text
+    assert "## Steps, measured beside their predictions: passed" in text, text
+    assert "| 90 | 3 | Adam | 1.000 |" in text
+    assert "## What the model predicts for other GPUs: passed" in text
+
+
+def test_a_command_that_hangs_is_stopped_and_what_it_said_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def hangs(command: list[str], timeout: float, **options: object) -> None:
+        raise subprocess.TimeoutExpired(command, timeout, output=b"the last test")
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    good, said = cuda_check.run(["pytest"], seconds=5.0)
+    assert not good
+    assert said == "the last test\nstopped after 5 s"
 
 
 def test_a_command_that_is_missing_is_a_failure() -> None:
     good, said = cuda_check.run(["/nonexistent/compute-sanitizer"])
     assert not good
     assert "compute-sanitizer" in said
+
+
+def test_data_parallel_steps_on_two_processes() -> None:
+    """What several GPUs run over nccl, over gloo."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "benchmarks.harness.gpu_ranks"],
+        cwd=cuda_check.ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks, gloo: phase lbfgs" in done.stdout
+    assert "largest difference 0\n" in done.stdout
+
+
+def test_what_is_wrong_on_several_gpus_is_said() -> None:
+    assert gpu_ranks.complaints(0.0, 1.0, 0.5, "lbfgs") == []
+    nan = float("nan")
+    for gap, last, phase, said in (
+        (1e-9, 0.5, "lbfgs", "parameters differ between ranks, by 1e-09"),
+        (nan, 0.5, "lbfgs", "parameters differ"),
+        (0.0, 1.0, "lbfgs", "the loss went from 1 to 1"),
+        (0.0, nan, "lbfgs", "the loss went from 1 to nan"),
+        (0.0, 0.5, "adam", "the phase is 'adam'"),
+    ):
+        (complaint,) = gpu_ranks.complaints(gap, 1.0, last, phase)
+        assert said in complaint
+
+
+def test_ranks_that_differ_are_found(tmp_path: Path) -> None:
+    assert rank_cases.on_ranks(2, tmp_path, "test_cuda_check:gaps") == [[0.0, 2.0, True]] * 2
+
+
+def gaps(rank: int, folder: str) -> list[Any]:
+    """Of vectors that are the same, that differ, and that are not finite on one rank."""
+    same, other = torch.ones(3), torch.tensor([1.0, 2.0 * rank, 1.0])
+    nan = torch.tensor([1.0, float("nan") if rank else 1.0])
+    found = [gpu_ranks.largest_gap(vector) for vector in (same, other, nan)]
+    return [*found[:2], math.isnan(found[2])]
 
 
 def test_the_model_counts_what_torch_does() -> None:

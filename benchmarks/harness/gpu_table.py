@@ -1,0 +1,364 @@
+"""Each step of the table in docs/cuda.md on this GPU, beside the model's prediction."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import statistics
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks import cuda_model
+from benchmarks.harness.gpu_model import H100, RTX4090, Gpu
+from benchmarks.harness.gpu_steps import (
+    LIVING,
+    LONG_PAIRS,
+    OF_MATRICES,
+    PAIRS,
+    STEPS,
+    WITH_MATRIX,
+    WITH_PAIRS,
+    Passage,
+    Problem,
+    Step,
+)
+from benchmarks.harness.gpu_steps import LONG as LONG_STEPS
+from fuse_ext.curvature.dense import terms_apart
+from fuse_ext.kernels import ops, scalars
+
+DEVICE = torch.device("cuda")
+# Parameters, and the tensors they are spread over.
+CASES = ((10_000_000, 1), (10_000_000, 300), (100_000_000, 1), (10_000, 8))
+# Matrices of weights, of so many rows and columns.
+WEIGHTS = ((24, 1024),)
+# Parameters of dense matrices, and of long histories.
+MATRICES = (300, 2_000, 16_000)
+LONG = (16_000,)
+COPIED = 1 << 28  # float32 elements
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Milliseconds of a call on the device, by events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def milliseconds(run: Callable[[], object], repeats: int) -> float:
+    """Median time of a call, after warm-up."""
+    for _ in range(3):
+        run()
+    return statistics.median(timed(run) for _ in range(repeats))
+
+
+def triad_bandwidth(repeats: int) -> float:
+    """Bytes a second of a = b + 2 c: two vectors read, one written."""
+    b, c = torch.zeros(COPIED, device=DEVICE), torch.zeros(COPIED, device=DEVICE)
+    a = torch.empty_like(b)
+    return 3 * a.nbytes / (1e-3 * milliseconds(lambda: torch.add(b, c, alpha=2, out=a), repeats))
+
+
+def this_gpu(bandwidth: float) -> Gpu:
+    """The model of this machine's GPU: the known one that is most like it, with its own numbers."""
+    if DEVICE.type != "cuda":
+        return RTX4090
+    facts = torch.cuda.get_device_properties(DEVICE)
+    capability = facts.major * 10 + facts.minor
+    like = H100 if facts.major >= 9 or capability == 80 else RTX4090
+    clock = 1e3 * getattr(facts, "clock_rate", 0) or like.clock
+    return replace(
+        like,
+        name=facts.name,
+        processors=facts.multi_processor_count,
+        clock=clock,
+        bandwidth=bandwidth,
+        threads=getattr(facts, "max_threads_per_multi_processor", like.threads),
+        code="sm_90" if facts.major >= 9 else "sm_80",
+    )
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Of some steps on a device: waits and allocations of each."""
+
+    waits: float
+    allocations: float
+
+    @staticmethod
+    def mean(of: list[Observed]) -> Observed | None:
+        """Of several steps; None for none."""
+        if not of:
+            return None
+        waits = statistics.fmean(one.waits for one in of)
+        return Observed(waits, statistics.fmean(one.allocations for one in of))
+
+
+def observe(run: Callable[[], object], steps: int = 3) -> Observed | None:
+    """What torch sees of a step; None where there is no device to wait for."""
+    if DEVICE.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            for _ in range(steps):
+                run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    made = torch.cuda.memory_stats()["allocation.all.allocated"] - before
+    return Observed(len(waits) / steps, made / steps)
+
+
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """The replay of a step that is warm; the step itself where there is no GPU."""
+    if DEVICE.type != "cuda":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+HEADINGS = (
+    "d",
+    "tensors",
+    "step",
+    "ms",
+    "of it the closure",
+    "predicted ms without closure, and what binds",
+    "ms of a triad of its bytes",
+    "waits (counted)",
+    "allocations (counted)",
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A step: its time, that of the closure in it, and what torch saw of it."""
+
+    ms: float
+    closure: float
+    seen: Observed | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """What the lines of a table are made with.
+
+    Attributes:
+        gpu: This one, as the model sees it.
+        costs: Of the steps, as docs/cuda.md has them.
+        repeats: Of a step; an optimizer that a passage is for is made anew for a fifth of them.
+    """
+
+    gpu: Gpu
+    costs: dict[str, cuda_model.Cost]
+    repeats: int
+
+    def line(self, name: str, shapes: list[tuple[int, ...]], pairs: int, measured: Measured) -> str:
+        """One line, with what was predicted."""
+        numel, seen = sum(map(math.prod, shapes)), measured.seen
+        cells = [f"{numel:,}", str(len(shapes)), name]
+        cells += [f"{measured.ms:.3f}", f"{measured.closure:.3f}"]
+        waits, made = (f"{seen.waits:.1f}", f"{seen.allocations:.1f}") if seen else ("-", "-")
+        cost = self.costs.get(name)
+        if cost is None:
+            cells += ["", "", waits, made]
+            return "| " + " | ".join(cells) + " |"
+        expected = cuda_model.predicted(self.gpu, name, cost, numel, pairs)
+        size = numel**2 if "matrix" in name else numel
+        bytes_moved = cost.bytes * size
+        if "fixed step" in name and pairs != cuda_model.PAIRS:
+            bytes_moved = cuda_model.iteration_bytes(pairs) * numel
+        cells += [cuda_model.cell(expected), f"{1e3 * bytes_moved / self.gpu.bandwidth:.3f}"]
+        cells += [f"{waits} ({cost.syncs})", f"{made} ({cost.allocations})"]
+        return "| " + " | ".join(cells) + " |"
+
+    def step(self, name: str, step: Step, shapes: list[tuple[int, ...]], pairs: int) -> str:
+        """The line of a step that is repeated as it is."""
+        problem = Problem(shapes, DEVICE, step.batches)
+        run = step.build(problem)
+        seen, before = observe(run), problem.calls
+        run()
+        calls = problem.calls - before
+        ms = milliseconds(captured(run) if step.captured else run, self.repeats)
+        closure = milliseconds(problem.closure, self.repeats) if calls else 0.0
+        return self.line(name, shapes, pairs, Measured(ms, calls * closure, seen))
+
+    def passage(self, passage: Passage, shapes: list[tuple[int, ...]]) -> tuple[list[str], int]:
+        """The lines of a passage, and how many failed. The first optimizer is watched, not timed.
+
+        Raises:
+            Exception: What a step raises.
+        """
+        times: dict[str, list[tuple[float, int]]] = {name: [] for name in passage.rows}
+        seen: dict[str, list[Observed]] = {name: [] for name in passage.rows}
+        for turn in range(1 + max(2, self.repeats // 5)):
+            problem = Problem(shapes, DEVICE, passage.batches)
+            optimizer = passage.make(problem)
+
+            def run(optimizer: Any = optimizer, problem: Problem = problem) -> object:
+                return optimizer.step(problem.closure)
+
+            for number in range(passage.steps):
+                before = problem.calls
+                watched = observe(run, 1) if turn == 0 else None
+                ms = timed(run) if turn else 0.0
+                calls = problem.calls - before
+                row = passage.row_of(number, calls)
+                if row is not None and turn:
+                    times[row].append((ms, calls))
+                elif row is not None and watched is not None:
+                    seen[row].append(watched)
+        closure = milliseconds(problem.closure, self.repeats)
+        found = {
+            name: Measured(
+                statistics.median(ms for ms, _ in of),
+                closure * statistics.median(calls for _, calls in of),
+                Observed.mean(seen[name]),
+            )
+            for name, of in times.items()
+            if of
+        }
+        if passage.more is not None:
+            name, more, less = passage.more
+            if more in found and less in found:
+                found[name] = difference(found[more], found[less])
+        lines, failed = [], 0
+        for name in passage.names():
+            if name in found:
+                lines.append(self.line(name, shapes, PAIRS, found[name]))
+            else:
+                failed += 1
+                lines.append(failure(name, shapes, "no such step came"))
+        return lines, failed
+
+
+def difference(more: Measured, less: Measured) -> Measured:
+    """What one step takes more than another."""
+    seen = None
+    if more.seen is not None and less.seen is not None:
+        waits = more.seen.waits - less.seen.waits
+        seen = Observed(waits, more.seen.allocations - less.seen.allocations)
+    return Measured(more.ms - less.ms, more.closure - less.closure, seen)
+
+
+def failure(name: str, shapes: list[tuple[int, ...]], said: str) -> str:
+    """The line of a step that could not be measured."""
+    numel = sum(map(math.prod, shapes))
+    return f"| {numel:,} | {len(shapes)} | {name} | FAILED: {said} |" + " |" * 5
+
+
+def brief(error: Exception) -> str:
+    """An exception in one line of a table."""
+    return " ".join(f"{type(error).__name__}: {error}".split()).replace("|", "/")[:300]
+
+
+def release() -> None:
+    """Gives the last row's memory back."""
+    gc.collect()
+    if DEVICE.type == "cuda":
+        # After an error of the device everything raises: the rows that follow will say so.
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
+
+def measure(quick: bool, lines: list[str]) -> int:
+    """Appends the table's lines one by one; returns how many rows failed."""
+    repeats, failed = 5 if quick else 30, 0
+    bandwidth = triad_bandwidth(repeats)
+    of = Table(this_gpu(bandwidth), cuda_model.counted(), repeats)
+    plain = [[(numel // tensors,)] * tensors for numel, tensors in CASES]
+    matrices = [[(side, side)] * count for count, side in WEIGHTS]
+    few = [[(numel,)] for numel in MATRICES]
+    plans: list[tuple[dict[str, Step], list[tuple[int, ...]], int]]
+    plans = [(STEPS, shapes, PAIRS) for shapes in plain]
+    plans += [(OF_MATRICES, shapes, PAIRS) for shapes in matrices]
+    plans += [(LONG_STEPS, [(numel,)], LONG_PAIRS) for numel in LONG]
+    passages = [(WITH_PAIRS, shapes) for shapes in plain]
+    passages += [(LIVING, shapes) for shapes in matrices]
+    passages += [(WITH_MATRIX, shapes) for shapes in few]
+    lines += [f"Triad: {bandwidth / 1e12:.3f} TB/s. The model takes this GPU for: {of.gpu}.", ""]
+    lines += ["| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
+    for steps, shapes, pairs in plans:
+        for name, step in steps.items():
+            print(f"{name}, {len(shapes)} of {shapes[0]}", flush=True)
+            try:
+                lines.append(of.step(name, step, shapes, pairs))
+            except Exception as error:  # the next row may still work
+                failed += 1
+                lines.append(failure(name, shapes, brief(error)))
+            release()
+    for passage, shapes in passages:
+        print(f"{passage.names()[0]}, {len(shapes)} of {shapes[0]}", flush=True)
+        try:
+            more, fell = of.passage(passage, shapes)
+        except Exception as error:
+            more = [failure(name, shapes, brief(error)) for name in passage.names()]
+            fell = len(more)
+        lines += more
+        failed += fell
+        release()
+    for numel in MATRICES:
+        try:
+            ms = matrix_time(numel, repeats)
+            share = cuda_model.matrix_bytes(numel) / (1e-3 * ms) / bandwidth
+            lines.append(
+                f"| {numel:,} | 1 | dense_direction alone, of the triad {share:.0%} "
+                f"| {ms:.3f} |" + " |" * 5
+            )
+        except Exception as error:
+            failed += 1
+            lines.append(failure("dense_direction alone", [(numel,)], brief(error)))
+        release()
+    return failed
+
+
+def matrix_time(numel: int, repeats: int) -> float:
+    """dense_direction on a quadratic, with the two products of vectors around it."""
+    x = torch.randn(numel, device=DEVICE)
+    grad, curvatures = torch.empty_like(x), torch.linspace(1, 100, numel, device=DEVICE)
+    grad_prev, direction = torch.zeros_like(x), torch.zeros_like(x)
+    tile, room = scalars.TILE, terms_apart(numel)
+    double: dict[str, Any] = {"dtype": torch.float64, "device": DEVICE}
+    matrix = torch.zeros(scalars.matrix_size(numel), **double)
+    vectors = torch.zeros(2 * room + 1, tile * (-(-numel // tile) | 1), **double)
+    numbers = torch.zeros(scalars.matrix_place("header") + scalars.TERM_SIZE * room, **double)
+    header = scalars.new_scalars(2, DEVICE)
+    kernels = ops.select("native", DEVICE)
+
+    def iterate() -> None:
+        x.add_(direction)
+        torch.mul(curvatures, x, out=grad)
+        kernels.dense_direction(
+            grad,
+            grad_prev,
+            direction,
+            matrix,
+            vectors,
+            numbers,
+            header,
+            lr_scale=None,
+            pair_step=1.0,
+            curvature_tol=1e-8,
+            taking_part=numel,
+            broyden=True,
+            self_scaling=True,
+        )
+
+    return milliseconds(iterate, repeats)
