@@ -88,6 +88,7 @@ bench: build
 	$(BIN)/python -m benchmarks.memory --quick
 	$(BIN)/python -m benchmarks.time_to_loss --quick
 	$(BIN)/python -m benchmarks.robustness
+	$(BIN)/python -m benchmarks.minimize
 	$(BIN)/python -m benchmarks.switching
 
 # Resumable: runs that are stored in build/paper-cells and still fit are not repeated.

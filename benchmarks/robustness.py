@@ -24,7 +24,7 @@ from torch import Tensor
 
 import fuse_ext
 from benchmarks.harness import command, machine, rounds, saving
-from benchmarks.harness.pictures import COLORS, style
+from benchmarks.harness.pictures import COLORS, performance_profile, style
 from benchmarks.harness.tables import number, table
 from tests.cases.problems import Problem, large_problem_set
 
@@ -279,31 +279,14 @@ def details(problems: list[Problem], by_dtype: dict[torch.dtype, Runs]) -> str:
 
 
 def draw(by_dtype: dict[torch.dtype, Runs]) -> Figure:
-    """Performance profiles (Dolan and Moré 2002) of the evaluations to the last tolerance."""
+    """Performance profiles of the evaluations to the last tolerance."""
     with style():
         figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
         for panel, (dtype, runs) in zip(panels, by_dtype.items(), strict=True):
             tau = TOLERANCES[dtype][-1]
             counts = {name: [run.reached(tau) for run in of] for name, of in runs.items()}
-            best = [min(column) for column in zip(*counts.values(), strict=True)]
-            at = np.geomspace(1, 8, 400)
-            for solver in SOLVERS:
-                ratios = np.array(
-                    [
-                        a / b if b < math.inf else math.inf
-                        for a, b in zip(counts[solver.name], best, strict=True)
-                    ]
-                )
-                share = (ratios[:, None] <= at).mean(0)
-                panel.plot(at, share, solver.line, color=solver.color, label=solver.name)
-            panel.set(
-                xscale="log",
-                xlabel="evaluations, over those of the best solver",
-                ylim=(0, 1),
-                title=f"{str(dtype).removeprefix('torch.')}, to {tau:g} of f - f*",
-            )
-            panel.set_xticks([1, 2, 4, 8], labels=["1", "2", "4", "8"])
-            panel.minorticks_off()
+            performance_profile(panel, counts, {s.name: (s.color, s.line) for s in SOLVERS})
+            panel.set(title=f"{str(dtype).removeprefix('torch.')}, to {tau:g} of f - f*")
         panels[0].set_ylabel("share of the problems")
         panels[1].legend(loc="lower right")
     return figure

@@ -53,7 +53,7 @@ def arguments(
         parser.add_argument(
             "--largest", type=float, default=math.inf, help="leave out cases of more parameters"
         )
-    if name in ("time_to_loss", "robustness", "switching"):
+    if name in ("time_to_loss", "robustness", "minimize", "switching"):
         parser.add_argument("--budget", type=int, help="gradient evaluations a run")
     parser.add_argument(
         "--out",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -44,3 +46,28 @@ def style() -> Any:
         }
     ):
         yield
+
+
+def performance_profile(
+    panel: Any, counts: dict[str, list[float]], looks: dict[str, tuple[str, str]]
+) -> None:
+    """Shares of the problems that each solver solves at so many times the best one's cost.
+
+    Dolan and Moré, Mathematical Programming 91, 2002.
+
+    Args:
+        panel: Where to draw.
+        counts: By solver, of each problem; inf where it failed.
+        looks: Colour and line style of each solver.
+    """
+    best = [min(column) for column in zip(*counts.values(), strict=True)]
+    at = np.geomspace(1, 8, 400)
+    for name, of in counts.items():
+        ratios = np.array(
+            [a / b if b < math.inf else math.inf for a, b in zip(of, best, strict=True)]
+        )
+        color, line = looks[name]
+        panel.plot(at, (ratios[:, None] <= at).mean(0), line, color=color, label=name)
+    panel.set(xscale="log", xlabel="evaluations, over those of the best solver", ylim=(0, 1))
+    panel.set_xticks([1, 2, 4, 8], labels=["1", "2", "4", "8"])
+    panel.minorticks_off()

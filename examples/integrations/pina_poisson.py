@@ -61,18 +61,16 @@ class StopWhenConverged(Callback):
             trainer.should_stop = True
 
 
-def train(steps: int = 500) -> tuple[float, FusePV]:
-    """Trains on the full batch; the relative l2 error, and the optimizer."""
+def make(steps: int, **options) -> Trainer:
+    """The problem, a network and FusePV in PINA's trainer; options are the optimizer's."""
     torch.manual_seed(0)
     problem = Poisson()
     problem.discretise_domain(100, "grid", domains="inside")
     problem.discretise_domain(20, "grid", domains=["left", "right", "below", "above"])
     model = FeedForward(2, 1, inner_size=16, n_layers=2, func=torch.nn.Tanh)
-    solver = PhysicsInformedSingleModelSolver(
-        problem, model, optimizer=TorchOptimizer(FusePV, lr=1e-3, deterministic=True)
-    )
-    trainer = Trainer(
-        solver,
+    optimizer = TorchOptimizer(FusePV, lr=1e-3, deterministic=True, **options)
+    return Trainer(
+        PhysicsInformedSingleModelSolver(problem, model, optimizer=optimizer),
         max_epochs=steps,
         batch_size=None,  # the promise of deterministic=True
         accelerator="cpu",
@@ -85,17 +83,20 @@ def train(steps: int = 500) -> tuple[float, FusePV]:
         val_size=0.0,
         test_size=0.0,
     )
-    trainer.train()
+
+
+def error_of(trainer: Trainer) -> float:
+    """Relative, in the l2 norm, on a grid of its own."""
     grid = torch.cartesian_prod(*[torch.linspace(0, 1, 21)] * 2)
     exact = torch.sin(math.pi * grid).prod(1, keepdim=True)
     with torch.no_grad():
-        error = float((model(grid) - exact).norm() / exact.norm())
-    return error, unwrap(trainer.optimizers[0])
+        return float((trainer.solver.model(grid) - exact).norm() / exact.norm())
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     logging.getLogger("lightning").setLevel(logging.ERROR)
-    error, optimizer = train()
-    print(optimizer.report())
-    print(f"relative error {error:.1e}")
+    trainer = make(steps=500)
+    trainer.train()
+    print(unwrap(trainer.optimizers[0]).report())
+    print(f"relative error {error_of(trainer):.1e}")

@@ -16,6 +16,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("sklearn")
 
+from benchmarks import minimize as benchmarks_minimize
 from benchmarks.cost_kmd import Fit
 from benchmarks.harness import limits
 from benchmarks.harness.iteration_lbfgs import optimizers, set_up
@@ -40,6 +41,7 @@ SMALL = {
     "memory": ["--largest", "1e5"],
     "time_to_loss": ["--rounds", "2", "--budget", "30"],
     "robustness": ["--budget", "40", "--largest", "4"],
+    "minimize": ["--budget", "60", "--largest", "4"],
     "switching": ["--rounds", "2", "--budget", "25"],
     "stochastic": ["--workers", "0"],
 }
@@ -153,6 +155,48 @@ def test_every_solver_has_every_problem(results):
             assert {"scipy", "torch", "approximate Wolfe", "FusePV, steps of 1"} <= solvers.keys()
             assert all(0 < run["evaluations"] <= 40 for run in solvers.values())
     assert len(results["robustness"]["targets"]) == 9
+
+
+def test_minimize_and_scipy_get_the_same_problems_and_budget(results):
+    found = results["minimize"]
+    assert found["problems"].keys() == {"free", "wide", "tight"}
+    for problems in found["problems"].values():
+        assert len(problems) == 16
+        for case in problems.values():
+            assert len(case["solvers"]) == 4
+            assert all(0 < run["evaluations"] <= 60 for run in case["solvers"].values())
+            assert case["least"] <= min(run["least"] for run in case["solvers"].values())
+    # Three boxes, two of ours, two targets; each is met or missed by what was measured.
+    assert len(found["targets"]) == 12
+    for target in found["targets"]:
+        if "times scipy's" in target["target"]:
+            met = float(target["measured"]) <= 1.1
+            assert target["verdict"] == ("met" if met else "**missed**")
+
+
+def test_boxes_of_minimize_are_what_they_say():
+    """A tight one keeps every other element from the solution, and a wide one nothing."""
+    problem = next(p for p in benchmarks_minimize.large_problem_set() if p.name == "wood")
+    solution = torch.ones(4, dtype=torch.float64)
+    boxes = benchmarks_minimize.boxes_around(problem, solution)
+    (low, high), (lower, upper) = boxes["wide"], boxes["tight"]
+    assert (low < solution).all() and (solution < high).all()
+    assert (low < problem.x0).all() and (problem.x0 < high).all()
+    assert ((lower <= solution) & (solution <= upper)).tolist() == [False, True, False, True]
+    assert ((lower <= problem.x0) & (problem.x0 <= upper)).all()
+    run = benchmarks_minimize.Run(problem, boxes["tight"], 3)
+    with pytest.raises(AssertionError, match="left the box"):
+        run(solution)
+    inside = (lower <= problem.x0) & (problem.x0 <= upper)
+    assert inside.all() and run(problem.x0.clone()).item() == 19192.0
+
+
+def test_evaluations_of_minimize_count_to_the_first_that_is_near_enough():
+    problem = next(p for p in benchmarks_minimize.large_problem_set() if p.name == "wood")
+    run = benchmarks_minimize.Run(problem, None, 9)
+    run.losses = [101.0, math.nan, 12.0, 1.05, 60.0, 1.0]
+    assert [run.reached(tau, 1.0) for tau in (1.0, 0.2, 1e-3, 1e-9)] == [1, 3, 4, 6]
+    assert run.reached(1e-3, 0.5) == math.inf and run.least == 1.0
 
 
 def test_every_switch_has_every_start(results):
