@@ -166,16 +166,10 @@ class DenseMatrix:
         """See :meth:`History.update_direction`."""
         self._step(grads, decay, lr_scale, maximize, pair_step, curvature_tol)
         header = self.header()
-        moves = (
-            origin is not None
-            and header.usable > 0
-            and -header.direction_dot_grad > least_slope
-            and math.isfinite(header.direction_sq)
-        )
-        if moves:
-            assert origin is not None
-            self._ring.move(origin, step, True)
-        return header, moves
+        if origin is None or not header.allows(least_slope):
+            return header, False
+        self._ring.move(origin, step, True)
+        return header, True
 
     def _offer(self, s: Tensor, y: Tensor) -> None:
         """Takes a pair in, with BFGS, since of B s nothing is known."""

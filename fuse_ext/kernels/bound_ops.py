@@ -6,7 +6,6 @@ other set of ops is called with lists of tensors.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple, Protocol, cast
 
 from torch import Tensor
@@ -219,23 +218,26 @@ class _Listed:
         return scalars[: len(HEADER)].tolist()
 
     def lbfgs_update_direction(self, grads: list[Tensor], *rest: Any) -> list[float]:
-        decay, lr_scale, *ring, pair_step, curvature_tol, origin, step, least_slope = rest
-        self.lbfgs_update(grads, decay, *ring, pair_step, curvature_tol)
-        numbers = self.lbfgs_direction(grads, decay, lr_scale, *ring)
-        header = Header(*numbers)
-        moves = (
-            origin is not None
-            and header.usable > 0
-            and -header.direction_dot_grad > least_slope
-            and math.isfinite(header.direction_sq)
-        )
-        if moves:
-            _, history, _, scalars, scale = ring
-            self.lbfgs_move(origin, history, scalars, scale, step, True)
-        return [*numbers, float(moves)]
+        return one_after_another(self, grads, *rest)
 
     def lbfgs_move(self, *rest: Any) -> None:
         *arguments, scale, step, save = rest
         self._ops.lbfgs_move(
             self._params, self._part.offsets, *arguments, step, save, history_scale=scale
         )
+
+
+def one_after_another(ops: BoundOps, grads: list[Tensor], *rest: Any) -> list[float]:
+    """:meth:`BoundOps.lbfgs_update_direction` by the other ops."""
+    decay, lr_scale, *ring, pair_step, curvature_tol, origin, step, least_slope = rest
+    maximize, history, grad_prev, scalars, scale = ring
+    ops.lbfgs_update(
+        grads, decay, maximize, history, grad_prev, scalars, scale, pair_step, curvature_tol
+    )
+    numbers = ops.lbfgs_direction(
+        grads, decay, lr_scale, maximize, history, grad_prev, scalars, scale
+    )
+    moves = origin is not None and Header(*numbers).allows(least_slope)
+    if moves:
+        ops.lbfgs_move(origin, history, scalars, scale, step, True)
+    return [*numbers, float(moves)]

@@ -5,6 +5,7 @@ Those of L-BFGS (layout: csrc/two_loop.h), and those of a dense matrix (csrc/bro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from functools import cache
 
@@ -46,6 +47,14 @@ class Header:
     y_dot_y: float
     self_scaling: float
     usable: float
+
+    def allows(self, least_slope: float) -> bool:
+        """Whether the step may be made unseen: pairs, a finite p, and -g.p > least_slope."""
+        return (
+            self.usable > 0
+            and -self.direction_dot_grad > least_slope
+            and math.isfinite(self.direction_sq)
+        )
 
 
 HEADER = tuple(field.name for field in fields(Header))

@@ -8,7 +8,6 @@ rank, on the same numbers.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from fuse_ext import _C
 from fuse_ext.kernels import scalars as ring
-from fuse_ext.kernels.bound_ops import BoundOps, bind
+from fuse_ext.kernels.bound_ops import BoundOps, bind, one_after_another
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.kernels.reference.memory import SCALE_BLOCK
 from fuse_ext.kernels.scalars import HEADER
@@ -235,20 +234,7 @@ class ReducedOps:
 
     def lbfgs_update_direction(self, grads: list[Tensor], *rest: Any) -> list[float]:
         """Both, and with ``origin`` perhaps the move."""
-        decay, lr_scale, *arguments, pair_step, curvature_tol, origin, step, least_slope = rest
-        self.lbfgs_update(grads, decay, *arguments, pair_step, curvature_tol)
-        numbers = self.lbfgs_direction(grads, decay, lr_scale, *arguments)
-        header = ring.Header(*numbers)
-        moves = (
-            origin is not None
-            and header.usable > 0
-            and -header.direction_dot_grad > least_slope
-            and math.isfinite(header.direction_sq)
-        )
-        if moves:
-            _, history, _, scalars, scales = arguments
-            self.lbfgs_move(origin, history, scalars, scales, step, True)
-        return [*numbers, float(moves)]
+        return one_after_another(self, grads, *rest)
 
     def lbfgs_move(
         self,
