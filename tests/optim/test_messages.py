@@ -41,9 +41,19 @@ class Fit:
         loss.backward()
         return loss
 
+    def draw(self, count: int) -> None:
+        """Other rows from now on."""
+        rows = torch.randint(0, 64, (count,))
+        self.rows = lambda: rows
+
     def optimizer(self, **options: Any) -> FusePV:
         options = {"lr": 1e-2, "switch": 20, "deterministic": True, **options}
         return FusePV(self.model.parameters(), **options)
+
+
+def said_once(told: list[warnings.WarningMessage]) -> bool:
+    """One warning, of the line of this file that called ``step``."""
+    return len(told) == 1 and told[0].filename == __file__
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -82,6 +92,15 @@ def test_a_scaler_with_a_closure_is_refused_in_the_adam_phase() -> None:
     scaler.scale(fit.loss(slice(None))).backward()
     with pytest.raises(RuntimeError, match="GradScaler does not go with a closure"):
         scaler.step(opt, fit.closure)
+
+
+def test_a_scaler_that_has_scaled_nothing_ends_before_it_calls_the_optimizer() -> None:
+    """So that the words are torch's: docs/troubleshooting.md has them."""
+    fit = Fit()
+    opt = fit.optimizer()
+    with pytest.raises(AssertionError, match="Attempted step but _scale is None"):
+        torch.amp.GradScaler("cpu").step(opt, fit.closure)
+    assert fit.calls == 0 and not any(opt.state.values())
 
 
 @pytest.mark.parametrize(
@@ -141,7 +160,7 @@ def test_a_forgotten_zero_grad_is_said_and_put_right(outside: bool) -> None:
             if outside:  # before the step, where it serves Adam but no trial
                 opt.zero_grad()
             loss = opt.step(fit.closure)
-    assert len(told) == 1 and told[0].filename == __file__
+    assert said_once(told)
     assert opt.report().evaluations == fit.calls
     right = Fit()
     reference = right.optimizer()
@@ -187,7 +206,7 @@ def test_dropout_is_said_once() -> None:
     with pytest.warns(RuntimeWarning, match="two calls of the closure at one point") as told:
         for _ in range(80):
             opt.step(fit.closure)
-    assert len(told) == 1 and told[0].filename == __file__
+    assert said_once(told)
     report = opt.report()
     assert report.phase == "lbfgs" and report.function_changes > 5
     assert report.evaluations == fit.calls
@@ -198,10 +217,9 @@ def test_batches_that_change_from_step_to_step_are_said_once() -> None:
     opt = fit.optimizer()
     with pytest.warns(RuntimeWarning, match="another function from step to step") as told:
         for _ in range(80):
-            rows = torch.randint(0, 64, (16,))
-            fit.rows = lambda rows=rows: rows
+            fit.draw(16)
             opt.step(fit.closure)
-    assert len(told) == 1 and told[0].filename == __file__
+    assert said_once(told)
 
 
 def test_points_that_change_now_and_then_are_nothing_to_warn_of() -> None:
@@ -209,8 +227,7 @@ def test_points_that_change_now_and_then_are_nothing_to_warn_of() -> None:
     opt = fit.optimizer()
     for step in range(100):
         if step % 10 == 0:
-            rows = torch.randint(0, 64, (32,))
-            fit.rows = lambda rows=rows: rows
+            fit.draw(32)
         opt.step(fit.closure)
     assert opt.report().function_changes > 3
 
@@ -220,10 +237,9 @@ def test_noise_under_the_promise_is_said_where_adam_stays_for_it() -> None:
     opt = fit.optimizer(switch=None)
     with pytest.warns(RuntimeWarning, match="goes up and down as on minibatches") as told:
         for _ in range(130):
-            rows = torch.randint(0, 64, (8,))
-            fit.rows = lambda rows=rows: rows
+            fit.draw(8)
             opt.step(fit.closure)
-    assert len(told) == 1 and told[0].filename == __file__
+    assert said_once(told)
     assert opt.phase == "adam"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
