@@ -176,7 +176,7 @@ class Made:
         for _ in range(count):
             s = torch.randn(n, dtype=F64)
             pairs.append((s, a @ s))
-            self.matrix.offer(s.to(self.flat.dtype), (a @ s).to(self.flat.dtype), 0.0)
+            self.matrix._offer(s.to(self.flat.dtype), (a @ s).to(self.flat.dtype))
         return pairs
 
 
@@ -201,7 +201,7 @@ def test_offered_pairs_are_taken_in_by_bfgs(self_scaling: bool) -> None:
     close(made.h, expected, 1e-9)
     header = made.matrix.header()
     assert header.count == header.usable == header.accepted == 9
-    made.matrix.offer(pairs[0][0], -pairs[0][1], 0.0)
+    made.matrix._offer(pairs[0][0], -pairs[0][1])
     close(made.h, expected, 1e-9)
     assert made.matrix.header().skipped == 1
 
@@ -210,14 +210,13 @@ def test_offered_pairs_are_taken_in_by_bfgs(self_scaling: bool) -> None:
 def test_take_over(count: int) -> None:
     made = Made(11, update="bfgs", self_scaling=False)
     older = History(made.flat, NATIVE, {}, 20, None)
-    a, pairs = quadratic(11, 10.0)[0], []
+    a, pairs, g = quadratic(11, 10.0)[0], [], torch.randn(11, dtype=F64)
+    older.update_direction([g], [0.0], [], False, None, 0.0)
     for _ in range(count):
-        s = torch.randn(11, dtype=F64)
+        s = 0.5 * older.waiting()[0]
         pairs.append((s, a @ s))
-        older.offer(s.clone(), a @ s, 0.0)
-    g = torch.randn(11, dtype=F64)
-    older.update([g], [0.0], False, None, 0.0)
-    older.direction([g], [0.0], [], False)
+        g = g + a @ s
+        older.update_direction([g], [0.0], [], False, 0.5, 0.0)
     p, at = older.waiting()
     assert torch.equal(at, g)
     made.matrix.take_over(older)
