@@ -116,7 +116,8 @@ def observe(run: Callable[[], object], steps: int = 3) -> Observed | None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     made = torch.cuda.memory_stats()["allocation.all.allocated"] - before
-    return Observed(len(waits) / steps, made / steps)
+    count = sum("synchronizing" in str(wait.message) for wait in waits)
+    return Observed(count / steps, made / steps)
 
 
 def captured(step: Callable[[], object]) -> Callable[[], object]:
@@ -206,35 +207,20 @@ class Table:
         Raises:
             Exception: What a step raises.
         """
-        times: dict[str, list[tuple[float, int]]] = {name: [] for name in passage.rows}
-        seen: dict[str, list[Observed]] = {name: [] for name in passage.rows}
-        for turn in range(1 + max(2, self.repeats // 5)):
-            problem = Problem(shapes, DEVICE, passage.batches)
-            optimizer = passage.make(problem)
-
-            def run(optimizer: Any = optimizer, problem: Problem = problem) -> object:
-                return optimizer.step(problem.closure)
-
-            for number in range(passage.steps):
-                before = problem.calls
-                watched = observe(run, 1) if turn == 0 else None
-                ms = timed(run) if turn else 0.0
-                calls = problem.calls - before
-                row = passage.row_of(number, calls)
-                if row is not None and turn:
-                    times[row].append((ms, calls))
-                elif row is not None and watched is not None:
-                    seen[row].append(watched)
-        closure = milliseconds(problem.closure, self.repeats)
-        found = {
-            name: Measured(
-                statistics.median(ms for ms, _ in of),
-                closure * statistics.median(calls for _, calls in of),
-                Observed.mean(seen[name]),
-            )
-            for name, of in times.items()
-            if of
-        }
+        first = lead_through(passage, shapes, watch=True)
+        later: list[Led] = []
+        for _ in range(max(2, self.repeats // 5)):
+            release()
+            later += lead_through(passage, shapes, watch=False)
+        closure = milliseconds(Problem(shapes, DEVICE, passage.batches).closure, self.repeats)
+        found: dict[str, Measured] = {}
+        for name in passage.rows:
+            of = [led for led in later if led.row == name]
+            seen = [led.seen for led in first if led.row == name and led.seen is not None]
+            if of:
+                ms = statistics.median(led.ms for led in of)
+                calls = statistics.median(led.calls for led in of)
+                found[name] = Measured(ms, closure * calls, Observed.mean(seen))
         if passage.more is not None:
             name, more, less = passage.more
             if more in found and less in found:
@@ -247,6 +233,35 @@ class Table:
                 failed += 1
                 lines.append(failure(name, shapes, "no such step came"))
         return lines, failed
+
+
+@dataclass(frozen=True)
+class Led:
+    """A step of a passage: its row, time, calls of the closure and what torch saw of it."""
+
+    row: str
+    ms: float
+    calls: int
+    seen: Observed | None
+
+
+def lead_through(passage: Passage, shapes: list[tuple[int, ...]], watch: bool) -> list[Led]:
+    """Leads a fresh optimizer through its steps, and watches them or takes their times."""
+    problem, found = Problem(shapes, DEVICE, passage.batches), []
+    optimizer = passage.make(problem)
+
+    def run() -> object:
+        return optimizer.step(problem.closure)
+
+    for number in range(passage.steps):
+        before = problem.calls
+        seen = observe(run, 1) if watch else None
+        ms = 0.0 if watch else timed(run)
+        calls = problem.calls - before
+        row = passage.row_of(number, calls)
+        if row is not None:
+            found.append(Led(row, ms, calls, seen))
+    return found
 
 
 def difference(more: Measured, less: Measured) -> Measured:

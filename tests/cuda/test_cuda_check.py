@@ -55,6 +55,31 @@ def test_the_check_measures_every_step(small: None) -> None:
     assert "dense_direction alone" in text
 
 
+def test_what_torch_saw_stands_beside_what_was_counted(
+    small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With steps that are watched as on a GPU; of two rows' difference it is the difference."""
+
+    def observe(run: Callable[[], object], steps: int = 3) -> Any:
+        for _ in range(steps):
+            run()
+        return gpu_table.Observed(2.0, 5.0)
+
+    monkeypatch.setattr(gpu_table, "observe", observe)
+    monkeypatch.setattr(gpu_table, "STEPS", {"Adam": gpu_steps.STEPS["Adam"]})
+    lines: list[str] = []
+    assert gpu_table.measure(quick=True, lines=lines) == 0, "\n".join(lines)
+    ends = {
+        line.split(" | ")[2]: line.split(" | ")[-2:]
+        for line in lines
+        if "tensors" not in line and line.count(" | ") > 7
+    }
+    assert ends["Adam"] == ["2.0 (0)", "5.0 (0) |"]
+    assert ends["the switch, to a search with pairs"] == ["2.0 (1)", "5.0 (3) |"]
+    assert ends["search with pairs, each trial more"] == ["0.0 (1)", "0.0 (0) |"]
+    assert ends[gpu_steps.EIGH] == ["2.0", "5.0 |"]
+
+
 def test_every_row_that_was_counted_is_measured_and_no_other() -> None:
     """But for torch's optimizers, and for what tells of a row that it is a difference of two."""
     others = {*gpu_steps.PEERS, gpu_steps.TORCH_LBFGS, *gpu_steps.UNCOUNTED}
