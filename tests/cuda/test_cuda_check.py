@@ -67,6 +67,7 @@ def test_what_torch_saw_stands_beside_what_was_counted(
 
     monkeypatch.setattr(gpu_table, "observe", observe)
     monkeypatch.setattr(gpu_table, "STEPS", {"Adam": gpu_steps.STEPS["Adam"]})
+    monkeypatch.setattr(gpu_table, "LONG", ())
     lines: list[str] = []
     assert gpu_table.measure(quick=True, lines=lines) == 0, "\n".join(lines)
     ends = {
@@ -176,6 +177,8 @@ def test_the_report_is_written_whatever_its_parts_do(
 ) -> None:
     """All of `make gpu-check`, with a GPU that is made up and half of its parts broken."""
     target = tmp_path / "new" / "report.md"
+    monkeypatch.setattr(gpu_table, "STEPS", {"Adam": gpu_steps.STEPS["Adam"]})
+    monkeypatch.setattr(gpu_table, "LONG", ())
     monkeypatch.setattr(cuda_check, "can_run", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", broken)
     monkeypatch.setattr(torch.cuda, "device_count", broken)
