@@ -48,40 +48,50 @@ def largest_gap(flat: torch.Tensor) -> float:
     return float(torch.stack([(flat - other).abs().max() for other in others]).max())
 
 
+def train(device: torch.device) -> tuple[float, float, float, str]:
+    """The largest gap, the first and the last loss, and the phase."""
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(20, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1)
+    model = DistributedDataParallel(
+        torch.nn.Sequential(*layers).to(device),
+        device_ids=[device.index] if device.type == "cuda" else None,
+    )
+    optimizer = FusePV(model.parameters(), 1e-2, switch=SWITCH)
+    torch.manual_seed(1 + dist.get_rank())
+    first = last = torch.zeros(())
+    for step in range(STEPS):
+        x = torch.randn(64, 20, device=device)
+
+        def closure(x: torch.Tensor = x) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = (model(x) - x[:, :2].sum(1, keepdim=True).sin()).square().mean()
+            loss.backward()
+            return loss.detach()
+
+        last = optimizer.step(closure)
+        first = last if step == 0 else first
+    gap = largest_gap(torch.cat([p.detach().view(-1) for p in model.parameters()]))
+    return gap, float(first), float(last), optimizer.phase
+
+
 def main() -> int:
+    """Joins the others; returns how many things are wrong."""
     rank, cuda = int(os.environ["LOCAL_RANK"]), torch.cuda.is_available()
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=120))
     try:
-        torch.manual_seed(0)
-        layers = torch.nn.Linear(20, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1)
-        model = DistributedDataParallel(
-            torch.nn.Sequential(*layers).to(device), device_ids=[rank] if cuda else None
-        )
-        optimizer = FusePV(model.parameters(), 1e-2, switch=SWITCH)
-        torch.manual_seed(1 + rank)
-        first = last = torch.zeros(())
-        for step in range(STEPS):
-            x = torch.randn(64, 20, device=device)
-
-            def closure(x: torch.Tensor = x) -> torch.Tensor:
-                optimizer.zero_grad()
-                loss = (model(x) - x[:, :2].sum(1, keepdim=True).sin()).square().mean()
-                loss.backward()
-                return loss.detach()
-
-            last = optimizer.step(closure)
-            first = last if step == 0 else first
-        gap = largest_gap(torch.cat([p.detach().view(-1) for p in model.parameters()]))
-        wrong = complaints(gap, float(first), float(last), optimizer.phase)
-        if rank == 0:
+        gap, first, last, phase = train(device)
+        wrong = complaints(gap, first, last, phase)
+        if dist.get_rank() == 0:
             print(
-                f"{dist.get_world_size()} ranks, {dist.get_backend()}: phase {optimizer.phase}, "
-                f"loss {float(first):.3g} to {float(last):.3g}, largest difference {gap:.3g}"
+                f"{dist.get_world_size()} ranks, {dist.get_backend()}: phase {phase}, "
+                f"loss {first:.3g} to {last:.3g}, largest difference {gap:.3g}"
             )
             print(*wrong, sep="\n", end="\n" if wrong else "", file=sys.stderr)
+        # Nobody leaves while another may still talk to it.
+        dist.barrier(device_ids=[rank] if cuda else None)
         return len(wrong)
     finally:
         dist.destroy_process_group()
