@@ -197,8 +197,9 @@ class Habits:
     def _mark(self) -> _Mark | None:
         """Puts a NaN into a gradient that a closure has to make anew."""
         for i, param in enumerate(self._flat.params):
-            grad, whole = self._flat.grad(i), param.grad
-            if grad is None or whole is None or not param.requires_grad or not grad.numel():
+            if self._flat.grad(i) is None or (whole := param.grad) is None:
+                continue
+            if not param.requires_grad or not (grad := local(whole)).numel():
                 continue
             place = (0,) * grad.dim()
             value = grad[place].clone()

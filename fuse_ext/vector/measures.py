@@ -53,7 +53,11 @@ class Measures(Protocol):
         Raises:
             PartsDiffer: ``absent``, the parameters without a gradient, is not the same everywhere.
             ValueError: Some ranks have a loss and others none.
+            RuntimeError: On another rank :meth:`tell_raised` was called.
         """
+
+    def tell_raised(self) -> None:
+        """In the place of :meth:`point`: there is none here, since the closure has raised."""
 
 
 class PartsDiffer(Exception):
@@ -95,6 +99,9 @@ class Local:
     def point(self, norms: list[float], loss: Any, absent: tuple[int, ...]) -> list[float]:
         """See :class:`Measures`."""
         return [*norms, math.nan if loss is None else float(loss)]
+
+    def tell_raised(self) -> None:
+        """See :class:`Measures`."""
 
 
 LOCAL = Local()

@@ -235,6 +235,8 @@ class OverRanks:
             [*norms[:POINT_SUMS], *known], [*norms[POINT_SUMS:], number, -number]
         )
         *sums, mean, with_loss, largest, highest, lowest = found
+        if math.isnan(with_loss):
+            raise RuntimeError("the closure has raised an error on another rank, which says which")
         if highest != -lowest:
             raise PartsDiffer
         if 0.0 < with_loss < self.ranks:
@@ -243,6 +245,10 @@ class OverRanks:
                 "on all of them, or on none"
             )
         return [*sums, largest, mean if with_loss else math.nan]
+
+    def tell_raised(self) -> None:
+        """See :class:`Measures`."""
+        self._together.exchange([0.0] * (POINT_SUMS + 1) + [math.nan], [0.0] * 3)
 
 
 def measures_of(

@@ -67,7 +67,7 @@ def divide(
             for i, key in enumerate(keys):
                 rows = _rows(flat, whole, i)
                 leading = tuple(whole.shape[:-1])
-                divided.setdefault(key, {})[name] = like(rows, flat.params[i], leading)
+                divided.setdefault(key, {})[name] = like(rows, flat.stand_ins[i], leading)
             first[DIVIDED] = True
     if SCALES in first:
         scales = first.pop(SCALES)
@@ -78,7 +78,7 @@ def divide(
 
 def _blocks(flat: FlatParams) -> int:
     """Blocks of int8 rows on the rank that has most, and room for stretches to begin anew."""
-    most = sum(largest_here(param).numel() for param in flat.params)
+    most = sum(largest_here(param).numel() for param in flat.stand_ins)
     return -(-most // SCALE_BLOCK) + len(flat.stretches)
 
 
@@ -86,7 +86,7 @@ def _divide_matrices(entry: dict[str, Any], flat: FlatParams, i: int, betas: Any
     """A living metric's matrices, which are of this rank's rows and columns."""
     if not any(name in entry for name in FACTORS):
         return
-    side = matrix_shape(largest_here(flat.params[i]))
+    side = matrix_shape(largest_here(flat.stand_ins[i]))
     held = dict(entry)
     for name, most in zip((*FACTORS, *BASES), side * 2, strict=True):
         if name in entry:
@@ -105,7 +105,7 @@ def _divide_matrices(entry: dict[str, Any], flat: FlatParams, i: int, betas: Any
         ("exp_avg", rotate_back(held, average)),
         ("exp_avg_sq", adams_second(held, second, steps, beta2)),
     ):
-        entry[name] = like(own.contiguous().view(shape), flat.params[i])
+        entry[name] = like(own.contiguous().view(shape), flat.stand_ins[i])
 
 
 def _rank_by_rank(flat: FlatParams, mine: Tensor, most: tuple[int, ...]) -> Tensor:
@@ -151,7 +151,7 @@ def join(state: dict[Any, Any], keys: list[Any], flat: FlatParams) -> dict[Any, 
         leading = _leading(pieces, flat, name)
         whole = torch.zeros(*leading, flat.numel, dtype=pieces[0].dtype, device=flat.device)
         for i, piece in enumerate(pieces):
-            mine = local(placed(piece, flat.params[i], len(leading)))
+            mine = local(placed(piece, flat.stand_ins[i], len(leading)))
             _rows(flat, whole, i).copy_(mine)
         first[name] = whole
     scales = _of_this_rank(first, flat, SCALES)
@@ -204,7 +204,7 @@ def _join_matrices(entry: dict[str, Any], flat: FlatParams, i: int) -> None:
     for name, turned in IN_BASES.items():
         if turned in entry:
             mine = entry.pop(turned).view(flat.tensors[i].shape)
-            entry[name] = like(mine, flat.params[i])
+            entry[name] = like(mine, flat.stand_ins[i])
 
 
 def _empty_ring(entry: dict[str, Any]) -> None:
