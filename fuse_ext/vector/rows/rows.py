@@ -42,6 +42,33 @@ class Slot(NamedTuple):
     place: slice
 
 
+def check_shareable(params: Sequence[Tensor]) -> None:
+    """Raises ValueError for parameters whose rows are not to be shared out."""
+    for i, param in enumerate(params):
+        if is_dtensor(param):
+            raise ValueError(
+                f"shard_state=True is for parameters that all ranks hold; params[{i}] is a "
+                "DTensor, whose state lies in shards as it does: leave the option out"
+            )
+        if param.is_complex():
+            raise ValueError(
+                f"shard_state=True does not go with complex parameters: params[{i}] has "
+                f"{param.dtype}"
+            )
+
+
+def share_of(tensor: Tensor, ranks: int, rank: int = 0) -> Tensor:
+    """A rank's rows of a tensor, as a view; one without dimensions itself.
+
+    As torch.chunk divides them: the last ranks may have fewer, or none.
+    """
+    if not tensor.dim() or ranks == 1:
+        return tensor
+    rows = tensor.shape[0]
+    chunk = -(-rows // ranks)
+    return tensor.detach()[min(rank * chunk, rows) : min((rank + 1) * chunk, rows)]
+
+
 class Rows:
     """This rank's rows of every parameter, and a way to have everybody's.
 
@@ -64,17 +91,7 @@ class Rows:
     """
 
     def __init__(self, params: Sequence[Tensor], process_group: Any) -> None:
-        for i, param in enumerate(params):
-            if is_dtensor(param):
-                raise ValueError(
-                    f"shard_state=True is for parameters that all ranks hold; params[{i}] is a "
-                    "DTensor, whose state lies in shards as it does: leave the option out"
-                )
-            if param.is_complex():
-                raise ValueError(
-                    f"shard_state=True does not go with complex parameters: params[{i}] has "
-                    f"{param.dtype}"
-                )
+        check_shareable(params)
         device = params[0].device
         together = find_ranks(params, process_group, device)
         if together is None:
@@ -97,32 +114,21 @@ class Rows:
         self._places = [self._places_of(i) for i in range(len(params))]
         self._buckets = self._fill_buckets()
 
-    def _rows(self, i: int, rank: int) -> slice:
-        """Rows of a rank, as torch.chunk divides them."""
-        rows = self._params[i].shape[0]
-        chunk = self._chunk(i)
-        return slice(min(rank * chunk, rows), min((rank + 1) * chunk, rows))
-
     def _chunk(self, i: int) -> int:
         """Rows of the ranks that have most."""
         return -(-self._params[i].shape[0] // self.together.size)
 
     def part(self, i: int) -> Tensor:
         """What this rank steps on of ``params[i]``, where that lies by now."""
-        param = self._params[i]
-        if not param.dim():
-            return param
-        return param.detach()[self._rows(i, self.together.rank)]
+        return share_of(self._params[i], self.together.size, self.together.rank)
 
     def grad(self, i: int) -> Tensor | None:
         """The same of its gradient; what does not fit the parameter as it is."""
         param = self._params[i]
         grad = param.grad
-        if grad is None or not param.dim():
+        if grad is None or grad.layout != torch.strided or grad.shape != param.shape:
             return grad
-        if grad.layout != torch.strided or grad.shape != param.shape:
-            return grad
-        return grad.detach()[self._rows(i, self.together.rank)]
+        return share_of(grad, self.together.size, self.together.rank)
 
     def moved(self, i: int) -> Tensor | None:
         """:meth:`part`, if ``params[i]`` has other memory than it had."""
