@@ -254,7 +254,8 @@ class FlatOptimizer(Optimizer, ABC):
             incoming = dict(incoming)  # it may be the one that a hook of the user's has kept
             self._check_incoming_groups(incoming)
             keys = [key for group in incoming["param_groups"] for key in group["params"]]
-            incoming["state"] = join(opened(incoming["state"], keys), keys, self.flat)
+            held = opened(incoming["state"], keys)
+            incoming["state"] = join(held, keys, self.flat, incoming["param_groups"])
             self._check_state_dict(incoming)
             self._incoming = incoming
             return incoming

@@ -393,6 +393,7 @@ def _describe(param: Tensor) -> str:
 
 def memory_order(flat: FlatParams) -> list[list[int]]:
     """Strides of the parameters, whose memory order rows follow; empty if all are row-major."""
-    if all(p.is_contiguous() for p in flat.tensors):
+    params = flat.tensors if flat.rows is None else flat.params  # all ranks say the same
+    if all(p.is_contiguous() for p in params):
         return []
-    return [list(p.stride()) for p in flat.tensors]
+    return [list(p.stride()) for p in params]
