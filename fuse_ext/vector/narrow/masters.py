@@ -82,7 +82,6 @@ class Masters:
     def add(self, indices: list[int], steps: list[Tensor], factors: list[float | None]) -> None:
         """A step of these parameters: each times its factor, if there is one, and plus its step."""
         self.follow(indices)
-        self._flat.note_move()
         weights = [self.weight(i) for i in indices]
         for weight, factor in zip(weights, factors, strict=True) if factors else ():
             if factor is not None:
