@@ -132,7 +132,7 @@ class FlatParams:
         self.total, self.usual = places.total, places.usual
         self.order: list[int] = places.order
         self.permuted: bool = self.order != list(range(len(self.params)))
-        self.measures: Measures = measures_of(self.together)
+        self.measures: Measures = measures_of(self.together, self.params)
         self.memo: Any = None
         tensors = self.tensors
         self.layout: Any = _C.Layout([tensors[place] for place in self.group_slices], self.offsets)
@@ -311,6 +311,7 @@ class FlatParams:
 
     def fill_gradients(self) -> None:
         """Gives parameters zeros for a gradient where another rank has one, and this one none."""
+        self.measures.check_alike()
         missing = [param.grad is None for param in self.params]
         counts = self.measures.total(*map(float, missing))
         for param, is_missing, count in zip(self.params, missing, counts, strict=True):

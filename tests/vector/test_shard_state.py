@@ -31,7 +31,7 @@ def all_jobs(rank: int, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {"trainings": trainings(rank, size), "held": held(rank)}
     if size == 2:
         jobs = (spoiled, odd_gradients, raised, counted, odd_params, edits, watchers, refusals)
-        for job in (*jobs, grown, narrow, in_buckets):
+        for job in (*jobs, grown, narrow, in_buckets, torchs_own):
             found[job.__name__] = job(rank)
     return found
 
@@ -582,6 +582,16 @@ def refusals(rank: int) -> dict[str, str]:
     optimizer = Adam(plain.parameters(), **shared)
     note("dtype", lambda: optimizer.continue_in(torch.float64))
     note("group", lambda: optimizer.add_param_group({"params": [], "shard_state": False}))
+    own = nn.Linear(2 + rank, 1, dtype=torch.float64)
+    search = LBFGS(own.parameters(), process_group=dist.group.WORLD, line_search_fn="armijo")
+
+    def closure() -> Tensor:
+        search.zero_grad()
+        loss: Tensor = own(torch.ones(1, 2 + rank, dtype=torch.float64)).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    note("others", lambda: search.step(closure))
     sparse = nn.Embedding(4, 2, sparse=True)
     sparse(torch.tensor([1])).sum().backward()
     note("sparse", Adam(sparse.parameters(), **shared).step)
@@ -608,8 +618,36 @@ def test_what_cannot_be_done_is_said(ranks: Any) -> None:
         ("matrix", "curvature='dense' goes with neither DTensors nor shard_state=True"),
         ("dtype", "shard_state=True"),
         ("group", "shard_state must be the same in all parameter groups"),
+        ("others", "RuntimeError: the ranks of process_group step on different parameters"),
         ("sparse", "TypeError: grads[0] has layout torch.sparse_coo"),
         ("step 1", "ValueError: params[0] is now torch.float32"),
     ):
         assert wanted in first[name], name
     assert "step 0" not in first
+
+
+def torchs_own(rank: int) -> tuple[Tensor, Tensor, str]:
+    """torch's ZeroRedundancyOptimizer, around Adam and around a line search."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    found = []
+    for shares in (True, False):
+        model, group = spread("ddp", make())
+        optimizer: Any
+        if shares:
+            optimizer = ZeroRedundancyOptimizer(model.parameters(), Adam, lr=1e-2)
+        else:
+            optimizer = Adam(model.parameters(), lr=1e-2, process_group=group)
+        closure = closure_on(model, optimizer)
+        for _ in range(10):
+            optimizer.step(closure)
+        found.append(whole(model))
+    with pytest.raises(RuntimeError, match="there are other ranks") as refused:
+        ZeroRedundancyOptimizer(make().parameters(), LBFGS, line_search_fn="armijo")
+    return found[0], found[1], str(refused.value)
+
+
+def test_torchs_own_sharding(ranks: Any) -> None:
+    for found in ranks(2):
+        shared, alone, _ = found["torchs_own"]
+        assert torch.equal(shared, alone)
