@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +33,7 @@ def all_jobs(rank: int, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {"trainings": trainings(rank, size), "held": held(rank)}
     if size == 2:
         jobs = (spoiled, odd_gradients, raised, counted, odd_params, edits, watchers, refusals)
-        for job in (*jobs, grown, narrow, in_buckets, torchs_own):
+        for job in (*jobs, grown, narrow, in_buckets, torchs_own, copied):
             found[job.__name__] = job(rank)
     return found
 
@@ -524,6 +526,34 @@ def test_a_group_may_be_added(ranks: Any) -> None:
     for mode, params in first.items():
         assert torch.equal(params, second[mode]), mode
         assert (params[-3:] != 0.5).all()
+
+
+def copied(rank: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """An optimizer, its copy and what was pickled of it, each with parameters of its own."""
+    found = {}
+    for mode in ("adam", "lbfgs search", "living", "pairs"):
+        done = fit("zero", mode, rank, steps=28)["optimizer"]
+        ends = []
+        for each in (copy.deepcopy(done), pickle.loads(pickle.dumps(done)), done):
+            params = [param for group in each.param_groups for param in group["params"]]
+
+            def closure(each: Any = each, params: Any = params) -> Tensor:
+                each.zero_grad()
+                loss = torch.stack([param.square().sum() for param in params]).sum()
+                loss.backward()
+                return loss.detach()
+
+            for _ in range(4):
+                each.step(closure)
+            ends.append(torch.cat([param.detach().view(-1) for param in params]))
+        found[mode] = ends[0], ends[1], ends[2]
+    return found
+
+
+def test_copies_go_on_alike(ranks: Any) -> None:
+    for found in ranks(2):
+        for mode, (twin, unpickled, own) in found["copied"].items():
+            assert torch.equal(twin, own) and torch.equal(unpickled, own), mode
 
 
 def watchers(rank: int) -> dict[str, Any]:

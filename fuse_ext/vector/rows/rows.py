@@ -105,14 +105,16 @@ class Rows:
         self._params = params
         self._addresses = [param.data_ptr() for param in params]
         self.tensors = [self.part(i) for i in range(len(params))]
-        self.stand_ins: list[Tensor] = [
-            as_dtensor(mine, together.mesh(device), [dist.tensor.Shard(0)], param.shape)
-            if param.dim()
-            else param
-            for mine, param in zip(self.tensors, params, strict=True)
-        ]
+        self.stand_ins = [self._stand_in(i) for i in range(len(params))]
         self._places = [self._places_of(i) for i in range(len(params))]
         self._buckets = self._fill_buckets()
+
+    def _stand_in(self, i: int) -> Tensor:
+        from torch.distributed.tensor import Shard
+
+        param = self._params[i]
+        mesh = self.together.mesh(param.device)
+        return as_dtensor(self.tensors[i], mesh, [Shard(0)], param.shape) if param.dim() else param
 
     def _chunk(self, i: int) -> int:
         """Rows of the ranks that have most."""
