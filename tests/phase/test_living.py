@@ -14,8 +14,8 @@ from torch import Tensor
 from fuse_ext import FusePV
 from fuse_ext.phase.living import kronecker, trend
 from fuse_ext.phase.living.kronecker import GATHER, MEASURE, REFRESH
-from fuse_ext.phase.living.sides import rotated_sides
 from fuse_ext.phase.living.lengths import BLOCK, FALL_FROM, RISE, Lengths
+from fuse_ext.phase.living.sides import rotated_sides
 from fuse_ext.tell.log import REST
 
 SWITCH = 4
