@@ -33,7 +33,7 @@ def all_jobs(rank: int, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {"trainings": trainings(rank, size), "held": held(rank)}
     if size == 2:
         jobs = (spoiled, odd_gradients, raised, counted, odd_params, edits, watchers, refusals)
-        for job in (*jobs, grown, narrow, in_buckets, torchs_own, copied):
+        for job in (*jobs, grown, narrow, in_buckets, torchs_own, copied, phases):
             found[job.__name__] = job(rank)
     return found
 
@@ -192,6 +192,34 @@ def test_a_trial_that_raises_on_one_rank_is_refused_on_all(ranks: Any) -> None:
     assert torch.equal(first, second)
     assert report.non_finite == other.non_finite > 0
     assert not none
+
+
+def phases(rank: int) -> dict[str, tuple[Tensor, list[str]]]:
+    """An error on one rank in steps without trials."""
+    found = {}
+    for name, options in (("adam", {"switch": 99}), ("living", {"switch": 3})):
+        model, group = spread("zero", make())
+        optimizer = FusePV(model.parameters(), **options, process_group=group, shard_state=True)
+
+        def raises(call: int) -> None:
+            if rank == 1 and call in (2, 9):
+                raise KeyError("on this rank")
+
+        closure, errors = closure_on(model, optimizer, raises), []
+        for _ in range(14):
+            try:
+                optimizer.step(closure)
+            except (KeyError, RuntimeError) as caught:
+                errors.append(type(caught).__name__)
+        found[name] = whole(model), errors
+    return found
+
+
+@pytest.mark.parametrize("name", ["adam", "living"])
+def test_an_error_on_one_rank_is_told_to_the_others(ranks: Any, name: str) -> None:
+    (first, told), (second, errors) = (found["phases"][name] for found in ranks(2))
+    assert torch.equal(first, second)
+    assert (told, errors) == (["RuntimeError"] * 2, ["KeyError"] * 2)
 
 
 @pytest.mark.parametrize("where", ["one", "both"])
