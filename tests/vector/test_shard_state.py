@@ -35,6 +35,8 @@ def all_jobs(rank: int, folder: str) -> dict[str, Any]:
         jobs = (spoiled, odd_gradients, raised, counted, odd_params, edits, watchers, refusals)
         for job in (*jobs, grown, narrow, in_buckets, torchs_own, copied, phases):
             found[job.__name__] = job(rank)
+    else:
+        found["some_of_them"] = some_of_them(rank)
     return found
 
 
@@ -451,6 +453,29 @@ def test_odd_shapes_and_strides(ranks: Any, name: str) -> None:
         assert first.isfinite().all()
     else:
         torch.testing.assert_close(first, on_odd_ones(name), rtol=0, atol=1e-8)
+
+
+def some_of_them(rank: int) -> dict[str, tuple[Tensor, int]]:
+    """Two groups of two ranks each, said as a group and as a mesh."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pairs", "ranks"))["ranks"]
+    found = {}
+    for name, said in (("group", pairs[rank // 2]), ("mesh", mesh)):
+        more: dict[str, Any] = {"process_group": said, "shard_state": True}
+        moment = Adam(odd_ones(), **more).flat.stand_ins[3]
+        found[name] = on_odd_ones("lbfgs", **more), moment.to_local().shape[0]  # type: ignore[attr-defined]
+    return found
+
+
+@pytest.mark.parametrize("name", ["group", "mesh"])
+def test_a_part_of_all_ranks(ranks: Any, name: str) -> None:
+    alone = on_odd_ones("lbfgs")
+    for found, rows in zip(ranks(4), (4, 3, 4, 3), strict=True):
+        params, held = found["some_of_them"][name]
+        assert held == rows
+        torch.testing.assert_close(params, alone, rtol=0, atol=1e-8)
 
 
 def narrow(rank: int) -> dict[str, tuple[Tensor, Tensor]]:
