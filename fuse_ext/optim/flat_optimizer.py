@@ -21,7 +21,6 @@ from fuse_ext.optim.options import Table, in_words, out_of_words
 from fuse_ext.phase import conversion
 from fuse_ext.phase.modes import check_ranks
 from fuse_ext.phase.protocol import Phase
-from fuse_ext.phase.succession import drop_lbfgs_state
 from fuse_ext.vector.checks import listed
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 from fuse_ext.vector.narrow.masters import give_up_masters
@@ -129,7 +128,8 @@ class FlatOptimizer(Optimizer, ABC):
             raise
         entry = self.state.get(self.flat.params[0], {})
         if "history" in entry and before.total != self.flat.total:
-            drop_lbfgs_state(entry)  # on all ranks, also where none of it lies here
+            # Fits nothing: curvature starts afresh on all ranks, also where none of it lies here.
+            entry["history"] = entry["history"].new_empty(2, 0, self.flat.numel + 1)
         self._note_group(before)
         self._adopt_state()
 
