@@ -23,12 +23,14 @@ from fuse_ext import FusePV
 BATCH = 128  # of all ranks together
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """The options of both."""
+def arguments(description: str, shards: bool = False) -> argparse.Namespace:
+    """The options of both; ``shards``: also the one of plain parameters."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--steps", type=int, default=200, help="until which step to train")
     parser.add_argument("--full", action="store_true", help="every step on all images")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    if shards:
+        parser.add_argument("--shard-state", action="store_true", help="a share of it on each rank")
     default = Path(__file__).parent / "out"
     parser.add_argument("--out", type=Path, default=default, help="folder for checkpoints")
     return parser.parse_args()

@@ -148,7 +148,7 @@ class Moments:
         for i, entry in held.items():
             for name, moment in self._moments.items():
                 if name in entry:
-                    mine = local(placed(entry[name], self._flat.params[i]))
+                    mine = local(placed(entry[name], self._flat.stand_ins[i]))
                     self._flat.piece(moment, i).copy_(mine)
             self._expose(i)
         self._entries = list(self._state.values())
@@ -226,6 +226,7 @@ class Moments:
             return self.step_on_device(groups, grad_scale, found_inf)
         flat = self._flat
         flat.check_unchanged()
+        flat.note_move()
         self._check_amsgrad(groups)
         shared, plain = counts.shared(), flat.layout.grads()
         alike = shared is not None and len(groups) == 1 and not leave_out

@@ -25,15 +25,22 @@ def noticed(func: Callable[..., Any]) -> Callable[..., Any]:
     """torch's wrapper around an optimizer's ``step``, entered only where someone would notice.
 
     It names the step in a profile and runs the hooks; and torch.compile is kept out of both: the
-    step has nothing to fuse with one op and would be traced anew for every step count.
+    step has nothing to fuse with one op and would be traced anew for every step count. There too
+    ``take_step`` of the optimizer takes it, which has to be asked if ``shares_steps``.
     """
-    watched = _disable_dynamo(Optimizer.profile_hook_step(func))
 
     @functools.wraps(func)
-    def step(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
+    def within(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.take_step(func, args, kwargs)
+
+    watched = _disable_dynamo(Optimizer.profile_hook_step(within))
+
+    @functools.wraps(func)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         check_closure(args[0] if args else kwargs.get("closure"))
         if (
             torch.compiler.is_compiling()
+            or self.shares_steps
             or _C.is_observed()
             or self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks

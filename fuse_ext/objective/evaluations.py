@@ -15,7 +15,7 @@ from fuse_ext.kernels.ops import Ops
 from fuse_ext.objective.step_options import StepOptions
 from fuse_ext.objective.watch import Habits
 from fuse_ext.search.noise import Precision
-from fuse_ext.search.one_function import SAME_LOSS, OneFunction, Values, agree
+from fuse_ext.search.one_function import SAME_LOSS, OneFunction, Values, agree, check_arrival
 from fuse_ext.vector import gradients
 from fuse_ext.vector.flat import Closure, FlatParams, Part
 from fuse_ext.vector.gradients import NO_GRADIENT, GradStats
@@ -106,6 +106,7 @@ class Evaluations:
         # Whether the step under way stands on a point that was remembered and not evaluated since.
         self.remembered = False
         self.left = 0  # evaluations that the step under way may still make
+        self.allowed: tuple[type[Exception], ...] = ()  # errors that the caller will deal with
         self._memory: Memory | None = None
         # Where the last step has led, on which objective.
         self._arrived: Any = None
@@ -139,9 +140,14 @@ class Evaluations:
 
     def look(self, closure: Closure, options: StepOptions, along_direction: bool) -> Point:
         """:meth:`evaluate` where the step's budget has counted that evaluation already."""
-        loss = self.habits.call(closure) if compares(options) else with_grad(closure)
-        self._entry["func_evals"] += 1
-        check_loss(loss, options.needs_loss)
+        try:
+            loss = self.habits.call(closure) if compares(options) else with_grad(closure)
+            self._entry["func_evals"] += 1
+            check_loss(loss, options.needs_loss)
+        except Exception as error:
+            if not isinstance(error, self.allowed):
+                self.flat.measures.tell_raised()
+            raise
         return self._point(loss, options, along_direction)
 
     def _point(self, loss: Any, options: StepOptions, along_direction: bool) -> Point:
@@ -385,13 +391,7 @@ def _version(grad: Tensor | None) -> int:
 
 def check_evaluation_state(entry: dict[str, Any]) -> None:
     """Raises ValueError for a state entry whose last evaluation or pair in waiting is none."""
-    arrival = entry.get("arrival", [])
-    if not (
-        isinstance(arrival, list)
-        and len(arrival) in (0, len(Values._fields))
-        and all(isinstance(value, float) for value in arrival)
-    ):
-        raise ValueError(f"state_dict does not fit: arrival is {arrival!r}")
+    check_arrival(entry)
     pair_step = entry.get("pair_step")
     if not (pair_step is None or isinstance(pair_step, float)):
         raise ValueError(f"state_dict does not fit: pair_step is {pair_step!r}, not a float")

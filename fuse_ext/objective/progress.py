@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
+from fuse_ext.checks import warn_caller
 from fuse_ext.objective.step_options import StepOptions
 
 # Reasons to end that leave nothing to gain.
@@ -42,12 +42,10 @@ class Progress:
         self.reason = "no_gradient"
         if not self.warned and not steps:
             self.warned = True
-            warnings.warn(
+            warn_caller(
                 "the closure has left no gradient, or nothing but 0, so that nothing is trained: "
                 "it must zero the gradients, compute the loss and call loss.backward(), and "
-                "nothing may zero them after that",
-                RuntimeWarning,
-                stacklevel=6,  # about where step was called
+                "nothing may zero them after that"
             )
 
     def ends_after(

@@ -154,10 +154,13 @@ class Trials:
         self, closure: Closure, options: StepOptions, start: Point, along_direction: bool
     ) -> Point:
         """A trial; of infinite loss where the closure raises what it is allowed to."""
+        self.objective.allowed = options.trial_errors
         try:
             return self.objective.evaluate(closure, options, along_direction)
         except options.trial_errors:
             self._entry["func_evals"] += 1
+        finally:
+            self.objective.allowed = ()
         for i in self._history.part.indices:  # what is restored there will find a place
             if (param := self._flat.params[i]).grad is None:
                 param.grad = torch.zeros_like(param)

@@ -74,10 +74,15 @@ class Watch:
 
         ``norms``: of the gradients that it leaves, or that are at hand, in the same copy.
         """
-        loss = None if closure is None else with_grad(closure)
+        try:
+            loss = None if closure is None else with_grad(closure)
+            check_loss(loss)
+        except Exception:
+            if norms and closure is not None:
+                self._flat.measures.tell_raised()
+            raise
         if mixed or (closure is not None and loss is None):
             self.give_up()  # no function to minimise, be it one or not
-        check_loss(loss)
         compares = self.on and loss is not None
         if norms:
             self._flat.check_unchanged()
@@ -197,8 +202,9 @@ class Habits:
     def _mark(self) -> _Mark | None:
         """Puts a NaN into a gradient that a closure has to make anew."""
         for i, param in enumerate(self._flat.params):
-            grad, whole = self._flat.grad(i), param.grad
-            if grad is None or whole is None or not param.requires_grad or not grad.numel():
+            if self._flat.grad(i) is None or (whole := param.grad) is None:
+                continue
+            if not param.requires_grad or not (grad := local(whole)).numel():
                 continue
             place = (0,) * grad.dim()
             value = grad[place].clone()

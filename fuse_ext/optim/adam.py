@@ -70,9 +70,10 @@ class Adam(FlatOptimizer):
         backend: "auto" (C++ kernels where there are some), "native" or "reference" (plain
             PyTorch).
         process_group: Over whom :attr:`grad_norm_sq` is summed; as in :class:`~fuse_ext.FusePV`.
+        shard_state: As in :class:`~fuse_ext.FusePV`.
 
     Memory: 8 bytes a parameter, 12 with amsgrad; double for float64, half with bfloat16 moments;
-    4 more with master weights.
+    4 more with master weights. With ``shard_state`` a rank's share of that.
 
     Raises:
         ValueError, TypeError: An option out of range; parameters that are empty, repeated, on
@@ -106,6 +107,7 @@ class Adam(FlatOptimizer):
         master_weights: bool = False,
         backend: str = "auto",
         process_group: Any = None,
+        shard_state: bool = False,
     ) -> None:
         defaults = self._table.defaults(locals())
         self._table.check(defaults)

@@ -25,6 +25,7 @@ from fuse_ext.phase.modes import AUTO, living, takes_matrix
 from fuse_ext.tell.memory import MemoryEstimate, PhaseMemory
 from fuse_ext.vector.checks import check_params
 from fuse_ext.vector.ranks import ALONE
+from fuse_ext.vector.rows.rows import check_shareable, share_of
 from fuse_ext.vector.shards import check_spread, local, shards_of
 
 OPTIMIZERS = ("FusePV", "Adam", "LBFGS", "Fuse")
@@ -46,6 +47,7 @@ def estimate_memory(
     curvature: str = AUTO,
     pairs: str = AUTO,
     metric: str = AUTO,
+    shard_over: int = 1,
 ) -> MemoryEstimate:
     """The memory that an optimizer will hold; allocates none of it.
 
@@ -80,6 +82,8 @@ def estimate_memory(
         pairs: "auto" for none on minibatches, else where FusePV's come from.
         metric: "auto", "diagonal" or "kronecker" there; a weight's bases go by its shape, so that a
             number of parameters has none.
+        shard_over: With ``shard_state=True``, the number of ranks. The first one's share counts,
+            which is the largest.
 
     Returns:
         Bytes of state and workspace for each phase.
@@ -89,7 +93,8 @@ def estimate_memory(
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
-    groups, shards = _on_meta(params)
+    check_integer("shard_over", shard_over, 1)
+    groups, shards = _on_meta(params, shard_over)
     batches = line_search == AUTO and optimizer == "FusePV" and not deterministic
     if line_search == AUTO and not batches:
         line_search = "strong_wolfe"
@@ -153,14 +158,15 @@ def estimate_memory(
     return MemoryEstimate(optimizer, flat.numel, phases[optimizer])
 
 
-def _on_meta(params: Any) -> tuple[list[dict[str, Any]], list[int] | None]:
+def _on_meta(params: Any, ranks: int) -> tuple[list[dict[str, Any]], list[int] | None]:
     """Parameter groups of tensors without memory that look like what lies here of these.
 
-    And in how many pieces each parameter lies.
+    And in how many pieces each parameter lies; those that are plain are shared by the ranks.
     """
     if isinstance(params, int):
         check_integer("params", params, 1)
-        return [{"params": [torch.empty(params, dtype=torch.float32, device="meta")]}], None
+        held = torch.empty(-(-params // ranks), dtype=torch.float32, device="meta")
+        return [{"params": [held]}], [ranks]
     if isinstance(params, nn.Module):
         params = params.parameters()
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
@@ -177,11 +183,11 @@ def _on_meta(params: Any) -> tuple[list[dict[str, Any]], list[int] | None]:
     owners = [tensor for group in groups for tensor in group["params"]]
     check_spread(owners)
     check_params([local(tensor) for tensor in owners], owners)
-    on_meta = [
-        {**group, "params": [torch.empty_like(local(t), device="meta") for t in group["params"]]}
-        for group in groups
-    ]
-    return on_meta, [shards_of(tensor) for tensor in owners]
+    if ranks > 1:
+        check_shareable(owners)
+    here = {t: torch.empty_like(share_of(local(t), ranks), device="meta") for t in owners}
+    on_meta = [{**group, "params": [here[t] for t in group["params"]]} for group in groups]
+    return on_meta, [ranks if ranks > 1 and t.dim() else shards_of(t) for t in owners]
 
 
 def _tensors(entries: Any) -> list[Tensor]:

@@ -25,6 +25,7 @@ from fuse_ext.vector.checks import listed
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 from fuse_ext.vector.narrow.masters import give_up_masters
 from fuse_ext.vector.ranks import Said
+from fuse_ext.vector.rows.rows import step_gathered
 from fuse_ext.vector.shards import is_dtensor
 
 
@@ -42,6 +43,7 @@ class FlatOptimizer(Optimizer, ABC):
 
     # torch calls it on ``step`` when the first object of a class is made.
     profile_hook_step = staticmethod(hooks.noticed)
+    shares_steps = False  # whether each rank takes a part of it: see take_step
 
     def __init__(
         self, params: Any, defaults: dict[str, Any], backend: str, process_group: Any = None
@@ -61,8 +63,16 @@ class FlatOptimizer(Optimizer, ABC):
         flat = FlatParams(self.param_groups, self._said.group)
         check_ranks(self.param_groups[0], flat)
         check_moments_fit(self.param_groups[0].get("moment_dtype"), flat.params)
-        self._flat = flat
+        self._flat, self.shares_steps = flat, flat.rows is not None
         self._ops = ops.select(self._backend, self._flat.device)
+
+    def take_step(
+        self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A step; one of rows (``shard_state``) ends, and calls its closures, with all of them."""
+        if not self.shares_steps:
+            return step(self, *args, **kwargs)
+        return step_gathered(lambda: self.flat.gather(), step, (self, *args), kwargs)
 
     def _check_groups(self, groups: list[ParamGroup]) -> None:
         """Raises ValueError or TypeError unless these could be this optimizer's groups."""
@@ -116,6 +126,10 @@ class FlatOptimizer(Optimizer, ABC):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        entry = self.state.get(self.flat.params[0], {})
+        if "history" in entry and before.total != self.flat.total:
+            # Fits nothing: curvature starts afresh on all ranks, also where none of it lies here.
+            entry["history"] = entry["history"].new_empty(2, 0, self.flat.numel + 1)
         self._note_group(before)
         self._adopt_state()
 
@@ -240,7 +254,8 @@ class FlatOptimizer(Optimizer, ABC):
             incoming = dict(incoming)  # it may be the one that a hook of the user's has kept
             self._check_incoming_groups(incoming)
             keys = [key for group in incoming["param_groups"] for key in group["params"]]
-            incoming["state"] = join(opened(incoming["state"], keys), keys, self.flat)
+            held = opened(incoming["state"], keys)
+            incoming["state"] = join(held, keys, self.flat, incoming["param_groups"])
             self._check_state_dict(incoming)
             self._incoming = incoming
             return incoming

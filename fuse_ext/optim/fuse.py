@@ -96,7 +96,7 @@ class Fuse(FlatOptimizer):
             no pair mixes two batches.
         betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root: As in FusePV.
         maximize, lbfgs_lr, history_size, history_dtype, curvature_tol, backend: As in FusePV.
-        process_group: As in FusePV.
+        process_group, shard_state: As in FusePV.
 
     Memory: Adam's 8 bytes a parameter and L-BFGS's 4 (2 m + 2), and one vector of scratch (three
     with a line search).
@@ -133,6 +133,7 @@ class Fuse(FlatOptimizer):
         same_batch_pairs: bool = True,
         backend: str = "auto",
         process_group: Any = None,
+        shard_state: bool = False,
     ) -> None:
         given = dict(locals())
         if theta is None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fuse_ext.kernels.hooks import without_grad
 from fuse_ext.optim.flat_optimizer import FlatOptimizer
@@ -111,6 +110,7 @@ class FusePV(FlatOptimizer):
         backend: "auto", "native" (C++) or "reference" (plain PyTorch).
         process_group: The ranks that step together (docs/large-models.md): a group or a mesh, to be
             given with DistributedDataParallel; "local" for none; None for those of DTensors.
+        shard_state: Then each rank holds the state of its share of the rows alone (ZeRO-1).
 
     Attributes:
         phase: "adam" or "lbfgs"; also in every parameter group, and saved with it.
@@ -133,7 +133,7 @@ class FusePV(FlatOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 1e-3,
+        lr: float | torch.Tensor = 1e-3,
         switch: Switchover | int | Callable[[Observation], bool] | None = None,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -168,6 +168,7 @@ class FusePV(FlatOptimizer):
         on_switch: Callable[[FusePV], None] | None = None,
         backend: str = "auto",
         process_group: Any = None,
+        shard_state: bool = False,
     ) -> None:
         given = dict(locals())
         if on_switch is not None and not callable(on_switch):
@@ -330,8 +331,8 @@ class FusePV(FlatOptimizer):
         self._log["phase_epochs"] += 1
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: vars(self)[name] for name in ("_switch", "_on_switch", "_unsaid")}
-        return {**super().__getstate__(), **own}
+        own = "_switch", "_on_switch", "_unsaid"
+        return super().__getstate__() | {name: vars(self)[name] for name in own}
 
     def _notice_lost_state(self) -> None:
         """Where the user has cleared the state, begins anew, or with what was put in its place."""
@@ -376,8 +377,7 @@ class FusePV(FlatOptimizer):
         the saved one had observed.
 
         Raises:
-            ValueError, TypeError: The state is of another optimizer or criterion, or of other
-                parameters, or an option in it is out of range.
+            ValueError, TypeError: It is of another optimizer, criterion or model, or out of range.
         """
         super().load_state_dict(state_dict)
         criterion = self.state.get(self.flat.params[0], {}).get(LOG, {}).get("criterion")

@@ -80,6 +80,7 @@ class LBFGS(FlatOptimizer):
             steps by anyone else. Of the tolerances on changes only that on -g.p counts.
         backend: "auto", "native" (C++) or "reference" (plain PyTorch).
         process_group: The ranks that step together; as in :class:`~fuse_ext.FusePV`.
+        shard_state: Each holds its share of the history; as in :class:`~fuse_ext.FusePV`.
 
     Memory: 2 m + 2 vectors of the history's dtype (and one of float32 if it is narrower, or with
     ``capturable``), and one or two vectors of scratch for the line search.
@@ -116,6 +117,7 @@ class LBFGS(FlatOptimizer):
         capturable: bool = False,
         backend: str = "auto",
         process_group: Any = None,
+        shard_state: bool = False,
     ) -> None:
         given = dict(locals())
         if max_eval is None and isinstance(max_iter, int):

@@ -86,6 +86,11 @@ def _yes_no_or_none(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be True, False or None, got {value!r}")
 
 
+def _yes_no(name: str, value: Any) -> None:
+    if value not in (True, False):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def _betas(name: str, value: Any) -> tuple[float, float]:
     return check_betas(value)
 
@@ -171,6 +176,7 @@ _OPTIONS = (
     Option("eps_inside_root", "a bool", _FIRST),
     Option("moment_dtype", "None or torch.bfloat16", _FIRST, _moment_dtype, True, True),
     Option("master_weights", "a bool", _BOTH, shared=True, of_process=True),
+    Option("shard_state", "a bool", _BOTH, _yes_no, shared=True, of_process=True),
     Option("lbfgs_lr", "a number >= 0", _SECOND, _at_least(0.0)),
     Option("max_iter", "an int >= 1", _SECOND, _integer(1), shared=True),
     Option("max_eval", "an int >= 1, or None", _SECOND, _integer(1, True), shared=True),
@@ -306,13 +312,13 @@ class Table:
 
 ADAM_TABLE = Table(
     "lr betas eps weight_decay amsgrad maximize foreach capturable differentiable fused "
-    "decoupled_weight_decay eps_inside_root moment_dtype master_weights",
+    "decoupled_weight_decay eps_inside_root moment_dtype master_weights shard_state",
     required="lr betas",
 )
 LBFGS_TABLE = Table(
     "lr max_iter max_eval tolerance_grad tolerance_change rtol history_size line_search_fn "
     "maximize weight_decay history_dtype curvature_tol self_scaling deterministic trial_errors "
-    "capturable",
+    "capturable shard_state",
     required="lr history_size",
     rules=(
         Rule(
@@ -330,7 +336,7 @@ FUSE_TABLE = Table(
     "lr betas eps weight_decay amsgrad maximize differentiable decoupled_weight_decay "
     "eps_inside_root lbfgs_lr history_size history_dtype line_search max_iter max_eval "
     "tolerance_grad tolerance_change rtol curvature_tol deterministic trial_errors "
-    "same_batch_pairs",
+    "same_batch_pairs shard_state",
     required="lr betas history_size",
     rules=(
         Rule(
@@ -344,8 +350,8 @@ FUSE_PV_TABLE = Table(
     "lr betas eps weight_decay amsgrad maximize differentiable decoupled_weight_decay "
     "eps_inside_root moment_dtype master_weights lbfgs_lr history_size history_dtype line_search "
     "max_iter max_eval tolerance_grad tolerance_change rtol curvature_tol self_scaling curvature "
-    "dense_update deterministic trial_errors pairs metric step_cap check_finite capturable phase "
-    "lr_at_switch",
+    "dense_update deterministic trial_errors pairs metric step_cap check_finite capturable "
+    "shard_state phase lr_at_switch",
     required="lr betas",
     rules=(
         Rule(

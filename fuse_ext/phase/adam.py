@@ -103,13 +103,18 @@ class AdamPhase:
                 f"closure=None and loss=None, but switch={criterion!r} needs the loss: pass a "
                 "closure, or step(loss=...)"
             )
-        if call.closure is not None:
-            loss = with_grad(call.closure)
-        wants_loss = loss is not None and (criterion.needs_loss or checks)
-        if wants_loss:
-            check_loss(loss)
-        elif criterion.needs_loss and not call.empty:
-            check_loss(loss, f"switch={criterion!r}")
+        try:
+            if call.closure is not None:
+                loss = with_grad(call.closure)
+            wants_loss = loss is not None and (criterion.needs_loss or checks)
+            if wants_loss:
+                check_loss(loss)
+            elif criterion.needs_loss and not call.empty:
+                check_loss(loss, f"switch={criterion!r}")
+        except Exception:
+            if call.closure is not None and (criterion.needs_loss or checks):
+                self._flat.measures.tell_raised()
+            raise
         log["adam_evaluations"] += call.closure is not None
         found_inf = call.scaling.found_inf
         looks = checks and found_inf is None  # else the scaler has checked the gradients already

@@ -23,6 +23,11 @@ def check_conversion(flat: FlatParams, groups: list[ParamGroup], dtype: Any, beg
     """
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+    if flat.rows is not None:
+        raise ValueError(
+            f"dtype={dtype} cannot be given to parameters with shard_state=True: convert the model "
+            "before, and load the state into a new optimizer"
+        )
     if flat.spread:
         raise ValueError(
             f"dtype={dtype} cannot be given to DTensors, whose memory belongs to who has spread "

@@ -258,12 +258,17 @@ def check_ranks(group: ParamGroup, flat: FlatParams) -> None:
         RuntimeError: A line search among ranks of which nobody has said if they step together.
     """
     if flat.spread and group.get("curvature") == DENSE:
-        raise ValueError("curvature='dense' does not go with DTensors: no rank has all of a vector")
+        raise ValueError(
+            "curvature='dense' goes with neither DTensors nor shard_state=True: no rank has all of "
+            "a vector"
+        )
     if flat.together is not None and group.get("capturable") and "history_size" in group:
         raise ValueError(
             f"capturable=True does not go with a step of {flat.together.size} ranks, which the "
             "host decides"
         )
+    if flat.rows is not None and group.get("capturable"):
+        raise ValueError("capturable=True does not go with shard_state=True, whose steps talk")
     if flat.unsaid and compares_losses(group):
         raise RuntimeError(
             "there are other ranks, and with a line search or deterministic=True each would go its "

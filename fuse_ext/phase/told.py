@@ -48,6 +48,7 @@ def ask(phase: AnyPhase, call: Call, flat: FlatParams) -> Outcome:
         if call.closure is None and not call.empty:
             look_ahead(phase, call)
         outcome = phase.step(call)
+        flat.gather()  # criteria may look at parameters, as may those who are told of the switch
         if call.groups[0]["deterministic"] and outcome.observed is not None:
             tell_noise(phase, call, outcome.observed, flat)
         return outcome

@@ -149,3 +149,14 @@ class OneFunction:
     def known(self) -> bool:
         """Whether it has been seen to be one function, and not lately to be another."""
         return self._agreed >= 1 and self._contradicted < 1.0
+
+
+def check_arrival(entry: dict[str, Any]) -> None:
+    """Raises ValueError for a state entry whose last step has ended at no values."""
+    arrival = entry.get("arrival", [])
+    if not (
+        isinstance(arrival, list)
+        and len(arrival) in (0, len(Values._fields))
+        and all(isinstance(value, float) for value in arrival)
+    ):
+        raise ValueError(f"state_dict does not fit: arrival is {arrival!r}")

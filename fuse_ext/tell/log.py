@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
+
+from fuse_ext.checks import warn_caller
 
 # FusePV keeps its own counts in this entry of the first parameter's state;
 # at the start they are these.
@@ -67,9 +68,7 @@ def warn_non_finite(optimizer: Any) -> None:
     if vars(optimizer).get("_warned_non_finite"):
         return
     optimizer._warned_non_finite = True
-    warnings.warn(
+    warn_caller(
         "FusePV met a loss or gradient that is not finite and did not take the step; "
-        "further ones are only counted in report()",
-        RuntimeWarning,
-        stacklevel=6,  # where step was called: behind _follow, step and what stands before it
+        "further ones are only counted in report()"
     )

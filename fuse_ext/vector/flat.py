@@ -17,6 +17,7 @@ from fuse_ext import _C
 from fuse_ext.vector.checks import check_grads, check_params
 from fuse_ext.vector.measures import Measures
 from fuse_ext.vector.ranks import find_ranks, measures_of, unsaid
+from fuse_ext.vector.rows.rows import Rows
 from fuse_ext.vector.shards import is_dtensor, lay_out, like, local
 
 ParamGroup: TypeAlias = dict[str, Any]
@@ -70,11 +71,14 @@ class FlatParams:
 
     Attributes:
         params: All parameters, as the groups have them.
-        tensors: The same list or, where some are DTensors, what lies here of each.
+        tensors: The same list or, where some are DTensors, what lies here of each; with
+            ``shard_state`` this rank's rows.
+        rows: Whose they are; None without ``shard_state``.
+        stand_ins: How each is spread: the parameter itself, or a DTensor of its rows.
         offsets: First flat index of each; even for complex ones, which view pairs of reals.
         sizes: Elements of each that lie here (two per complex number).
         numel: Length of the flat vector.
-        spread: Whether some parameters are DTensors.
+        spread: Whether some of those are DTensors.
         total, usual: Elements of all parameters, and of those that lie on a rank on average.
         unsaid: Whether other ranks may step with this one, and nobody has said so.
         together: The ranks that hold it; None for this process alone.
@@ -98,10 +102,16 @@ class FlatParams:
             first = len(self.params)
             self.params.extend(group["params"])
             self.group_slices.append(slice(first, len(self.params)))
-        self.spread = any(map(is_dtensor, self.params))
-        # Views of their own, whatever becomes of the objects inside DTensors.
-        views = (local(p).detach() if is_dtensor(p) else p for p in self.params)
-        self.tensors = list(views) if self.spread else self.params
+        self.rows: Rows | None = None
+        if groups and groups[0].get("shard_state"):
+            check_params(self.params)
+            self.rows = Rows(self.params, process_group)
+        self.stand_ins = self.params if self.rows is None else self.rows.stand_ins
+        self.spread = any(map(is_dtensor, self.stand_ins))
+        self.tensors = self.params if self.rows is None else self.rows.tensors
+        if self.spread and self.rows is None:
+            # Views of their own, whatever becomes of the objects inside DTensors.
+            self.tensors = [local(p).detach() if is_dtensor(p) else p for p in self.params]
         check_params(self.tensors, self.params)
         self.device = self.tensors[0].device
         double = (torch.float64, torch.complex128)
@@ -109,16 +119,20 @@ class FlatParams:
         self._complex = any(p.is_complex() for p in self.params)
         self.sizes = [p.numel() * (2 if p.is_complex() else 1) for p in self.tensors]
         self.unsaid = unsaid(self.params, process_group)
-        self.together = find_ranks(self.params, process_group, self.device)
+        self.together = (
+            find_ranks(self.params, process_group, self.device)
+            if self.rows is None
+            else self.rows.together
+        )
         ranks = 1 if self.together is None else self.together.size
-        places = lay_out(self.params, self.sizes, ranks)
+        places = lay_out(self.stand_ins, self.sizes, ranks)
         self.stretches = places.stretches
         self.offsets: list[int] = places.offsets
         self.numel: int = places.numel
         self.total, self.usual = places.total, places.usual
         self.order: list[int] = places.order
         self.permuted: bool = self.order != list(range(len(self.params)))
-        self.measures: Measures = measures_of(self.together)
+        self.measures: Measures = measures_of(self.together, self.params)
         self.memo: Any = None
         tensors = self.tensors
         self.layout: Any = _C.Layout([tensors[place] for place in self.group_slices], self.offsets)
@@ -129,15 +143,22 @@ class FlatParams:
         self._forms = [_form(param) for param in self.tensors]
 
     def _follow(self) -> None:
-        """Looks where DTensors keep what lies here, which may have moved."""
+        """Looks where DTensors, or parameters, keep what lies here, which may have moved."""
         for i, (param, mine) in enumerate(zip(self.params, self.tensors, strict=True)):
-            if mine is not param and (now := local(param)).data_ptr() != mine.data_ptr():
-                if _form(now) != self._forms[i] or now.dtype != mine.dtype:
-                    raise ValueError(
-                        f"params[{i}] is now {_describe(now)} on this rank, but was "
-                        f"{self._described[i]} when the state was made; make a new optimizer"
-                    )
-                mine.data = now
+            if self.rows is None:
+                now = None if local(param).data_ptr() == mine.data_ptr() else local(param)
+            else:
+                now = self.rows.moved(i)
+            if now is None:
+                continue
+            if _form(now) != self._forms[i] or now.dtype != mine.dtype:
+                raise ValueError(
+                    f"params[{i}] is now {_describe(now)} on this rank, but was "
+                    f"{self._described[i]} when the state was made; make a new optimizer"
+                )
+            mine.data = now
+            if self.rows is not None:
+                self.rows.follow(i)
 
     def _formats_now(self) -> tuple[Any, ...]:
         params = self.tensors
@@ -210,9 +231,25 @@ class FlatParams:
 
     def places(self) -> Any:
         """The versions and addresses of all parameters: differs once anyone has moved them."""
+        if self.rows is not None:
+            return [(self.version(i), p.data_ptr()) for i, p in enumerate(self.params)]
         places = self.layout.places() or [(p._version, p.data_ptr()) for p in self.tensors]
         # An op on a DTensor counts there alone.
         return (places, [p._version for p in self.params]) if self.spread else places
+
+    def version(self, i: int) -> int:
+        """How often ``params[i]`` was written to, but for what :meth:`gather` has written."""
+        return self.tensors[i]._version - (0 if self.rows is None else self.rows.gathered[i])
+
+    def note_move(self) -> None:
+        """What lies here was moved, or will have been when this step ends; on all ranks alike."""
+        if self.rows is not None:
+            self.rows.stale = True
+
+    def gather(self) -> None:
+        """With ``shard_state``, has all ranks' rows where any were moved; else nothing is sent."""
+        if self.rows is not None and self.rows.stale:
+            self.rows.gather()
 
     def reals(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors, complex ones as real views of shape [..., 2]."""
@@ -245,8 +282,15 @@ class FlatParams:
         assert grad is not None
         if grad.is_conj() or grad.is_neg():
             # Line searches write to gradients.
-            grad = grad.resolve_conj().resolve_neg()
-            self.params[i].grad = like(grad, self.params[i])
+            param = self.params[i]
+            if is_dtensor(param):
+                grad = grad.resolve_neg()
+                param.grad = like(grad, param)
+            else:
+                assert param.grad is not None
+                param.grad = param.grad.resolve_conj().resolve_neg()
+                grad = self.grad(i)
+                assert grad is not None
         return grad
 
     def grad(self, i: int) -> Tensor | None:
@@ -255,6 +299,8 @@ class FlatParams:
         grad = param.grad
         if grad is None or self.tensors[i] is param:
             return grad
+        if self.rows is not None:
+            return self.rows.grad(i)
         if grad.placements != param.placements:  # type: ignore[attr-defined]
             grad = param.grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
         return local(grad)
@@ -265,6 +311,7 @@ class FlatParams:
 
     def fill_gradients(self) -> None:
         """Gives parameters zeros for a gradient where another rank has one, and this one none."""
+        self.measures.check_alike()
         missing = [param.grad is None for param in self.params]
         counts = self.measures.total(*map(float, missing))
         for param, is_missing, count in zip(self.params, missing, counts, strict=True):
@@ -304,8 +351,8 @@ class FlatParams:
         return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
 
     def shown(self, flat: Tensor, i: int) -> Tensor:
-        """:meth:`piece`, as a DTensor where the parameter is one."""
-        return like(self.piece(flat, i), self.params[i])
+        """:meth:`piece`, as a DTensor where the parameter, or its stand-in, is one."""
+        return like(self.piece(flat, i), self.stand_ins[i])
 
     def stretch(self, flat: Tensor, i: int) -> Tensor:
         """The part of a flat tensor that belongs to ``params[i]``, as it lies there."""
@@ -336,6 +383,7 @@ def _describe(param: Tensor) -> str:
 
 def memory_order(flat: FlatParams) -> list[list[int]]:
     """Strides of the parameters, whose memory order rows follow; empty if all are row-major."""
-    if all(p.is_contiguous() for p in flat.tensors):
+    params = flat.tensors if flat.rows is None else flat.params  # all ranks say the same
+    if all(p.is_contiguous() for p in params):
         return []
-    return [list(p.stride()) for p in flat.tensors]
+    return [list(p.stride()) for p in params]

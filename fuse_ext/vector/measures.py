@@ -42,9 +42,17 @@ class Measures(Protocol):
         mean of all.
 
         Raises:
-            PartsDiffer: ``absent``, the parameters without a gradient, is not the same everywhere.
+            PartsDiffer: ``absent``, the parameters without a gradient, is not the same everywhere,
+                or the parameters are not.
             ValueError: Some ranks have a loss and others none.
+            RuntimeError: On another rank :meth:`tell_raised` was called.
         """
+
+    def check_alike(self) -> None:
+        """Raises RuntimeError where ranks have parameters of different shapes."""
+
+    def tell_raised(self) -> None:
+        """In the place of :meth:`point`: there is none here, since the closure has raised."""
 
 
 class PartsDiffer(Exception):
@@ -74,6 +82,12 @@ class Local:
     def point(self, norms: list[float], loss: Any, absent: tuple[int, ...]) -> list[float]:
         """See :class:`Measures`."""
         return [*norms, math.nan if loss is None else float(loss)]
+
+    def check_alike(self) -> None:
+        """See :class:`Measures`."""
+
+    def tell_raised(self) -> None:
+        """See :class:`Measures`."""
 
 
 LOCAL = Local()

@@ -190,11 +190,13 @@ class OverRanks:
 
     Args:
         together: Those ranks.
+        params: The parameters, each as a whole.
     """
 
-    def __init__(self, together: Ranks) -> None:
+    def __init__(self, together: Ranks, params: Sequence[Tensor]) -> None:
         self._together = together
         self.ranks = together.size
+        self._shapes = hash(tuple(tuple(param.shape) for param in params))
 
     def largest(self, tensors: list[Tensor]) -> float:
         """See :class:`Measures`."""
@@ -211,12 +213,14 @@ class OverRanks:
 
     def point(self, norms: list[float], loss: Any, absent: tuple[int, ...]) -> list[float]:
         """See :class:`Measures`."""
-        number = float(hash(absent) % _EXACT)
+        number = float(hash((self._shapes, absent)) % _EXACT)
         known = [0.0 if loss is None else float(loss) / self.ranks, float(loss is not None)]
         found = self._together.exchange(
             [*norms[:POINT_SUMS], *known], [*norms[POINT_SUMS:], number, -number]
         )
         *sums, mean, with_loss, largest, highest, lowest = found
+        if math.isnan(with_loss):
+            raise RuntimeError("the closure has raised an error on another rank, which says which")
         if highest != -lowest:
             raise PartsDiffer
         if 0.0 < with_loss < self.ranks:
@@ -226,7 +230,21 @@ class OverRanks:
             )
         return [*sums, largest, mean if with_loss else math.nan]
 
+    def check_alike(self) -> None:
+        """See :class:`Measures`."""
+        number = float(self._shapes % _EXACT)
+        highest, lowest = self._together.exchange([], [number, -number])
+        if highest != -lowest:
+            raise RuntimeError(
+                "the ranks of process_group step on different parameters, each on its own: give "
+                'process_group="local", or all ranks the same parameters'
+            )
 
-def measures_of(together: Ranks | None) -> Measures:
+    def tell_raised(self) -> None:
+        """See :class:`Measures`."""
+        self._together.exchange([0.0] * (POINT_SUMS + 1) + [math.nan], [0.0] * 3)
+
+
+def measures_of(together: Ranks | None, params: Sequence[Tensor]) -> Measures:
     """Measures of a vector on these ranks."""
-    return LOCAL if together is None else OverRanks(together)
+    return LOCAL if together is None else OverRanks(together, params)

@@ -246,6 +246,7 @@ class ReducedOps:
         save: bool,
     ) -> None:
         """Parameters = origin + step * p, of what lies here."""
+        self._flat.note_move()
         for piece in self._pieces:
             piece.bound.lbfgs_move(
                 origin[piece.place],
@@ -266,6 +267,7 @@ class ReducedOps:
         step: float,
     ) -> None:
         """Algorithm 3, and the sum of what the step's square is."""
+        self._flat.note_move()
         place, total = HEADER.index("direction_sq"), scalars.new_zeros(1)
         for piece in self._pieces:
             own = self._scales(history_scale, piece)

@@ -74,18 +74,24 @@ def like(local_tensor: Tensor, param: Tensor, leading: tuple[int, ...] = ()) -> 
     """
     if not is_dtensor(param):
         return local_tensor
+    placements = [_behind(at, len(leading)) for at in param.placements]  # type: ignore[attr-defined]
+    return as_dtensor(local_tensor, param.device_mesh, placements, (*leading, *param.shape))  # type: ignore[attr-defined]
+
+
+def as_dtensor(
+    local_tensor: Tensor, mesh: Any, placements: list[Any], shape: tuple[int, ...]
+) -> Tensor:
+    """The DTensor of this shape of which this lies here; shares its memory."""
     from torch.distributed.tensor import DTensor
 
-    placements = [_behind(at, len(leading)) for at in param.placements]  # type: ignore[attr-defined]
-    shape = torch.Size([*leading, *param.shape])
     # pickle takes a DTensor for one with memory of its own where its part begins behind the
     # beginning of a storage: the part is put in later, as fully_shard does too.
     found = DTensor.from_local(
         local_tensor.new_empty(()).expand(local_tensor.shape),
-        param.device_mesh,  # type: ignore[attr-defined]
+        mesh,
         placements,
         run_check=False,
-        shape=shape,
+        shape=torch.Size(shape),
         stride=torch.empty(shape, device="meta").stride(),
     )
     found._local_tensor = local_tensor.detach()

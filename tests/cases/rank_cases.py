@@ -91,7 +91,7 @@ def spread(layout: str, model: Net) -> tuple[nn.Module, Any]:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     size = dist.get_world_size()
-    if layout == "ddp":
+    if layout in ("ddp", "zero"):
         wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
         return wrapped, dist.group.WORLD
     if layout == "hsdp":
@@ -128,9 +128,13 @@ def fit(
     rank: int | None = None,
     spoils: Callable[[int], float] | None = None,
     steps: int = STEPS,
+    looks: Callable[[nn.Module], Any] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """Trains; ``spoils`` gives what the k-th loss is multiplied by on this rank."""
+    """Trains; ``spoils`` gives what the k-th loss is multiplied by on this rank.
+
+    ``looks`` sees the model after every step. The layout "zero" is "ddp" with sharded state.
+    """
     kind, options, full = MODES[mode]
     size = 1 if rank is None else dist.get_world_size()
     model: nn.Module = make()
@@ -138,9 +142,11 @@ def fit(
     if layout is not None:
         model, group = spread(layout, model)
         more = {"process_group": group, **more}
+    if layout == "zero":
+        more["shard_state"] = True
     optimizer: Optimizer = kind(model.parameters(), **options, **more)
     x, y = data()
-    calls, losses = [0], []
+    calls, losses, seen = [0], [], []
     for step in range(steps):
         rows = torch.arange(ROWS) if full else (torch.arange(BATCH) + 5 * step) % ROWS
         mine = rows if rank is None or layout == "columns" else rows[rank::size]
@@ -156,10 +162,13 @@ def fit(
             return loss if spoils is None else loss * spoils(calls[0])
 
         losses.append(float(optimizer.step(closure)))
+        if looks is not None:
+            seen.append(looks(model))
     return {
         "params": whole(model),
         "calls": calls[0],
         "losses": losses,
+        "seen": seen,
         "report": optimizer.report() if hasattr(optimizer, "report") else None,
         "optimizer": optimizer,
         "model": model,
@@ -192,7 +201,7 @@ def whole(model: nn.Module) -> Tensor:
 
 
 def data_of(result: dict[str, Any]) -> dict[str, Any]:
-    return {name: result[name] for name in ("params", "calls", "losses", "report")}
+    return {name: result[name] for name in ("params", "calls", "losses", "seen", "report")}
 
 
 # --- processes ------------------------------------------------------------------------------

@@ -41,12 +41,17 @@ def run_on_ranks(name: str, *args: str) -> str:
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
-@pytest.mark.parametrize(("name", "share"), [("ddp.py", 26122), ("fsdp2.py", 13061)])
-def test_ranks_agree_and_resume(name: str, share: int, tmp_path: Path) -> None:
-    out = ("--out", str(tmp_path))
+@pytest.mark.parametrize(
+    ("name", "options", "share"),
+    [("ddp.py", (), 26122), ("ddp.py", ("--shard-state",), 26122), ("fsdp2.py", (), 13061)],
+)
+def test_ranks_agree_and_resume(
+    name: str, options: tuple[str, ...], share: int, tmp_path: Path
+) -> None:
+    out = (*options, "--out", str(tmp_path))
     run_on_ranks(name, "--steps", "30", *out)
     resumed = run_on_ranks(name, "--steps", "60", "--resume", *out)
-    whole = run_on_ranks(name, "--steps", "60", "--out", str(tmp_path / "whole"))
+    whole = run_on_ranks(name, "--steps", "60", *options, "--out", str(tmp_path / "whole"))
     for output in (resumed, whole):
         assert "all ranks agree: True" in output
         assert f"rank 1: {share:,} of 26,122 parameters" in output

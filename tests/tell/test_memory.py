@@ -210,3 +210,24 @@ def test_the_same_parameter_twice():
     assert fuse_ext.estimate_memory([weight, weight]) == fuse_ext.estimate_memory([weight])
     with pytest.raises(ValueError, match=r"params\[1\] is the same tensor as params\[0\]"):
         fuse_ext.estimate_memory([{"params": weight}, {"params": weight}])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_share_of_the_state(name):
+    options = {"optimizer": name, "line_search": None, "metric": "diagonal"}
+    share = fuse_ext.estimate_memory(10**6, shard_over=4, **options)
+    assert share == fuse_ext.estimate_memory(250_000, **options)
+    # The first rank has most: 2 of 7 rows, the one row that there is, and the number.
+    params = [nn.Parameter(torch.ones(shape)) for shape in ((7, 3), (1, 5), ())]
+    share = fuse_ext.estimate_memory(params, shard_over=4, **options)
+    first = [nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (1, 5), ())]
+    assert share == fuse_ext.estimate_memory(first, **options)
+
+
+def test_what_has_no_share():
+    with pytest.raises(ValueError, match="shard_over must be"):
+        fuse_ext.estimate_memory(10, shard_over=0)
+    numbers = [nn.Parameter(torch.ones(3, dtype=torch.complex64))]
+    with pytest.raises(ValueError, match=r"params\[0\] has torch.complex64"):
+        fuse_ext.estimate_memory(numbers, shard_over=2)
+    fuse_ext.estimate_memory(numbers)

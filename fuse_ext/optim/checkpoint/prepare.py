@@ -52,10 +52,12 @@ def prepare_to_load(
     """
     names = _names(model, optimizer)
     found: dict[str, dict[Tensor, dict[str, Any]]] = {}
+    spread = dict(zip(optimizer.flat.params, optimizer.flat.stand_ins, strict=True))
     for path, form in _entries(saved):
         if (place := _place(path, names)) is not None:
             prefix, param, keys = place
-            _put(found.setdefault(prefix, {}).setdefault(param, {}), keys, _room(form, param))
+            room = _room(form, spread.get(param, param))
+            _put(found.setdefault(prefix, {}).setdefault(param, {}), keys, room)
     if under is None and len(found) > 1:
         raise ValueError(f"under=None, but the checkpoint holds states under {sorted(found)}")
     prefix = next(iter(found), "") if under is None else under

@@ -67,7 +67,7 @@ def divide(
             for i, key in enumerate(keys):
                 rows = _rows(flat, whole, i)
                 leading = tuple(whole.shape[:-1])
-                divided.setdefault(key, {})[name] = like(rows, flat.params[i], leading)
+                divided.setdefault(key, {})[name] = like(rows, flat.stand_ins[i], leading)
             first[DIVIDED] = True
     if SCALES in first:
         scales = first.pop(SCALES)
@@ -78,7 +78,7 @@ def divide(
 
 def _blocks(flat: FlatParams) -> int:
     """Blocks of int8 rows on the rank that has most, and room for stretches to begin anew."""
-    most = sum(largest_here(param).numel() for param in flat.params)
+    most = sum(largest_here(param).numel() for param in flat.stand_ins)
     return -(-most // SCALE_BLOCK) + len(flat.stretches)
 
 
@@ -86,7 +86,7 @@ def _divide_matrices(entry: dict[str, Any], flat: FlatParams, i: int, betas: Any
     """A living metric's matrices, which are of this rank's rows and columns."""
     if not any(name in entry for name in FACTORS):
         return
-    side = matrix_shape(largest_here(flat.params[i]))
+    side = matrix_shape(largest_here(flat.stand_ins[i]))
     held = dict(entry)
     for name, most in zip((*FACTORS, *BASES), side * 2, strict=True):
         if name in entry:
@@ -107,7 +107,7 @@ def _divide_matrices(entry: dict[str, Any], flat: FlatParams, i: int, betas: Any
         ("exp_avg", rotate_back(held, average)),
         ("exp_avg_sq", adams_second(held, second, steps, beta2)),
     ):
-        entry[name] = like(own.contiguous().view(shape), flat.params[i])
+        entry[name] = like(own.contiguous().view(shape), flat.stand_ins[i])
 
 
 def _rank_by_rank(flat: FlatParams, mine: Tensor, most: tuple[int, ...]) -> Tensor:
@@ -133,17 +133,24 @@ def _rows(flat: FlatParams, whole: Tensor, i: int) -> Tensor:
     return part.reshape(*part.shape[:-1], *param.shape)
 
 
-def join(state: dict[Any, Any], keys: list[Any], flat: FlatParams) -> dict[Any, Any]:
+def join(
+    state: dict[Any, Any], keys: list[Any], flat: FlatParams, groups: list[ParamGroup]
+) -> dict[Any, Any]:
     """The state that :func:`divide` was given, on this rank, for however many ranks there are now.
+
+    One that was never divided, of an optimizer that had all of its parameters, is divided first.
 
     Raises:
         ValueError: A tensor has not the shape of its parameter.
     """
     found = {**state, **{key: dict(state[key]) for key in keys if key in state}}
+    betas = [group.get("betas") for group in groups for _ in group["params"]]
     for i, key in enumerate(keys):
         if key in found:
-            _join_matrices(found[key], flat, i)
+            _join_matrices(found[key], flat, i, betas[i])
     first = found.get(keys[0], {})
+    if flat.spread and DIVIDED not in first:
+        _divide_whole(found, keys, flat)
     if not first.pop(DIVIDED, False):
         return found
     for name in FLAT:
@@ -153,7 +160,7 @@ def join(state: dict[Any, Any], keys: list[Any], flat: FlatParams) -> dict[Any, 
         leading = _leading(pieces, flat, name)
         whole = torch.zeros(*leading, flat.numel, dtype=pieces[0].dtype, device=flat.device)
         for i, piece in enumerate(pieces):
-            mine = local(placed(piece, flat.params[i], len(leading)))
+            mine = local(placed(piece, flat.stand_ins[i], len(leading)))
             _rows(flat, whole, i).copy_(mine)
         first[name] = whole
     scales = _of_this_rank(first, flat, SCALES)
@@ -188,7 +195,46 @@ def _of_this_rank(entry: dict[str, Any], flat: FlatParams, name: str) -> Tensor 
     return local(mine)[0] if is_dtensor(mine) else mine[flat.together.rank if flat.together else 0]
 
 
-def _join_matrices(entry: dict[str, Any], flat: FlatParams, i: int) -> None:
+def _divide_whole(state: dict[Any, Any], keys: list[Any], flat: FlatParams) -> None:
+    """Divides flat tensors of all parameters by these; scales of int8 rows go."""
+    first = state.get(keys[0], {})
+    wholes = {name: first[name] for name in FLAT if name in first}
+    if not wholes or any(whole.shape[-1] != flat.total for whole in wholes.values()):
+        return  # for others to refuse
+    begin = 0
+    for param, key in zip(flat.params, keys, strict=True):
+        end, strides = begin + param.numel(), param.stride()
+        like_it = torch.empty_strided(param.shape, strides, device="meta")
+        if not torch.ops.aten.is_non_overlapping_and_dense(like_it):
+            strides = torch.empty(param.shape, device="meta").stride()
+        for name, whole in wholes.items():
+            part = whole[..., begin:end]
+            leading = part.shape[:-1], part.stride()[:-1]
+            state.setdefault(key, {})[name] = part.as_strided(
+                (*leading[0], *param.shape), (*leading[1], *strides), part.storage_offset()
+            )
+        begin = end
+    first.pop(SCALES, None)
+    first[DIVIDED] = True
+
+
+def _leave_whole_bases(entry: dict[str, Any], beta2: float) -> None:
+    """Adam's moments of a parameter whose metric is of all its rows, and no metric."""
+    average, second = entry["exp_avg"], entry["exp_avg_sq"]
+    if entry.get("basis_steps", 0) >= MEASURE:
+        matrix = matrix_shape(average)
+        steps = float(entry["step"])
+        second = adams_second(entry, second.reshape(matrix), steps, beta2).view(second.shape)
+        average = rotate_back(entry, average.reshape(matrix)).reshape(average.shape)
+    entry["exp_avg"], entry["exp_avg_sq"] = average, second
+    for name in KRONECKER_NAMES:
+        entry.pop(name, None)
+
+
+def _join_matrices(entry: dict[str, Any], flat: FlatParams, i: int, betas: Any) -> None:
+    if is_dtensor(flat.stand_ins[i]) and any(name in entry for name in FACTORS):
+        _leave_whole_bases(entry, float(betas[1]))
+        return
     names = (*FACTORS, *BASES, MEASURED, STRETCH, *IN_BASES.values())
     if not any(isinstance(k, str) and k.startswith(f"{n}_of_") for k in entry for n in names):
         return
@@ -209,7 +255,7 @@ def _join_matrices(entry: dict[str, Any], flat: FlatParams, i: int) -> None:
     for name, turned in IN_BASES.items():
         if turned in entry:
             mine = entry.pop(turned).view(flat.tensors[i].shape)
-            entry[name] = like(mine, flat.params[i])
+            entry[name] = like(mine, flat.stand_ins[i])
 
 
 def _empty_ring(entry: dict[str, Any]) -> None:

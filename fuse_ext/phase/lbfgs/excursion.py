@@ -57,9 +57,11 @@ def adam_excursion(
             if here.value < least.value:
                 best, least = _copies(params), here
     except BaseException:
+        iteration.flat.note_move()
         torch._foreach_copy_([*params, *others], [*start, *kept])
         objective.note_return(options)
         raise
+    iteration.flat.note_move()
     torch._foreach_copy_([*params, *others], [*best, *kept])
     _go_on(iteration, least, options, found=least is not point)
     return point.loss

@@ -57,10 +57,10 @@ def sides_of(
     ``shards``: in how many pieces each lies, if the parameters do not know.
     """
     found = {}
-    pieces = shards or [shards_of(param) for param in flat.params]
+    pieces = shards or [shards_of(param) for param in flat.stand_ins]
     for group, place in zip(groups, flat.group_slices, strict=True):
         for i in range(place.start, place.stop):
-            shape = largest_here(flat.params[i])  # ranks have bases of the same sides
+            shape = largest_here(flat.stand_ins[i])  # ranks have bases of the same sides
             sides = rotated_sides(shape, bool(group["amsgrad"]), narrow, limited, flat.device)
             if pieces[i] > 1:
                 # The longer side's would be of the whole matrix's size, and on every rank.

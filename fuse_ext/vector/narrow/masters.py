@@ -43,7 +43,7 @@ class Masters:
                 continue
             held = state.get(param, {}).get(MASTER)
             if held is not None:
-                held = local(placed(held, param))
+                held = local(placed(held, flat.stand_ins[i]))
             if held is None or not _takes_place_of(held, mine, flat.dtype):
                 found = torch.empty_like(mine, dtype=flat.dtype, requires_grad=False)
                 found.copy_(mine.detach() if held is None else held)
@@ -68,16 +68,16 @@ class Masters:
         param = self._flat.params[i]
         self._state[param].pop(MASTER, None)
         if i in self._kept:
-            self._state[param][MASTER] = like(self._kept[i], param)
+            self._state[param][MASTER] = like(self._kept[i], self._flat.stand_ins[i])
 
     def follow(self, indices: Iterable[int]) -> None:
         """Takes over what others have written to these parameters; to be called before a step."""
         for i in self._kept.keys() & set(indices):
             mine, kept = self._flat.tensors[i], self._kept[i]
-            if self._versions.get(i) != mine._version:
+            if self._versions.get(i) != self._flat.version(i):
                 now = mine.detach()
                 kept.copy_(torch.where(kept.to(now.dtype) == now, kept, now.to(kept.dtype)))
-                self._versions[i] = mine._version
+                self._versions[i] = self._flat.version(i)
 
     def add(self, indices: list[int], steps: list[Tensor], factors: list[float | None]) -> None:
         """A step of these parameters: each times its factor, if there is one, and plus its step."""
@@ -98,8 +98,8 @@ class Masters:
             return
         params = [self._flat.tensors[i] for i in chosen]
         torch._foreach_copy_([p.detach() for p in params], [self._kept[i] for i in chosen])
-        for i, param in zip(chosen, params, strict=True):
-            self._versions[i] = param._version
+        for i in chosen:
+            self._versions[i] = self._flat.version(i)
 
 
 def give_up_masters(flat: FlatParams, state: dict[Any, Any]) -> None:
