@@ -35,7 +35,7 @@ SEARCH = {"line_search_fn": "strong_wolfe"}
 # FusePV leaves Adam after so many steps; and its search is made to need several trials.
 SWITCH = 3
 PV = {"switch": SWITCH, "lbfgs_lr": 0.05, "deterministic": True}
-MEAN = {"switch": SWITCH, "pairs": "averaged"}
+BATCHES = {"switch": SWITCH, "deterministic": False}
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,7 @@ def all_cases(quick: bool) -> list[Case]:
         Case("FusePV, Adam phase", "fuse_ext.FusePV", {**PV, "switch": 1000}, phase="adam"),
         Case("FusePV, at the switch", "fuse_ext.FusePV", PV, SWITCH - 1, "lbfgs", at_switch=True),
         Case("FusePV, L-BFGS phase", "fuse_ext.FusePV", PV, SWITCH + 14, phase="lbfgs"),
-        Case("FusePV, to averages", "fuse_ext.FusePV", MEAN, SWITCH - 1, "lbfgs", at_switch=True),
-        # The step measured is one that closes a block and offers a pair.
-        Case("FusePV, on averages", "fuse_ext.FusePV", MEAN, SWITCH + 19, phase="lbfgs"),
+        Case("FusePV, on minibatches", "fuse_ext.FusePV", BATCHES, SWITCH + 19, phase="lbfgs"),
         Case("Fuse", "fuse_ext.Fuse", after=14),
     ]
     if not quick:

@@ -175,12 +175,15 @@ def _conditions(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _stored(cell: Cell, folder: Path) -> dict[str, Any] | None:
+def _stored(cell: Cell, folder: Path, any_code: bool = False) -> dict[str, Any] | None:
     try:
         record = json.loads((folder / f"{cell.key}.json").read_text())
     except (OSError, ValueError):
         return None
-    fits = all(record.get(name) == value for name, value in _conditions(cell).items())
+    conditions = _conditions(cell)
+    if any_code:
+        del conditions["fingerprint"]
+    fits = all(record.get(name) == value for name, value in conditions.items())
     return record if fits else None
 
 
@@ -195,9 +198,12 @@ def _store(cell: Cell, folder: Path, result: Any, seconds: float) -> Any:
     return json.loads(path.read_text())["result"]
 
 
-def results_of(cells: Iterable[Cell], folder: Path) -> dict[str, Any]:
-    """The results of those cells that are stored and still fit, by key."""
-    records = {cell.key: _stored(cell, folder) for cell in cells}
+def results_of(cells: Iterable[Cell], folder: Path, any_code: bool = False) -> dict[str, Any]:
+    """The results of those cells that are stored and still fit, by key.
+
+    With ``any_code`` those too that have been run with another state of the code.
+    """
+    records = {cell.key: _stored(cell, folder, any_code) for cell in cells}
     return {key: record["result"] for key, record in records.items() if record is not None}
 
 

@@ -133,11 +133,6 @@ STEPS = {
     "living metric, diagonal": Step(
         lambda p: FusePV(p.params, switch=1, metric="diagonal"), 5, batches=True
     ),
-    "averages": Step(
-        lambda p: FusePV(p.params, switch=1, pairs="averaged", history_size=PAIRS),
-        22,
-        batches=True,
-    ),
     "fixed step, capturable": Step(lbfgs(capturable=True), FULL, captured=True),
     "fixed step, capturable, bfloat16": Step(
         lbfgs(torch.bfloat16, capturable=True), FULL, captured=True

@@ -34,6 +34,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf, help="then no run begins")
     parser.add_argument("--quick", action="store_true", help="one seed, small budgets, in minutes")
     parser.add_argument("--fresh", action="store_true", help="run what is stored again")
+    parser.add_argument(
+        "--earlier", action="store_true", help="show runs of an earlier state of the code, marked"
+    )
     workers = machine.cores()
     parser.add_argument(
         "--workers", type=int, default=workers, help="processes (%(default)s); 0: this one alone"
@@ -117,18 +120,23 @@ def missing(row: Row, quick: bool) -> str:
     return ""
 
 
-def as_json(row: Row, folder: Path, quick: bool) -> dict[str, Any] | None:
-    """A row with all its runs that are stored; None if there are none."""
+def as_json(row: Row, folder: Path, quick: bool, earlier: bool) -> dict[str, Any] | None:
+    """A row with all its runs that are stored; None if there are none.
+
+    ``earlier``: those of an earlier state of the code too, where there are none of this one.
+    """
     methods: dict[str, list[dict[str, Any]]] = {}
     for method in METHODS:
         runs = []
         for seed in seeds_of(row, None, quick):
             of_seed = cells_of(row, method, seed, quick)
-            stored = cells.results_of(of_seed, folder)
+            stored, mark = cells.results_of(of_seed, folder), {}
+            if earlier and len(stored) < len(of_seed):
+                stored, mark = cells.results_of(of_seed, folder, any_code=True), {"earlier": True}
             # A part of the cases would be no value of the row.
             if len(stored) == len(of_seed):
                 for cell, case in zip(of_seed, row.cases, strict=True):
-                    runs.append({"seed": seed, "case": case, **stored[cell.key]})
+                    runs.append({"seed": seed, "case": case, **mark, **stored[cell.key]})
         if runs and {run["seed"] for run in runs} >= set(row.seeds if len(row.cases) > 1 else ()):
             methods[method] = runs
     if not methods:
@@ -159,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         cells.run(wanted(args), args.cells, "published", args.workers, args.fresh, until)
     except cells.CellError as error:
         failures = error.failures
-    found = {row.name: as_json(row, args.cells, args.quick) for row in rows.ALL}
+    found = {row.name: as_json(row, args.cells, args.quick, args.earlier) for row in rows.ALL}
     document = saving.plain(
         {
             "benchmark": "published",

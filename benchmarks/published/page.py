@@ -16,6 +16,8 @@ from benchmarks.published import compare
 from benchmarks.published.compare import METHODS, Row, shown
 from benchmarks.published.rows import SOLVED
 
+MARK = " \u2020"
+EARLIER = f"{MARK.strip()} Run with an earlier state of the code."
 BUSY = 1.2  # wall time over processor time that is worth a warning
 LINES = {
     "adam": (COLORS["other"], "-"),
@@ -49,6 +51,8 @@ def write(document: dict[str, Any], out: Path) -> None:
         "Written by `python -m benchmarks.published` from [published.json](published.json).",
         _summary(rows),
     ]
+    if any(_mark(row, method) for row in rows.values() for method in row["methods"]):
+        parts.append(EARLIER)
     for name, row in rows.items():
         figure = draw(row)
         figure.savefig(out / f"{name}.png", dpi=110, facecolor="white")
@@ -70,7 +74,9 @@ def _summary(rows: dict[str, Row]) -> str:
     for row in rows.values():
         name = min(row["published"], key=row["published"].__getitem__)
         values = [
-            shown(compare.value(row, method)) if method in row["methods"] else ""
+            shown(compare.value(row, method)) + _mark(row, method)
+            if method in row["methods"]
+            else ""
             for method in METHODS
         ]
         aims = " ".join(compare.aims(row))
@@ -79,13 +85,17 @@ def _summary(rows: dict[str, Row]) -> str:
     return tables.table(["", "best published", *METHODS.values(), "aims reached"], lines)
 
 
+def _mark(row: Row, method: str) -> str:
+    return MARK if any(run.get("earlier") for run in row["methods"][method]) else ""
+
+
 def _section(name: str, row: Row) -> str:
     time = compare.equal_time(row)
     lines = []
     for method in row["methods"]:
         lines.append(
             [
-                METHODS[method],
+                METHODS[method] + _mark(row, method),
                 shown(compare.value(row, method)),
                 shown(compare.value(row, method, "cpu_seconds", time)),
                 f"{compare.loss(row, method):.1e}",

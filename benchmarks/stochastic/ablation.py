@@ -10,7 +10,7 @@ from benchmarks.harness.cells import Cell
 from benchmarks.harness.comparison import PRINTED, Plan, Results, Sample, last_losses
 from benchmarks.harness.minibatch import find_problem
 from benchmarks.harness.tables import number, table
-from benchmarks.stochastic.methods import CONTROL, PAIRS
+from benchmarks.stochastic.methods import CONTROL
 
 # One change at a time to FusePV's setting with a switch at half the epochs, so that all variants
 # have as many epochs of L-BFGS. The last ones move the switch.
@@ -18,8 +18,6 @@ BASE = "switch at 1/2 of the epochs"
 VARIANTS: dict[str, dict[str, Any]] = {
     BASE: {"switch": 0.5},
     "Adam's metric": {"switch": 0.5, **CONTROL},
-    "pairs of averages, metric frozen": {"switch": 0.5, **PAIRS},
-    "the same, 30 pairs": {"switch": 0.5, **PAIRS, "history_size": 30},
     "step cap 1": {"switch": 0.5, "step_cap": 1.0},
     "step cap 25": {"switch": 0.5, "step_cap": 25.0},
     "4 times the batch": {"switch": 0.5, "batch_factor": 4},

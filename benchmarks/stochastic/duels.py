@@ -93,8 +93,6 @@ def duels(spec: Spec, standings: dict[Entry, Standing]) -> list[Duel]:
     ask(question, Entry("fuse_pv", "constant"), Entry("control", "constant"))
     question = "FusePV beside itself in Adam's metric, each with its best schedule"
     ask(question, best["fuse_pv"], best["control"])
-    question = "FusePV beside itself with averaged pairs, without a schedule"
-    ask(question, Entry("fuse_pv", "constant"), Entry("pairs", "constant"))
     question = "FusePV beside itself in Adam's metric, both with the switch at half"
     ask(question, best["fuse_pv_half"], best["control_half"])
     return found

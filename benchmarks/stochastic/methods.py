@@ -11,8 +11,6 @@ from benchmarks.harness.schedules import SCHEDULES, warm_up_steps
 
 # FusePV with the lengths of its second phase in Adam's own metric: what that of matrices is worth.
 CONTROL: dict[str, Any] = {"metric": "diagonal"}
-# What it was before: pairs of averages in a metric that the switch has frozen.
-PAIRS: dict[str, Any] = {"pairs": "averaged"}
 
 # The fourth one, a cosine to 10%, costs a third more: --schedules has it.
 RUN_SCHEDULES = ("constant", "cosine", "warmup_cosine")
@@ -46,7 +44,6 @@ METHODS: dict[str, Method] = {
     "fuse_pv_half": Method("FusePV, switch at half", AT_HALF),
     "control": Method("FusePV in Adam's metric", {"name": "fuse_pv", **CONTROL}),
     "control_half": Method("FusePV in Adam's metric, switch at half", {**AT_HALF, **CONTROL}),
-    "pairs": Method("FusePV with averaged pairs", {"name": "fuse_pv", **PAIRS}),
     "muon": Method("Muon", {"name": "muon"}),
     "soap": Method("SOAP", {"name": "soap"}),
     # Made to do without a schedule; its authors add a warm-up.

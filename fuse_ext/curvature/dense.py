@@ -177,23 +177,23 @@ class DenseMatrix:
             self._ring.move(origin, step, True)
         return header, moves
 
-    def offer(self, s: Tensor, y: Tensor, curvature_tol: float) -> None:
-        """See :meth:`History.offer`; with BFGS, since of B s nothing is known."""
+    def _offer(self, s: Tensor, y: Tensor) -> None:
+        """Takes a pair in, with BFGS, since of B s nothing is known."""
         self._ring.rows[0, 0].copy_(s)
         self._ring.rows[1, 0].zero_()
         self._put("known", 0.0)
         self._put("exact", 0.0)
-        self._direction(y, None, 1.0, curvature_tol)
+        self._direction(y, None, 1.0, 0.0)
 
     def take_over(self, ring: History) -> None:
         """Begins with a ring's pairs and the step that it was on; what they count, it has counted.
 
-        With BFGS for those pairs, as in :meth:`offer`.
+        With BFGS for those pairs.
         """
         self.enter(ring.part)
         direction, grad_prev = ring.waiting()
         for s, y in ring.pairs():
-            self.offer(s, y, 0.0)
+            self._offer(s, y)
         for name in ("accepted", "skipped"):
             self._ring.scalars[scalar_index(name, _SLOTS)] = 0.0
         self._ring.rows[0, 0].copy_(direction)
@@ -227,7 +227,7 @@ class DenseMatrix:
         curvature_tol: float,
     ) -> None:
         grad = effective_gradient(
-            self._flat, self._ops, self.part, grads, decay, maximize, [], self._grad
+            self._flat, self._ops, self.part, grads, decay, maximize, self._grad
         )
         self._direction(grad, self._flat_shares(lr_scale), pair_step, curvature_tol)
 

@@ -82,9 +82,6 @@ class InverseHessian(Protocol):
     ) -> tuple[Header, bool]:
         """:meth:`update`, then p = -H g; with ``origin`` perhaps the step too, and whether so."""
 
-    def offer(self, s: Tensor, y: Tensor, curvature_tol: float) -> None:
-        """A pair made elsewhere."""
-
     def set_grad_prev(self, grad: Tensor) -> None:
         """Puts another gradient in the place of the one that y will be taken from."""
 

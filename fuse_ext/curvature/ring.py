@@ -301,23 +301,6 @@ class History:
         )
         return Header(*numbers), moved != 0.0
 
-    def offer(self, s: Tensor, y: Tensor, curvature_tol: float) -> None:
-        """Keeps a pair made elsewhere if s.y > curvature_tol |s| |y|; both flat.
-
-        The direction under way is lost, and s becomes -s. The rows are written by the ops that
-        write any pair: s is the direction -(-s) of an empty ring, y a gradient after one of 0.
-        """
-        count = ring.index("count", self.slots)
-        held = self.scalars[count].clone()
-        self.scalars[count] = 0.0
-        ring.array(self.scalars, "coef_g", self.slots).fill_(-1.0)
-        places = range(len(self._flat.params))
-        s.neg_()
-        self.direction([self._flat.stretch(s, i) for i in places], [], [], False)
-        self.scalars[count] = held
-        self._grad_prev().zero_()
-        self.update([self._flat.stretch(y, i) for i in places], [], False, 1.0, curvature_tol)
-
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Copies of s and y of the usable pairs, oldest first, in the state's dtype."""
         rows = Rows(self.rows, self.scales, self._flat.dtype)

@@ -375,10 +375,8 @@ def effective_gradient(
     flat: FlatParams, ops: Ops, options: StepOptions, part: Part, grads: list[Tensor], out: Tensor
 ) -> Tensor:
     """See :func:`fuse_ext.vector.gradients.effective_gradient`; as the options have it."""
-    decay, ascends = part.pick(options.weight_decay), part.pick(options.ascends)
-    return gradients.effective_gradient(
-        flat, ops, part, grads, decay, options.maximize, ascends, out
-    )
+    decay = part.pick(options.weight_decay)
+    return gradients.effective_gradient(flat, ops, part, grads, decay, options.maximize, out)
 
 
 def _version(grad: Tensor | None) -> int:

@@ -23,8 +23,6 @@ class StepOptions:
         lr_scale: Share of each parameter in a step; empty for 1.
         weight_decay: L2 coefficient of each parameter; empty for 0.
         maximize: Ascend.
-        ascends: Instead, whether to ascend in each parameter, where not all do alike; only on
-            averages.
         max_iter, max_eval: Budget of one call of ``step``. Where it begins counts as one
             evaluation, made or remembered.
         tolerance_grad, tolerance_change, rtol: When to stop; 0 for never.
@@ -44,7 +42,6 @@ class StepOptions:
     lr_scale: list[float] = field(default_factory=list)
     weight_decay: list[float] = field(default_factory=list)
     maximize: bool = False
-    ascends: list[bool] = field(default_factory=list)
     max_iter: int = 1
     max_eval: int = 25
     tolerance_grad: float = 0.0

@@ -20,7 +20,6 @@ from fuse_ext.optim.flat_optimizer import FlatOptimizer, own_group
 from fuse_ext.optim.fuse import Fuse
 from fuse_ext.optim.fuse_pv import FusePV
 from fuse_ext.optim.lbfgs import LBFGS
-from fuse_ext.phase.averages import AveragesPhase
 from fuse_ext.phase.living.kronecker import kronecker_nbytes
 from fuse_ext.phase.modes import AUTO, living, takes_matrix
 from fuse_ext.tell.memory import MemoryEstimate, PhaseMemory
@@ -55,7 +54,7 @@ def estimate_memory(
 
     ::
 
-        >>> print(fuse_ext.estimate_memory(10**6, pairs="averaged", history_dtype=torch.bfloat16))
+        >>> print(fuse_ext.estimate_memory(10**6, line_search="armijo", history_size=5))
         FusePV, 1,000,000 parameters
         phase      state  workspace  bytes a parameter
         adam    7.63 MiB        0 B        8.00 + 0.00
@@ -78,7 +77,7 @@ def estimate_memory(
         deterministic: What FusePV is told of the closure: with True "auto" is a line search, and
             the default is a matrix, or a larger history.
         curvature: "auto", "dense" or "pairs", of FusePV.
-        pairs: "averaged" for FusePV's on minibatches, or "auto" for none there.
+        pairs: "auto" for none on minibatches, else where FusePV's come from.
         metric: "auto", "diagonal" or "kronecker" there; a weight's bases go by its shape, so that a
             number of parameters has none.
 
@@ -91,8 +90,8 @@ def estimate_memory(
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     groups, shards = _on_meta(params)
-    averages = line_search == AUTO and optimizer == "FusePV" and not deterministic
-    if line_search == AUTO and not averages:
+    batches = line_search == AUTO and optimizer == "FusePV" and not deterministic
+    if line_search == AUTO and not batches:
         line_search = "strong_wolfe"
     lbfgs_options: dict[str, Any] = {"history_dtype": history_dtype, "process_group": ALONE}
     if history_size is not None:
@@ -123,22 +122,15 @@ def estimate_memory(
         opt = Fuse(groups, amsgrad=amsgrad, line_search=line_search, **lbfgs_options)
     flat, ops = opt.flat, kernels.select("reference", opt.flat.device)
     adam = lbfgs = scratch = inherited = 0
-    masters = None
     size = opt.param_groups[0].get("history_size", 0)
     if optimizer != "LBFGS":
         dtype, keeps = (opt.param_groups[0].get(n) for n in ("moment_dtype", "master_weights"))
         state: Any = defaultdict(dict)
         made = Moments(flat, ops, state, opt.param_groups, dtype, keeps_masters=bool(keeps))
-        adam, masters = made.nbytes, made.masters
-    alive = averages and living(opt.param_groups[0])
-    if alive:
+        adam = made.nbytes
+    if batches and living(opt.param_groups[0]):
         bases, scratch = kronecker_nbytes(flat, opt.param_groups, shards)
         lbfgs, inherited = adam + bases, adam
-    elif averages:
-        phase = AveragesPhase(flat, ops, {}, size, history_dtype)
-        phase.masters = masters or phase.masters
-        lbfgs, scratch = phase.nbytes, phase.workspace_nbytes
-        inherited = 0 if masters is None else masters.nbytes
     elif optimizer != "Adam":
         held: InverseHessian
         if optimizer == "FusePV" and takes_matrix(opt.param_groups[0], flat):
@@ -154,7 +146,7 @@ def estimate_memory(
         "LBFGS": (PhaseMemory("lbfgs", lbfgs, scratch),),
         "FusePV": (
             PhaseMemory("adam", adam, 0),
-            PhaseMemory("lbfgs", lbfgs, scratch, averages and not alive, inherited),
+            PhaseMemory("lbfgs", lbfgs, scratch, inherited),
         ),
         "Fuse": (PhaseMemory("fuse", adam + lbfgs, scratch),),
     }

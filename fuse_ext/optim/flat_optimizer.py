@@ -146,7 +146,7 @@ class FlatOptimizer(Optimizer, ABC):
             optimizer.continue_in(torch.float64)
 
         Parameters that have not been converted are, in place, with the gradients at hand, and so
-        is all state: moments, curvature, averages, counters. No value changes, but that parameters
+        is all state: moments, curvature, counters. No value changes, but that parameters
         become their master weights where they have some. What was learnt of the loss's rounding is
         forgotten, the next step evaluates anew, and a run that had nothing left to gain goes on,
         which is why this is not called ``to``. Options stay, but for ``moment_dtype``, which is

@@ -12,7 +12,6 @@ from fuse_ext.kernels.hooks import without_grad
 from fuse_ext.optim.flat_optimizer import FlatOptimizer
 from fuse_ext.optim.options import FUSE_PV_TABLE, check_switch
 from fuse_ext.phase import modes, succession
-from fuse_ext.phase.averages import AveragesPhase
 from fuse_ext.phase.modes import ADAM, AUTO, LBFGS
 from fuse_ext.phase.protocol import Call, Outcome, Scaling
 from fuse_ext.phase.told import ask, told_of
@@ -47,9 +46,9 @@ class FusePV(FlatOptimizer):
         lr: Adam's step size. Learning-rate schedulers drive it; after the switch the L-BFGS step is
             scaled by lr over the lr at the switch (or the first later one, if that was 0).
         switch: A :class:`~fuse_ext.Switchover`; an int for that many steps; a callable on an
-            :class:`~fuse_ext.Observation`; None for 20 steps where minibatches may follow (50 with
-            ``pairs="averaged"``), else :class:`~fuse_ext.LossPlateau` or, if ``deterministic``, a
-            short :class:`~fuse_ext.WarmUp`.
+            :class:`~fuse_ext.Observation`; None for 20 steps where minibatches may follow, else
+            :class:`~fuse_ext.LossPlateau` or, if ``deterministic``, a short
+            :class:`~fuse_ext.WarmUp`.
         betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root, moment_dtype,
             master_weights: As in :class:`~fuse_ext.Adam`. On minibatches weight decay is that of
             the Adam phase, and master weights stay. With a line search or a fixed step it is an L2
@@ -59,7 +58,7 @@ class FusePV(FlatOptimizer):
         curvature: "dense" for the inverse Hessian as a matrix of 4 d^2 bytes for d parameters
             (:mod:`~fuse_ext.curvature.dense`), "pairs" for L-BFGS, "auto" for a matrix up to
             512 MiB (11,576 parameters; on a GPU 1 GiB, 16,376) on one function with a line search,
-            where nothing is said of pairs, and for pairs elsewhere. Averages go with pairs alone.
+            where nothing is said of pairs, and for pairs elsewhere.
         dense_update: The matrix's: "broyden", the self-scaled Broyden update, or "bfgs".
         history_size: m, the curvature pairs kept; None for 10 or, on one function, as many as fit
             64 MiB, at most 500 and at most d, but at least 10. They cost 4 m d reads an iteration.
@@ -67,13 +66,13 @@ class FusePV(FlatOptimizer):
         line_search: "approximate_wolfe" (which goes on by slopes where noise or rounding hides
             the loss's decrease, and is strong Wolfe elsewhere), "strong_wolfe", "armijo", None
             (fixed step), or "auto": approximate Wolfe where the closure is the same function at
-            every call or ``max_iter`` > 1, else a fixed step on averages.
+            every call or ``max_iter`` > 1, else none, and no pairs (see ``metric``).
         max_iter: L-BFGS iterations per ``step``, all on the one closure.
         max_eval: Evaluations per ``step`` at most, the (perhaps spared) one where it begins
             included; at least 2 where it evaluates its end or searches. None for 25 an iteration
             and that one. Those of a ``pair_closure`` come on top.
         tolerance_grad, tolerance_change, rtol: When an L-BFGS ``step`` stops early, as in
-            :class:`~fuse_ext.LBFGS`, but on averages; by default it never does while it can go on.
+            :class:`~fuse_ext.LBFGS`; by default it never does while it can go on.
             ``rtol`` knows no scale, and ``report().converged`` tells a loop that it was reached.
         curvature_tol: Pairs need s.y > curvature_tol \|s\| \|y\|; None for 1e-8 if
             ``deterministic`` or found out to be so, else 1e-4.
@@ -85,14 +84,12 @@ class FusePV(FlatOptimizer):
             batch, no dropout). A step then begins with the last step's final evaluation, unless
             parameters or gradients were touched in between: about one evaluation an iteration
             instead of two; where a trial does not fit what is remembered the start is evaluated
-            again. False: it is not. None: find out, on averages by a first step that does not move,
+            again. False: it is not. None: find out, by a first step after Adam that does not move,
             with a line search by holding a step's start against the last one's end. If they agree
-            all is as if promised; if not, time and again, Adam takes over, and averages after it.
+            all is as if promised; if not, time and again, Adam takes over.
         trial_errors: As in :class:`~fuse_ext.LBFGS`.
         pairs: How curvature pairs are made, so that none mixes two batches.
 
-            - "averaged": of means over 10 batches (:mod:`~fuse_ext.phase.averages`): one gradient a
-              step, no closure needed, 6 vectors more. Not with a line search or a matrix.
             - "same_batch": of two gradients on the step's own batch. A line search has the second
               one anyway, a fixed step evaluates once more; ``step(pair_closure=...)`` takes both
               on another sample, such as the overlap of two batches.
@@ -223,13 +220,13 @@ class FusePV(FlatOptimizer):
 
         Args:
             closure: Zeroes the gradients, computes the loss and its gradients, returns the loss,
-                or None where nothing needs it. Optional in the Adam phase, and in the L-BFGS phase
-                on averages or with a fixed step and ``max_iter=1``.
+                or None where nothing needs it. Optional in the Adam phase, on minibatches, and with
+                a fixed step and ``max_iter=1``.
             loss: Of the gradients at hand, where there is no closure and a criterion needs it.
-            batch_id: What batch this is. Without averages a change is as :meth:`new_objective`.
+            batch_id: What batch this is. In L-BFGS a change is as :meth:`new_objective`.
             pair_closure: Like ``closure``, on the sample that the pair's two gradients are to be
                 of: the overlap of this batch and the next (multi-batch L-BFGS), or a larger one.
-                Called before and after an L-BFGS step without averages; not with ``max_iter`` > 1.
+                Called before and after a step of L-BFGS; not with ``max_iter`` > 1.
 
         Returns:
             The loss where the step began.
@@ -389,12 +386,9 @@ class FusePV(FlatOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch, in either phase; a ``history_size`` that was not given counts anew.
 
-        In the L-BFGS phase the curvature starts afresh; on averages Adam takes over again, since
-        it has to find the new parameters' metric.
+        L-BFGS's curvature starts afresh; on minibatches the new parameters begin as Adam's do.
         """
         super().add_param_group(param_group)
 
     def _note_group(self, before: FlatParams) -> None:
-        if isinstance(self._phase, AveragesPhase):
-            self.switch_back()
         modes.fill_in_anew([self.defaults, *self.param_groups], before, self.flat, self._unsaid)

@@ -25,7 +25,6 @@ from fuse_ext.phase.living.kronecker import METRICS
 from fuse_ext.phase.modes import (
     ADAM,
     AUTO,
-    AVERAGED,
     CURVATURES,
     DENSE,
     LBFGS,
@@ -232,25 +231,9 @@ def _max_eval_suffices(
     return check
 
 
-def _averages_alone(group: ParamGroup) -> None:
-    if group["pairs"] != AVERAGED:
-        return
-    for name, allowed in (
-        ("capturable", (False,)),
-        ("line_search", (AUTO, None)),
-        ("deterministic", (False, None)),
-        ("max_iter", (1,)),
-    ):
-        if group[name] not in allowed:
-            raise ValueError(f"pairs='averaged' goes with {name} in {allowed}, got {group[name]!r}")
-
-
 def _matrix_on_host(group: ParamGroup) -> None:
-    if group["curvature"] != DENSE:
-        return
-    for name, refused in (("capturable", True), ("pairs", AVERAGED)):
-        if group[name] == refused:
-            raise ValueError(f"curvature='dense' does not go with {name}={refused!r}")
+    if group["curvature"] == DENSE and group["capturable"]:
+        raise ValueError("curvature='dense' does not go with capturable=True")
 
 
 def check_switch(switch: Switchover, capturable: bool) -> None:
@@ -366,11 +349,6 @@ FUSE_PV_TABLE = Table(
     required="lr betas",
     rules=(
         Rule(
-            'pairs="averaged" goes with neither a line search, capturable, deterministic=True nor '
-            "max_iter > 1",
-            _averages_alone,
-        ),
-        Rule(
             "max_eval >= 2 with a line search, deterministic=True or pairs of one batch",
             _max_eval_suffices(
                 lambda group: group["line_search"] is not None or bool(group["deterministic"]),
@@ -378,8 +356,6 @@ FUSE_PV_TABLE = Table(
             ),
         ),
         _capturable("line_search"),
-        Rule(
-            'curvature="dense" goes with neither capturable nor pairs="averaged"', _matrix_on_host
-        ),
+        Rule('curvature="dense" does not go with capturable', _matrix_on_host),
     ),
 )

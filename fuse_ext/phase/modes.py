@@ -15,8 +15,8 @@ from fuse_ext.vector.flat import FlatParams, ParamGroup
 ADAM, LBFGS = "adam", "lbfgs"  # phases
 AUTO = "auto"
 # How curvature pairs are made.
-AVERAGED, SAME_BATCH, CONSECUTIVE = "averaged", "same_batch", "consecutive"
-PAIRS = (AUTO, AVERAGED, SAME_BATCH, CONSECUTIVE)
+SAME_BATCH, CONSECUTIVE = "same_batch", "consecutive"
+PAIRS = (AUTO, SAME_BATCH, CONSECUTIVE)
 # The line search that "auto" means where the closure is the same function at every call.
 SEARCH = "approximate_wolfe"
 # Curvature test without and with noise in the gradients, by ``deterministic``.
@@ -25,8 +25,6 @@ CURVATURE_TOL = {True: 1e-8, False: 1e-4}
 # Later ones gain nothing (python -m benchmarks.stochastic), and rates that suit the next phase can
 # be too long for Adam.
 FIRST_STEPS = 20
-# As many as give averages with pairs a metric to keep.
-FIRST_STEPS_OF_PAIRS = 50
 # Curvature pairs if nothing is said. On one function more are better, as long as they are cheap.
 LEAST_PAIRS, MOST_PAIRS = 10, 500
 HISTORY_BYTES = 64 * 2**20
@@ -43,21 +41,18 @@ MATRIX_BYTES = {"cpu": 512 * 2**20, "cuda": 1024 * 2**20}
 SCALING_PAIRS = 100
 
 
-def averages(group: ParamGroup) -> bool:
-    """Whether L-BFGS is to begin on averages: asked for, or likely where nothing was asked."""
-    if group["pairs"] != AUTO:
-        return bool(group["pairs"] == AVERAGED)
-    return group["line_search"] == AUTO and group["max_iter"] == 1 and not group["deterministic"]
-
-
 def living(group: ParamGroup) -> bool:
-    """Whether the phase on minibatches is one in a living metric, without pairs."""
-    return averages(group) and group["pairs"] == AUTO
+    """Whether Adam is to be followed by the phase for minibatches, in a living metric.
+
+    It is where nothing else was asked for.
+    """
+    asked = group["pairs"] != AUTO or group["line_search"] != AUTO or group["max_iter"] != 1
+    return not (asked or group["deterministic"])
 
 
 def closure_wanted(group: ParamGroup) -> str:
     """The option for whose sake the phase after Adam needs a closure; empty if it needs none."""
-    if averages(group) or (group["line_search"] is None and group["max_iter"] == 1):
+    if living(group) or (group["line_search"] is None and group["max_iter"] == 1):
         return ""
     if group["line_search"] not in (AUTO, None):
         return f"line_search={group['line_search']!r}"
@@ -66,7 +61,7 @@ def closure_wanted(group: ParamGroup) -> str:
 
 def finds_out(group: ParamGroup) -> bool:
     """Whether the closure will be watched to learn if it is the same function at every call."""
-    return averages(group) and group["pairs"] == AUTO and group["deterministic"] is None
+    return living(group) and group["deterministic"] is None
 
 
 def watches_searches(group: ParamGroup) -> bool:
@@ -76,8 +71,8 @@ def watches_searches(group: ParamGroup) -> bool:
 
 def default_switch(group: ParamGroup) -> Switchover:
     """When to leave Adam if nothing is said."""
-    if averages(group):
-        return AfterSteps(FIRST_STEPS if living(group) else FIRST_STEPS_OF_PAIRS)
+    if living(group):
+        return AfterSteps(FIRST_STEPS)
     if group["deterministic"]:
         return WarmUp() | LossPlateau()
     return LossPlateau()
@@ -199,8 +194,8 @@ def second_phase(group: ParamGroup, flat: FlatParams, kind: str) -> str:
         if living(group):
             watch = ", unless the closure is found to be one function" * finds_out(group)
             return f"will be Adam's averages in a metric that grows, for minibatches{watch}"
-        dense = takes_matrix(group, flat) and not averages(group)
-        return f"will be {second_phase(group, flat, DENSE if dense else IN_PAIRS)}"
+        kind = DENSE if takes_matrix(group, flat) else IN_PAIRS
+        return f"will be {second_phase(group, flat, kind)}"
     if kind not in (DENSE, IN_PAIRS):
         metric = "a Kronecker-factored metric" if kind == "kronecker" else "Adam's diagonal metric"
         unsaid = group["deterministic"] is None
@@ -214,8 +209,6 @@ def second_phase(group: ParamGroup, flat: FlatParams, kind: str) -> str:
         return (
             f"a dense inverse Hessian ({group['dense_update']}): {asked}; {size}, {needs:.3g} MiB"
         )
-    if averages(group) and group["pairs"] == AVERAGED:
-        return f"L-BFGS on averages, {group['history_size']} pairs: pairs='averaged'"
     search = SEARCH if group["line_search"] == AUTO else group["line_search"]
     step = "a fixed step" if search is None else search
     if group["capturable"] or search is None or group["curvature"] == IN_PAIRS:
@@ -228,19 +221,19 @@ def second_phase(group: ParamGroup, flat: FlatParams, kind: str) -> str:
 
 
 def check_signs(groups: list[ParamGroup]) -> None:
-    """Raises ValueError for groups of both signs, which an L-BFGS without averages cannot have."""
+    """Raises ValueError for groups of both signs, which L-BFGS cannot have."""
     if mixed_signs(groups):
         raise ValueError(
             "maximize must be the same in all parameter groups, got "
             f"{[group['maximize'] for group in groups]}: ascent in one group and descent in "
-            "another have no common objective for a line search or a fixed step; on averages and "
-            "with switch=Never() each group has its own sign"
+            "another have no common objective for a line search or a fixed step; in the default "
+            "phase on minibatches and with switch=Never() each group has its own sign"
         )
 
 
 def check_signs_to_come(groups: list[ParamGroup], switch: Switchover) -> None:
-    """As :func:`check_signs`, unless L-BFGS will be on averages or never begin."""
-    if not isinstance(switch, Never) and (switch.at_once or not averages(groups[0])):
+    """As :func:`check_signs`, unless L-BFGS will never begin."""
+    if not isinstance(switch, Never) and (switch.at_once or not living(groups[0])):
         check_signs(groups)
 
 
@@ -253,7 +246,7 @@ def compares_losses(group: ParamGroup) -> bool:
     name = "line_search_fn" if "line_search_fn" in group else "line_search"
     search = group.get(name)
     if search == AUTO:
-        return not averages(group)
+        return not living(group)
     return search not in (None, "fixed") or bool(group.get("deterministic"))
 
 

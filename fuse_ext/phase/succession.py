@@ -17,7 +17,6 @@ from fuse_ext.objective.setbacks import COUNTERS
 from fuse_ext.objective.step_options import mixed_signs
 from fuse_ext.objective.watch import Watch
 from fuse_ext.phase.adam import AdamPhase
-from fuse_ext.phase.averages import AVERAGED_NAMES, VECTORS, AveragesPhase, check_averaged_state
 from fuse_ext.phase.lbfgs.device import DevicePhase
 from fuse_ext.phase.lbfgs.device import settle as settle_entry
 from fuse_ext.phase.lbfgs.iteration import ITERATION_NAMES, check_lbfgs_state
@@ -26,9 +25,7 @@ from fuse_ext.phase.living.kronecker import KRONECKER_NAMES, check_kronecker_sta
 from fuse_ext.phase.living.phase import LIVING_NAMES, LivingPhase, living_names
 from fuse_ext.phase.modes import (
     ADAM,
-    AVERAGED,
     LBFGS,
-    averages,
     check_signs,
     finds_out,
     living,
@@ -39,7 +36,7 @@ from fuse_ext.phase.modes import (
 )
 from fuse_ext.phase.protocol import QuasiNewton
 from fuse_ext.vector.flat import FlatParams, ParamGroup
-from fuse_ext.vector.narrow.masters import MASTER, Masters
+from fuse_ext.vector.narrow.masters import MASTER
 
 # Where there was no memory for the next phase Adam takes so many steps before the next attempt.
 STAY = 100
@@ -48,7 +45,6 @@ AnyPhase: TypeAlias = AdamPhase | QuasiNewton
 _HELD = (
     *MATRIX_NAMES,
     *ITERATION_NAMES,
-    *AVERAGED_NAMES,
     *Watch.NAMES,
     *living_names(),
     "batch_id",
@@ -95,17 +91,6 @@ class Ground(NamedTuple):
         watches = watches_searches(group)
         return make_lbfgs(self.flat, self.ops, self.entry, group, scales, watches, dense)
 
-    def averages(self) -> AveragesPhase:
-        """L-BFGS on averages, with whatever the entry holds of them."""
-        size, dtype = self.groups[0]["history_size"], self.groups[0]["history_dtype"]
-        phase = AveragesPhase(self.flat, self.ops, self.entry, size, dtype)
-        if self.groups[0]["master_weights"]:
-            phase.masters = Masters(self.flat, self.state)
-        else:  # there may be some of a checkpoint
-            for param in self.flat.params:
-                self.state.get(param, {}).pop(MASTER, None)
-        return phase
-
     def living(self) -> LivingPhase:
         """The phase in a living metric, with the moments that the state holds."""
         return LivingPhase(self.flat, self.ops, self.state, self.groups)
@@ -125,7 +110,7 @@ def adopted(ground: Ground, phase: str) -> AnyPhase | None:
         return None
     if entry["history"].shape[2] != flat.numel:
         drop_lbfgs_state(entry)  # a group was added: curvature starts afresh
-    return ground.averages() if VECTORS[0] in entry else ground.lbfgs()
+    return ground.lbfgs()
 
 
 def successor(
@@ -183,28 +168,21 @@ def _made_successor(
     """The phase that follows Adam, with all its memory, and how it begins where Adam ends.
 
     Raises:
-        RuntimeError: Averages are asked for, and Adam has left none.
         ValueError: Groups of both signs where there is one objective.
     """
     groups = ground.groups
-    moments = before.moments if isinstance(before, AdamPhase) else None
-    if averages(groups[0]) and moments is not None and log["phase_steps"]:
+    if living(groups[0]) and isinstance(before, AdamPhase) and log["phase_steps"]:
         watches = finds_out(groups[0]) and not mixed_signs(groups) and not log.get("batches")
-        if living(groups[0]):
-            begun, scheduled = ground.living(), bool(log.get("scheduled"))
-            begun.take_memory()
-            return begun, lambda: begun.inherit(groups, scheduled, watches)
-        phase = ground.averages()
-        return phase, lambda: phase.inherit(moments, groups, watches)
-    if groups[0]["pairs"] == AVERAGED:
-        raise RuntimeError("pairs='averaged' needs Adam's moments: take an Adam step first")
+        begun, scheduled = ground.living(), bool(log.get("scheduled"))
+        begun.take_memory()
+        return begun, lambda: begun.inherit(groups, scheduled, watches)
     check_signs(groups)
     scales = will_scale(groups[0], ground.flat, unsaid)
     return ground.lbfgs(self_scaling=scales), lambda: None
 
 
 def found_one_function(ground: Ground) -> LbfgsPhase | DevicePhase:
-    """The phase that follows averages which turn out not to be needed."""
+    """The phase that follows one for minibatches which turn out to be one function."""
     drop_lbfgs_state(ground.entry)
     drop_adam_state(ground, None)  # a living metric has kept them
     phase = ground.lbfgs(one_function=True)
@@ -249,8 +227,7 @@ def drop_adam_state(ground: Ground, after: AnyPhase | None) -> None:
     """
     if isinstance(after, LivingPhase):
         return
-    kept = () if isinstance(after, AveragesPhase) else (MASTER,)
-    names = ("step", *MOMENTS, *KRONECKER_NAMES, *kept)
+    names = ("step", *MOMENTS, *KRONECKER_NAMES, MASTER)
     for param in ground.flat.params:
         for name in names:
             ground.state[param].pop(name, None)
@@ -316,8 +293,7 @@ def check_phase_state(
                 return
             size = groups[0].get("history_size", defaults["history_size"])
             check_lbfgs_state(first, size + 1, flat)
-            check_averaged_state(first, flat)
-        if "history" in first and VECTORS[0] not in first:
+        if "history" in first:
             check_signs([{**defaults, **group} for group in groups])
     else:  # torch.optim.Adam's checkpoints have no phase and are welcome
         moments = {

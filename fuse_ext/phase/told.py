@@ -12,7 +12,6 @@ from fuse_ext.kernels.capture import check_lr_tensor
 from fuse_ext.kernels.hooks import with_grad
 from fuse_ext.objective.step_options import step_options
 from fuse_ext.phase.adam import AdamPhase
-from fuse_ext.phase.averages import AveragesPhase
 from fuse_ext.phase.lbfgs.device import DevicePhase
 from fuse_ext.phase.lbfgs.phase import LbfgsPhase
 from fuse_ext.phase.living.phase import LivingPhase
@@ -152,7 +151,7 @@ def tell(phase: QuasiNewton, call: Call, flat: FlatParams) -> None:
     if isinstance(phase, DevicePhase):
         check_capturable(groups[0], "line_search")
         lr = shared_lr(groups, flat.device)
-    if not isinstance(phase, (AveragesPhase, LivingPhase)):
+    if not isinstance(phase, LivingPhase):
         check_signs(groups)
     if lr is None:
         lrs = [lbfgs_lr(group) for group in groups]
@@ -169,9 +168,8 @@ def tell(phase: QuasiNewton, call: Call, flat: FlatParams) -> None:
     alone = call.closure is None and isinstance(phase, LbfgsPhase)
     if alone and (options.line_search or options.max_iter > 1):
         raise ValueError(
-            f"closure=None in the L-BFGS phase needs line_search=None and max_iter=1, or "
-            f"pairs='averaged', got line_search={options.line_search!r} and "
-            f"max_iter={options.max_iter}"
+            "closure=None in the L-BFGS phase needs line_search=None and max_iter=1, got "
+            f"line_search={options.line_search!r} and max_iter={options.max_iter}"
         )
     call.options, call.rescues = options, True
 

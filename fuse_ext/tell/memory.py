@@ -14,14 +14,12 @@ class PhaseMemory:
         state_bytes: What ``state_dict`` saves, padding included, but for the 16 KiB or more of its
             record of counts and names.
         workspace_bytes: Scratch held between steps, once the line search has needed it.
-        eager: Whether the scratch is made with the state.
         inherited: Bytes of the state that the phase before leaves.
     """
 
     phase: str
     state_bytes: int
     workspace_bytes: int
-    eager: bool = False
     inherited: int = 0
 
     @property
@@ -57,10 +55,7 @@ class MemoryEstimate:
     @property
     def peak_bytes(self) -> int:
         """The most held at once: at a switch, the states of both phases for a moment."""
-        at_switch = sum(
-            (phase.total_bytes if phase.eager else phase.state_bytes) - phase.inherited
-            for phase in self.phases
-        )
+        at_switch = sum(phase.state_bytes - phase.inherited for phase in self.phases)
         return max(at_switch, *(phase.total_bytes for phase in self.phases))
 
     @property

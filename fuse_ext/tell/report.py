@@ -56,8 +56,8 @@ class Report:
         pairs_held: Curvature pairs in the history, or seen by the matrix since it began.
         pairs_accepted: Pairs accepted so far.
         pairs_skipped: Pairs refused by the curvature test so far.
-        history_resets: Times the history was dropped: the direction did not descend, no acceptable
-            step was found along it, or, on averages, the gradient had jumped.
+        history_resets: Times the history was dropped: the direction did not descend, or no
+            acceptable step was found along it.
         step_cuts: Times the next step along -g was made shorter, since none was found.
         fallbacks: Times Adam took over again, since line searches kept failing, what had looked
             like one function were batches, or losses stayed above those at the switch; on one

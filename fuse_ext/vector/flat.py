@@ -17,7 +17,7 @@ from fuse_ext import _C
 from fuse_ext.vector.checks import check_grads, check_params
 from fuse_ext.vector.measures import Measures
 from fuse_ext.vector.ranks import find_ranks, measures_of, unsaid
-from fuse_ext.vector.shards import Places, divided, is_dtensor, lay_out, like, local
+from fuse_ext.vector.shards import is_dtensor, lay_out, like, local
 
 ParamGroup: TypeAlias = dict[str, Any]
 Closure: TypeAlias = Callable[[], Any]
@@ -67,7 +67,6 @@ class FlatParams:
     Args:
         groups: ``Optimizer.param_groups`` itself; the vector follows their order.
         process_group: Who steps together; see :func:`~fuse_ext.vector.ranks.find_ranks`.
-        alike: Another layout, whose stretches the parameters here are, one by one.
 
     Attributes:
         params: All parameters, as the groups have them.
@@ -79,7 +78,7 @@ class FlatParams:
         total, usual: Elements of all parameters, and of those that lie on a rank on average.
         unsaid: Whether other ranks may step with this one, and nobody has said so.
         together: The ranks that hold it; None for this process alone.
-        laid_out, stretches: Where what lies, and on how many of them each part of it.
+        stretches: What of it equally many of them hold.
         order, permuted: The parameters by their places, and whether that is another order: those
             that equally many ranks hold lie together.
         group_slices: For each group, its slice of ``params``.
@@ -88,12 +87,10 @@ class FlatParams:
         layout: What C++ knows of all this: quick answers for the common case.
         memo: For the optimizer, to keep what it has prepared for this layout.
         whole: All parameters as a :class:`Part`.
-        measures: Dots and norms of flat vectors.
+        measures: Numbers that all ranks agree on.
     """
 
-    def __init__(
-        self, groups: list[ParamGroup], process_group: Any = None, alike: FlatParams | None = None
-    ) -> None:
+    def __init__(self, groups: list[ParamGroup], process_group: Any = None) -> None:
         self._groups = groups
         self.params: list[Tensor] = []
         self.group_slices: list[slice] = []
@@ -111,21 +108,17 @@ class FlatParams:
         self.dtype = torch.float64 if any(p.dtype in double for p in self.params) else torch.float32
         self._complex = any(p.is_complex() for p in self.params)
         self.sizes = [p.numel() * (2 if p.is_complex() else 1) for p in self.tensors]
-        self.unsaid = alike is None and unsaid(self.params, process_group)
-        if alike is None:
-            self.together = find_ranks(self.params, process_group, self.device)
-            ranks = 1 if self.together is None else self.together.size
-            places = lay_out(self.params, self.sizes, ranks)
-        else:
-            self.together, places = alike.together, divided(alike.laid_out)
-        self.laid_out: Places = places
+        self.unsaid = unsaid(self.params, process_group)
+        self.together = find_ranks(self.params, process_group, self.device)
+        ranks = 1 if self.together is None else self.together.size
+        places = lay_out(self.params, self.sizes, ranks)
         self.stretches = places.stretches
         self.offsets: list[int] = places.offsets
         self.numel: int = places.numel
         self.total, self.usual = places.total, places.usual
         self.order: list[int] = places.order
         self.permuted: bool = self.order != list(range(len(self.params)))
-        self.measures: Measures = measures_of(self.together, self.params, self.stretches)
+        self.measures: Measures = measures_of(self.together)
         self.memo: Any = None
         tensors = self.tensors
         self.layout: Any = _C.Layout([tensors[place] for place in self.group_slices], self.offsets)
@@ -277,10 +270,6 @@ class FlatParams:
         for param, is_missing, count in zip(self.params, missing, counts, strict=True):
             if is_missing and count < self.measures.ranks:
                 param.grad = torch.zeros_like(param)
-
-    def share(self, i: int) -> float:
-        """What elements of ``params[i]`` count in a sum over ranks."""
-        return next(stretch.share for stretch in self.stretches if i in stretch.members)
 
     def alike(self, members: list[int]) -> list[tuple[list[int], float]]:
         """These parameters by the ranks that hold them, in flat order, and what they count."""

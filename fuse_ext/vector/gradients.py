@@ -50,13 +50,11 @@ def effective_gradient(
     grads: list[Tensor],
     decay: list[float],
     maximize: bool,
-    ascends: list[bool],
     out: Tensor,
 ) -> Tensor:
     """The gradient of what is minimised, sign and L2 penalty included, as one flat vector.
 
-    Zero where a parameter is not in ``part``. ``decay`` and ``ascends`` (where not all go the same
-    way) are of the part's parameters, or empty.
+    Zero where a parameter is not in ``part``. ``decay`` is of the part's parameters, or empty.
     """
     if part.absent:
         out.zero_()
@@ -64,9 +62,6 @@ def effective_gradient(
         ops.grad_gather(part.reals(part.params), grads, part.offsets, out)
     if maximize:
         out.neg_()
-    for i, up in zip(part.indices, ascends, strict=False):
-        if up:
-            flat.piece(out, i).neg_()
     for i, coefficient in zip(part.indices, decay, strict=False):
         if coefficient:
             flat.piece(out, i).add_(flat.tensors[i].detach(), alpha=coefficient)

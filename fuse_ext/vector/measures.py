@@ -26,15 +26,6 @@ class Measures(Protocol):
 
     ranks: int
 
-    def dot(self, a: Tensor, b: Tensor) -> float:
-        """a.b of two flat vectors."""
-
-    def norm(self, a: Tensor) -> float:
-        """|a| of a flat vector."""
-
-    def mean_square(self, piece: Tensor, i: int) -> float:
-        """Of the elements of ``params[i]``, of which ``piece`` is what lies here."""
-
     def largest(self, tensors: list[Tensor]) -> float:
         """max |x| over tensors of any shape, of which one at least is not empty."""
 
@@ -64,18 +55,6 @@ class Local:
     """Measures of a vector that lies in this process as a whole."""
 
     ranks = 1
-
-    def dot(self, a: Tensor, b: Tensor) -> float:
-        """See :class:`Measures`."""
-        return float(a.dot(b))
-
-    def norm(self, a: Tensor) -> float:
-        """See :class:`Measures`."""
-        return float(a.norm())
-
-    def mean_square(self, piece: Tensor, i: int) -> float:
-        """See :class:`Measures`."""
-        return float(piece.norm()) ** 2 / piece.numel()
 
     def largest(self, tensors: list[Tensor]) -> float:
         """See :class:`Measures`."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fuse_ext.vector.measures import LOCAL, POINT_SUMS, Measures, PartsDiffer
-from fuse_ext.vector.shards import Stretch, check_spread, is_dtensor, shards_of
+from fuse_ext.vector.shards import check_spread, is_dtensor, shards_of
 
 # What ``process_group`` may say in the place of a group: each process trains a model of its own.
 ALONE = "local"
@@ -190,29 +190,11 @@ class OverRanks:
 
     Args:
         together: Those ranks.
-        params: The parameters.
-        stretches: How the vector lies.
     """
 
-    def __init__(self, together: Ranks, params: Sequence[Tensor], stretches: list[Stretch]) -> None:
-        self._together, self._stretches = together, stretches
+    def __init__(self, together: Ranks) -> None:
+        self._together = together
         self.ranks = together.size
-        self._share = {i: part.share for part in stretches for i in part.members}
-        self._sizes = [param.numel() * (2 if param.is_complex() else 1) for param in params]
-
-    def dot(self, a: Tensor, b: Tensor) -> float:
-        """See :class:`Measures`."""
-        mine = [part.share * float(a[part.place].dot(b[part.place])) for part in self._stretches]
-        return self._together.exchange([sum(mine)])[0]
-
-    def norm(self, a: Tensor) -> float:
-        """See :class:`Measures`."""
-        return math.sqrt(self.dot(a, a))
-
-    def mean_square(self, piece: Tensor, i: int) -> float:
-        """See :class:`Measures`."""
-        square = self._share[i] * float(piece.dot(piece))
-        return self._together.exchange([square])[0] / self._sizes[i]
 
     def largest(self, tensors: list[Tensor]) -> float:
         """See :class:`Measures`."""
@@ -245,8 +227,6 @@ class OverRanks:
         return [*sums, largest, mean if with_loss else math.nan]
 
 
-def measures_of(
-    together: Ranks | None, params: Sequence[Tensor], stretches: list[Stretch]
-) -> Measures:
+def measures_of(together: Ranks | None) -> Measures:
     """Measures of a vector on these ranks."""
-    return LOCAL if together is None else OverRanks(together, params, stretches)
+    return LOCAL if together is None else OverRanks(together)

@@ -185,10 +185,3 @@ def lay_out(params: Sequence[Tensor], sizes: list[int], ranks: int) -> Places:
         total = sum(whole)
         usual = sum(-(-size // n) for size, n in zip(whole, shards, strict=True))
     return Places(order, offsets, numel, total, usual, stretches)
-
-
-def divided(places: Places) -> Places:
-    """The same vector, of whose stretches each is one parameter."""
-    stretches = [stretch._replace(members=[i]) for i, stretch in enumerate(places.stretches)]
-    offsets = [stretch.place.start for stretch in stretches]
-    return places._replace(order=list(range(len(offsets))), offsets=offsets, stretches=stretches)

@@ -29,7 +29,7 @@ class Configuration:
         uses_line_search: After the switch, if there is one.
         one_function: The closure is promised to be the same function at every call.
         full_batch: The closure is that in truth, promised or not.
-        averaged: L-BFGS goes on averages.
+        living: The second phase is that for minibatches, in a living metric.
         driver: How ``step`` is called: with a "closure" alone, with a "batch_id" or "pair_closure".
         dtypes: Of the parameters that it is tested with.
     """
@@ -41,7 +41,7 @@ class Configuration:
     uses_line_search: bool = False
     one_function: bool = False
     full_batch: bool = True
-    averaged: bool = False
+    living: bool = False
     driver: str = "closure"
     dtypes: tuple[torch.dtype, ...] = (F32, F64)
 
@@ -89,8 +89,8 @@ class Configuration:
 
     @property
     def steps(self) -> int:
-        """As many as show it at work: on averages the first pair takes 20 after the switch."""
-        return 40 if self.averaged else 16
+        """As many as show it at work: matrices have their bases 20 after the switch."""
+        return 40 if self.living else 16
 
 
 def _adam(name: str, **options: Any) -> Configuration:
@@ -116,7 +116,7 @@ def _lbfgs(name: str, **options: Any) -> Configuration:
 def _pv(name: str, switch: Any = FEW, **options: Any) -> Configuration:
     known = {
         key: options.pop(key)
-        for key in ("uses_line_search", "full_batch", "averaged", "driver", "dtypes")
+        for key in ("uses_line_search", "full_batch", "living", "driver", "dtypes")
         if key in options
     }
     promised = bool(options.get("deterministic"))
@@ -147,7 +147,7 @@ SEARCHES = ("strong_wolfe", "approximate_wolfe", "armijo")
 _SEARCHED = {"uses_line_search": True}
 _SEARCH_SAID = {"line_search": "strong_wolfe", "uses_line_search": True}
 _PROMISED = {"uses_line_search": True, "deterministic": True}
-_AVERAGED = {"averaged": True, "full_batch": False}
+_LIVING = {"living": True, "full_batch": False}
 _FIXED = {"line_search": None, "lbfgs_lr": 0.1}
 
 CONFIGURATIONS = [
@@ -171,33 +171,11 @@ CONFIGURATIONS = [
     _lbfgs("bf16_history", line_search_fn="strong_wolfe", history_dtype=BF16, dtypes=(F32,)),
     _lbfgs("int8_history", line_search_fn="strong_wolfe", history_dtype=torch.int8, dtypes=(F32,)),
     _pv("adam", Never, dtypes=(F32, F64, BF16)),
-    _pv("averaged", pairs="averaged", deterministic=False, **_AVERAGED, dtypes=(F32, F64, BF16)),
-    _pv(
-        "averaged_decoupled",
-        pairs="averaged",
-        deterministic=False,
-        decoupled_weight_decay=True,
-        **_AVERAGED,
-    ),
-    _pv(
-        "averaged_reference",
-        pairs="averaged",
-        deterministic=False,
-        backend="reference",
-        **_AVERAGED,
-    ),
-    _pv(
-        "averaged_int8",
-        pairs="averaged",
-        deterministic=False,
-        history_dtype=torch.int8,
-        **_AVERAGED,
-        dtypes=(F32,),
-    ),
-    _pv("diagonal", metric="diagonal", deterministic=False, **_AVERAGED, dtypes=(F32, F64, BF16)),
-    _pv("kronecker", metric="kronecker", deterministic=False, **_AVERAGED, dtypes=(F32, F64, BF16)),
-    _pv("kronecker_watched", **_AVERAGED),
-    _pv("kronecker_decoupled", metric="kronecker", decoupled_weight_decay=True, **_AVERAGED),
+    _pv("diagonal", metric="diagonal", deterministic=False, **_LIVING, dtypes=(F32, F64, BF16)),
+    _pv("kronecker", metric="kronecker", deterministic=False, **_LIVING, dtypes=(F32, F64, BF16)),
+    _pv("diagonal_reference", metric="diagonal", backend="reference", **_LIVING),
+    _pv("kronecker_watched", **_LIVING),
+    _pv("kronecker_decoupled", metric="kronecker", decoupled_weight_decay=True, **_LIVING),
     _pv("found_one_function", **_SEARCHED),
     _pv("promised", **_PROMISED),
     _pv("promised_at_once", 0, **_PROMISED),

@@ -53,7 +53,7 @@ CASES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "lbfgs capturable": lambda p, **o: LBFGS(p, lr=0.5, max_iter=1, capturable=True, **o),
     "fuse": lambda p, **o: Fuse(p, 0.01, **o),
     "fuse search": lambda p, **o: Fuse(p, 0.01, line_search="strong_wolfe", **o),
-    "averages": lambda p, **o: FusePV(p, 0.01, 5, deterministic=False, **o),
+    "minibatches": lambda p, **o: FusePV(p, 0.01, 5, deterministic=False, **o),
     "finds out": lambda p, **o: FusePV(p, 0.01, 5, **o),
     "deterministic": lambda p, **o: FusePV(p, 0.01, 5, deterministic=True, **o),
     "fixed step": lambda p, **o: FusePV(p, 0.01, 5, line_search=None, lbfgs_lr=0.1, **o),

@@ -45,7 +45,6 @@ MODES: dict[str, tuple[Any, dict[str, Any], bool]] = {
     "finds out": (FusePV, {"lr": 1e-2, "switch": 5, "curvature": "pairs"}, True),
     "living": (FusePV, {"lr": 1e-2, "switch": 5}, False),
     "living diagonal": (FusePV, {"lr": 1e-2, "switch": 5, "metric": "diagonal"}, False),
-    "averages": (FusePV, {"lr": 1e-2, "switch": 10, "pairs": "averaged"}, False),
     "fixed step": (
         FusePV,
         {"lr": 1e-2, "switch": 5, "line_search": None, "lbfgs_lr": 0.1, "pairs": "consecutive"},

@@ -285,11 +285,6 @@ def minibatch_counts(counter: Counter) -> dict[str, Counts]:
     found |= dict(zip(names, kinds, strict=True))
     _, steps = follow(8, metric="diagonal")
     found["living metric, diagonal"] = steps[-1]
-    _, steps = follow(26, pairs="averaged", history_size=PAIRS)
-    found["the switch, to averages"] = steps[2]
-    found["averages"] = steps[-2]
-    # The third block's end, which offers a pair.
-    found["averages, at the end of a block"] = max(steps[4:], key=lambda counts: counts.launches)
     return found
 
 

@@ -179,40 +179,13 @@ def step_noisily(optimizers: list[FusePV], count: int) -> None:
             optimizer.step()
 
 
-@pytest.mark.parametrize("eps_inside_root", [False, True])
-def test_averages_take_the_moments_over_in_float32(eps_inside_root: bool) -> None:
-    params = make_params()
-    families = [params, twin(params)]
-    made = [
-        FusePV(
-            family, 0.01, switch=20, moment_dtype=dtype, pairs="averaged",
-            eps_inside_root=eps_inside_root, eps=1e-3,
-        )
-        for family, dtype in zip(families, (BF16, None), strict=True)
-    ]  # fmt: skip
-    step_noisily(made, 19)
-    assert made[0].state[params[0]]["exp_avg"].dtype == BF16
-    step_noisily(made, 1)
-    ours, full = (o.state[family[0]] for o, family in zip(made, families, strict=True))
-    assert made[0].phase == "lbfgs" and "exp_avg" not in ours
-    for name in ("grad_avg", "root_metric"):
-        assert ours[name].dtype == F32
-        torch.testing.assert_close(ours[name], full[name], rtol=0.05, atol=0.01)
-    step_noisily(made, 40)
-    for p, q in zip(*families, strict=True):
-        torch.testing.assert_close(p, q, rtol=0.1, atol=0.05)
-    made[0].switch_back()
-    step_noisily(made[:1], 1)
-    assert made[0].state[params[0]]["exp_avg"].dtype == BF16
-
-
 def test_fuse_pv_resumes_bit_for_bit_in_both_phases() -> None:
     params = make_params()
-    optimizer = FusePV(params, 0.01, switch=6, moment_dtype=BF16, pairs="averaged")
+    optimizer = FusePV(params, 0.01, switch=6, moment_dtype=BF16)
     for _ in range(2):
         step_noisily([optimizer], 5)
         copies = twin(params)
-        resumed = FusePV(copies, switch=6, moment_dtype=BF16, pairs="averaged")
+        resumed = FusePV(copies, switch=6, moment_dtype=BF16)
         resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         step_noisily([optimizer, resumed], 3)
         assert frozen(copies) == frozen(params)

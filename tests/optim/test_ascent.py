@@ -39,7 +39,6 @@ MIXED: dict[str, dict[str, Any]] = {
     "never, with a search": {"switch": Never(), "line_search": "armijo"},
     "never, capturable": {"switch": Never(), "line_search": None, "capturable": True},
     "default": {"switch": 5},
-    "averages": {"switch": 5, "pairs": "averaged"},
     "not one function": {"switch": 5, "deterministic": False},
 }
 
@@ -99,7 +98,7 @@ def test_adam_and_fuse_pv_agree_on_signs() -> None:
     ],
     ids=str,
 )
-def test_an_l_bfgs_without_averages_needs_one_sign(options: dict[str, Any]) -> None:
+def test_l_bfgs_needs_one_sign(options: dict[str, Any]) -> None:
     problem = Saddle((1.0, -1.0), 0.0)
     up, down = (
         {"params": p, "maximize": m} for p, m in zip(problem.params, (True, False), strict=True)

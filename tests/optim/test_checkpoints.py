@@ -105,7 +105,7 @@ LBFGS_KINDS = {
     "int8": lambda p, **options: LBFGS(p, max_iter=2, history_dtype=torch.int8, **options),
     "capturable": lambda p, **options: LBFGS(p, lr=0.5, max_iter=1, capturable=True, **options),
     "Fuse": lambda p, **options: Fuse(p, theta=0.5, **options),
-    "FusePV": lambda p, **options: FusePV(p, switch=2, pairs="averaged", **options),
+    "FusePV": lambda p, **options: FusePV(p, switch=2, line_search=None, lbfgs_lr=0.5, **options),
 }
 
 

@@ -29,13 +29,11 @@ def fit(model: nn.Module, search: str, rank: int | None = None) -> FusePV:
     """STEPS steps on every other row of each batch, or on all of them."""
     x, y = data()
     full = search == "full batch"
-    pairs = "averaged" if search == "averages" else "auto"
     optimizer = FusePV(
         model.parameters(),
         lr=1e-2,
         switch=20,
         deterministic=full or None,
-        pairs=pairs,
         process_group=None if rank is None else dist.group.WORLD,
     )
     for step in range(STEPS):
@@ -65,7 +63,7 @@ def work(rank: int, search: str, folder: str) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
-@pytest.mark.parametrize("search", ["averages", "living metric", "full batch"])
+@pytest.mark.parametrize("search", ["living metric", "full batch"])
 def test_ranks_agree_with_each_other_and_with_one(search: str, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(work, (search, str(tmp_path)), RANKS)
     (first, pairs), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))

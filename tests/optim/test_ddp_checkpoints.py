@@ -32,7 +32,6 @@ BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 KINDS: dict[str, dict[str, Any]] = {
     "adam": {"switch": 1000},
     "living": {"switch": 5, "deterministic": False, "metric": "kronecker"},
-    "averages": {"switch": 5, "pairs": "averaged"},
     "pairs": {"switch": 5, "deterministic": True, "curvature": "pairs"},
     "dense": {"switch": 5, "deterministic": True},
 }

@@ -48,7 +48,6 @@ def curvature(fit: Fit) -> str:
         ({**ONE, "line_search": None}, "pairs"),
         ({**ONE, "line_search": None, "max_iter": 1, "capturable": True}, "pairs"),
         ({"deterministic": False, "switch": 5}, "kronecker"),
-        ({"deterministic": False, "pairs": "averaged", "switch": 5}, "pairs"),
         ({"deterministic": False, "line_search": "armijo", "switch": 5}, "pairs"),
         ({"switch": 5}, "dense"),  # found out
         ({"line_search": "approximate_wolfe", "switch": 5}, "dense"),  # so too
@@ -94,7 +93,6 @@ def test_largest_matrix(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ("options", "message"),
     [
         ({"curvature": "dense", "capturable": True, "line_search": None}, "capturable=True"),
-        ({"curvature": "dense", "pairs": "averaged"}, "pairs='averaged'"),
         ({"curvature": "matrix"}, "curvature"),
         ({"curvature": None}, "curvature"),
         ({"dense_update": "dfp"}, "dense_update"),

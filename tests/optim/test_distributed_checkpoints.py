@@ -149,7 +149,6 @@ def test_every_configuration_goes_on(config: Configuration, form: str, tmp_path:
 
 KINDS: dict[str, Callable[[Any], Any]] = {
     "living": lambda p: FusePV(p, lr=1e-2, switch=FEW, deterministic=False, metric="kronecker"),
-    "averages": lambda p: FusePV(p, lr=1e-2, switch=FEW, pairs="averaged"),
     "pairs": lambda p: FusePV(p, lr=1e-2, switch=FEW, deterministic=True, curvature="pairs"),
     "dense": lambda p: FusePV(p, lr=1e-2, switch=FEW, deterministic=True),
 }
@@ -159,7 +158,7 @@ KINDS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("steps", [1, FEW - 1, FEW, FEW + 1])
 @pytest.mark.parametrize("kind", KINDS)
 def test_around_the_switch(kind: str, steps: int, form: str, tmp_path: Path) -> None:
-    driver = "batches" if kind in ("living", "averages") else "whole"
+    driver = "batches" if kind == "living" else "whole"
     go_on(Run(KINDS[kind], driver).train(steps), KINDS[kind], form, tmp_path)
 
 
@@ -169,7 +168,7 @@ def test_around_the_switch(kind: str, steps: int, form: str, tmp_path: Path) -> 
 def test_into_an_optimizer_in_the_other_phase(
     kind: str, before: int, form: str, tmp_path: Path
 ) -> None:
-    driver = "batches" if kind in ("living", "averages") else "whole"
+    driver = "batches" if kind == "living" else "whole"
     run = Run(KINDS[kind], driver).train(before)
     go_on(run, KINDS[kind], form, tmp_path, warm=14 - before)
 
@@ -178,9 +177,9 @@ def test_into_an_optimizer_in_the_other_phase(
 @pytest.mark.parametrize("loading", [*KINDS, "new"])
 def test_full_states_that_torch_mixes_with_what_is_there(saving: str, loading: str) -> None:
     """As it does where nothing was prepared; counts of Adam's steps alone have to be there."""
-    run = Run(KINDS[saving], "batches" if saving in ("living", "averages") else "whole").train(12)
+    run = Run(KINDS[saving], "batches" if saving == "living" else "whole").train(12)
     kind = saving if loading == "new" else loading
-    other = Run(KINDS[kind], "batches" if kind in ("living", "averages") else "whole")
+    other = Run(KINDS[kind], "batches" if kind == "living" else "whole")
     other.train(0 if loading == "new" else 12)
     saved = copy.deepcopy(get_optimizer_state_dict(run.model, run.optimizer, options=FULL))
     if saving == "living" and loading not in ("living", "new"):

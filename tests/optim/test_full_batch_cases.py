@@ -240,7 +240,7 @@ def dropped_after(run: Regression) -> Tensor:
 
 MAKERS: dict[str, Callable[..., Any]] = {
     "unsaid": lambda p: FusePV(p, 1e-2),
-    "averaged": lambda p: FusePV(p, 1e-2, 20, deterministic=False),
+    "minibatches": lambda p: FusePV(p, 1e-2, 20, deterministic=False),
     "promised": lambda p: FusePV(p, 1e-2, switch=20, deterministic=True),
     "at once": lambda p: FusePV(p, 1e-2, switch=AtOnce()),
     "lbfgs": lambda p: LBFGS(p, line_search_fn="strong_wolfe"),

@@ -144,7 +144,7 @@ def test_bytes_are_those_of_the_tensors(history_dtype: torch.dtype | None, amsgr
 
 
 def test_adams_moments_are_released_at_the_switch_and_the_history_on_the_way_back() -> None:
-    fit = Fit(switch=5, pairs="averaged")
+    fit = Fit(switch=5, line_search=None, lbfgs_lr=0.1)
     fit.step(4)
     held = [weakref.ref(t) for t in (*fit.optimizer._phase.moments._moments.values(),)]
     assert all(ref() is not None for ref in held)

@@ -83,8 +83,7 @@ def test_both_phases_without_a_closure(line_search: str | None) -> None:
         before = snapshot(fit.optimizer), fit.flat
         with pytest.raises(
             ValueError,
-            match="closure=None in the L-BFGS phase needs line_search=None and max_iter=1, or "
-            "pairs='averaged', got "
+            match="closure=None in the L-BFGS phase needs line_search=None and max_iter=1, got "
             r"line_search='strong_wolfe' and max_iter=1",
         ):
             fit.optimizer.step()

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from averaged_cases import Noisy
 from fuse_pv_cases import Fit
+from noisy_cases import Noisy
 
-from fuse_ext import AtOnce, FusePV
+from fuse_ext import FusePV
 
 
 def test_one_function_gets_a_line_search() -> None:
@@ -28,7 +28,7 @@ def test_one_function_gets_a_line_search() -> None:
     assert losses[-1] < 1e-2 * losses[0]
 
 
-def test_batches_get_averages() -> None:
+def test_batches_get_a_living_metric() -> None:
     problem = Noisy()
     opt = FusePV(problem.params, lr=0.02, switch=5)
     for _ in range(30):
@@ -38,15 +38,6 @@ def test_batches_get_averages() -> None:
     assert report.line_search == "fixed"
     assert report.curvature in ("diagonal", "kronecker")
     assert "exp_avg" in opt.state[problem.params[0]]
-
-
-def test_batches_get_averages_with_pairs_where_they_are_asked_for() -> None:
-    problem = Noisy()
-    opt = FusePV(problem.params, lr=0.02, switch=5, pairs="averaged")
-    for _ in range(30):
-        opt.step(problem)
-    assert opt.report().curvature == "pairs"
-    assert "root_metric" in opt.state[problem.params[0]]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +50,7 @@ def test_who_asks_for_something_else_gets_it(options: dict[str, Any]) -> None:
     opt = FusePV(problem.params, lr=0.02, switch=5, **options)
     for _ in range(7):
         opt.step(problem)
-    assert opt.state[problem.params[0]].keys().isdisjoint({"root_metric", "living_steps"})
+    assert opt.state[problem.params[0]].keys().isdisjoint({"living_steps"})
     assert opt.report().lbfgs_iterations >= 2
 
 
@@ -80,23 +71,10 @@ def test_a_checkpoint_while_watching() -> None:
     assert again.optimizer.report().line_search == "wolfe"
 
 
-def test_averages_need_adam() -> None:
-    fit = Fit(pairs="averaged", switch=AtOnce())
-    with pytest.raises(RuntimeError, match="needs Adam's moments"):
-        fit.step()
-    fit = Fit(pairs="averaged", switch=9)
-    with pytest.raises(RuntimeError, match="needs Adam's moments"):
-        fit.optimizer.switch_now()
-    assert fit.optimizer.phase == "adam"
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pairs": "mixed"}, "pairs must be one of auto, averaged"),
-        ({"pairs": "averaged", "line_search": "armijo"}, "goes with line_search"),
-        ({"pairs": "averaged", "deterministic": True}, "goes with deterministic"),
-        ({"pairs": "averaged", "max_iter": 2}, "goes with max_iter"),
+        ({"pairs": "mixed"}, "pairs must be one of auto, same_batch"),
         ({"step_cap": -1.0}, "step_cap must be"),
         ({"step_cap": math.nan}, "step_cap must be"),
         ({"deterministic": "yes"}, "deterministic must be"),

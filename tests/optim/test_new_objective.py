@@ -15,7 +15,6 @@ from fuse_ext import LBFGS, AtOnce, Fuse, FusePV
 SEARCHED = {"max_iter": 1, "tolerance_grad": 0.0, "tolerance_change": 0.0}
 MAKERS: dict[str, Callable[[Any], Any]] = {
     "adam": lambda p: FusePV(p, 1e-2, switch=10**6),
-    "averages": lambda p: FusePV(p, 1e-2, switch=20, pairs="averaged"),
     "found out": lambda p: FusePV(p, 1e-2),
     "promised": lambda p: FusePV(p, 1e-2, switch=20, deterministic=True),
     "promised, fixed": lambda p: FusePV(
@@ -63,17 +62,6 @@ def test_no_pair_mixes_two_functions(make: str) -> None:
     run.optimizer.new_objective()
     run.step()
     assert pairs(run) == counted
-
-
-def test_said_on_averages_no_blocks_are_compared() -> None:
-    run = Regression(make=MAKERS["averages"])
-    run.step(20 + 15)
-    new_targets(run)
-    run.optimizer.new_objective()
-    run.step(10)  # the first block would have ended with this one's fifth step
-    assert pairs(run) == 0
-    run.step(10)
-    assert pairs(run) == 1
 
 
 def test_said_while_it_finds_out_it_looks_twice_again() -> None:

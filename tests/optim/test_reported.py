@@ -122,7 +122,7 @@ def test_frozen_parameters_leave_no_trace(config, dtype, layer):
             ours.layers[layer][0].mul_(1e4)
     Training(config, ours, **decay).step(config.steps)
     Training(config, theirs, theirs.others(layer), **decay).step(config.steps)
-    if config.averaged:  # whose norms torch sums in an order that depends on the vector's length
+    if config.living:  # whose norms torch sums in an order that depends on the vector's length
         for p, q in zip(ours.others(layer), theirs.others(layer), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
         return
@@ -427,14 +427,11 @@ def test_weight_decay_is_a_penalty_with_a_line_search_or_fixed_step(mode, decoup
     torch.testing.assert_close(x.detach(), minimum, rtol=1e-6, atol=1e-7)
 
 
-def averaged(net, **options):
-    config = next(c for c in CONFIGURATIONS if c.id == "pv_averaged")
-    return Training(config, net, **options)
-
-
-def test_coupled_weight_decay_on_averages_is_a_penalty():
+@pytest.mark.parametrize("name", ["pv_diagonal", "pv_kronecker"])
+def test_coupled_weight_decay_on_minibatches_is_a_penalty(name):
     """Right: without decoupled_weight_decay the run is that on the loss with wd/2 |x|^2."""
-    ours, theirs = averaged(Net(F64), weight_decay=DECAY), averaged(Net(F64))
+    config = next(c for c in CONFIGURATIONS if c.id == name)
+    ours, theirs = Training(config, Net(F64), weight_decay=DECAY), Training(config, Net(F64))
     loss = theirs.net.loss
     theirs.net.loss = lambda rows: (
         loss(rows) + DECAY / 2 * sum(p.square().sum() for p in theirs.net.params)
@@ -443,27 +440,6 @@ def test_coupled_weight_decay_on_averages_is_a_penalty():
         training.step(40)
     for p, q in zip(ours.net.params, theirs.net.params, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-11)
-
-
-def test_decoupled_weight_decay_on_averages_only_shrinks():
-    """Right: x loses lr wd x in each step, and nothing else of the step knows of it."""
-    lr = 0.01
-    options = {"decoupled_weight_decay": True, "lr": lr}
-    for steps in (6, 20, 35):
-        plain = averaged(Net(F64), **options)
-        plain.step(steps)
-        other = averaged(Net(F64), weight_decay=DECAY, **options)
-        state = copy.deepcopy(plain.optimizer.state_dict())
-        for group in state["param_groups"]:
-            group["weight_decay"] = DECAY
-        other.optimizer.load_state_dict(state)
-        other.net.set(plain.net.values)
-        other.step_number = plain.step_number
-        before = plain.net.values
-        plain.step()
-        other.step()
-        for x, p, q in zip(before, plain.net.params, other.net.params, strict=True):
-            torch.testing.assert_close(q, p - lr * DECAY * x, rtol=1e-12, atol=1e-14)
 
 
 def test_weight_decay_in_the_adam_phase_is_adams():

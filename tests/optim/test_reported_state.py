@@ -83,12 +83,12 @@ def test_resuming_is_bit_for_bit(config, dtype):
 
     Right: the same bits at every later step, without the gradients that a checkpoint leaves out.
     """
-    at = (3, 6, 7, 20) if config.averaged else (2, 6, 18)
+    at = (3, 6, 7, 20) if config.living else (2, 6, 18)
 
     def make(step):
         return Training(config, Net(dtype), step_number=step)
 
-    assert_resumes(make, make(0), at, 32 if config.averaged else 24, Training.step)
+    assert_resumes(make, make(0), at, 32 if config.living else 24, Training.step)
 
 
 class Convex:
@@ -188,7 +188,7 @@ class Valley:
 
 
 def budgeted(config):
-    if config.phase != "lbfgs" or config.averaged or config.capturable:
+    if config.phase != "lbfgs" or config.living or config.capturable:
         return False
     return config.uses_line_search or config.options.get("pairs") == "same_batch"
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 SAVED_AT, STEPS = 25, 8
 # Those whose state can be cut anew for other ranks without a loss, and those with something that is
 # of the shards alone.
-FREE = ["adam", "lbfgs search", "pairs", "living diagonal", "averages"]
+FREE = ["adam", "lbfgs search", "pairs", "living diagonal"]
 BOUND = ["living", "lbfgs int8"]
 
 

@@ -149,8 +149,7 @@ WITHOUT_LOSS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam phase": CASES["adam phase"],
     "never": lambda p, **o: FusePV(p, 0.01, Never(), **o),
     "unchecked": lambda p, **o: FusePV(p, 0.01, Never(), check_finite=False, **o),
-    "averages": CASES["averages"],
-    "said so": lambda p, **o: FusePV(p, 0.01, 5, pairs="averaged", **o),
+    "minibatches": CASES["minibatches"],
     "fixed step": CASES["fixed step"],
     "consecutive": lambda p, **o: FusePV(
         p, 0.01, 5, line_search=None, lbfgs_lr=0.1, pairs="consecutive", **o
@@ -190,7 +189,7 @@ def test_a_closure_may_return_none_where_nothing_needs_the_loss(name: str, backe
         assert ours.phase == ("adam" if name in ("adam phase", "never", "unchecked") else "lbfgs")
 
 
-def test_without_a_loss_it_stays_on_averages() -> None:
+def test_without_a_loss_they_stay_minibatches() -> None:
     silent, other = Problem(), Problem()
     ours = FusePV(silent.params, 0.01, 5)
     theirs = FusePV(other.params, 0.01, 5, deterministic=False)

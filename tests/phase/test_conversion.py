@@ -20,7 +20,7 @@ from fuse_ext.search.noise import NEW_FLOOR
 # What is known of the loss as it was rounded, and where a gradient is kept depends on the dtype.
 FORGOTTEN = {"pair_step", "settled", "arrival", "cuts", "failing", "grad_prev", "loss_noise"}
 FORGOTTEN |= {*NEW_FLOOR, "watched_loss", "watched_grad"}
-SOME = "adam lbfgs_strong_wolfe_promised pv_promised pv_found_pairs pv_averaged pv_capturable"
+SOME = "adam lbfgs_strong_wolfe_promised pv_promised pv_found_pairs pv_diagonal pv_capturable"
 SOME += " fuse_strong_wolfe"
 NAMED = {config.id: config for config in CONFIGURATIONS}
 
@@ -224,7 +224,7 @@ def laid_out(name: str, lay: Any) -> Training:
 
 
 @pytest.mark.parametrize("lay", (turned, spread))
-@pytest.mark.parametrize("name", ("adam", "lbfgs_fixed", "pv_averaged"))
+@pytest.mark.parametrize("name", ("adam", "lbfgs_fixed", "pv_diagonal"))
 def test_strides(name, lay):
     """Rows and moments follow the order of memory, which a conversion must not mix up."""
     run, plain = laid_out(name, lay), laid_out(name, Tensor.contiguous)
@@ -240,7 +240,7 @@ def test_strides(name, lay):
     assert changed(bits(run.net.params), again.net.params) == []
 
 
-@pytest.mark.parametrize("name", ("adam", "lbfgs_fixed", "pv_averaged"))
+@pytest.mark.parametrize("name", ("adam", "lbfgs_fixed", "pv_diagonal"))
 def test_a_conversion_that_lays_elements_out_anew(name):
     run = laid_out(name, spread)
     for p in run.net.params:
@@ -254,21 +254,6 @@ def test_a_conversion_that_lays_elements_out_anew(name):
 
 
 # --- what goes on -------------------------------------------------------------------------------
-
-
-def test_blocks_of_averages_go_on():
-    """Pairs come with the same steps as they would have come without a conversion."""
-    runs = [Training(NAMED["pv_averaged"], Net(F32)) for _ in range(2)]
-    for converts, run in zip((True, False), runs, strict=True):
-        run.step(NAMED["pv_averaged"].options["switch"] + 27)  # in the middle of a block
-        if converts:
-            continue_in(run)
-        run.step(14)
-    reports = [run.optimizer.report() for run in runs]
-    assert reports[0].pairs_accepted + reports[0].pairs_skipped == 3
-    assert reports[0].pairs_accepted == reports[1].pairs_accepted
-    for p, q in zip(*(run.net.params for run in runs), strict=True):
-        torch.testing.assert_close(p, q.double(), rtol=1e-3, atol=1e-4)
 
 
 def test_one_look_is_not_compared_with_another_dtypes():
@@ -320,7 +305,7 @@ def test_a_host_that_takes_over_from_the_device():
     assert run.optimizer.report().lbfgs_iterations == 21
 
 
-@pytest.mark.parametrize("name", ("lbfgs_strong_wolfe_promised", "pv_promised", "pv_averaged"))
+@pytest.mark.parametrize("name", ("lbfgs_strong_wolfe_promised", "pv_promised", "pv_diagonal"))
 def test_a_state_that_was_cleared(name):
     """The optimizer begins anew, in the new dtype."""
     run = Training(NAMED[name], Net(F32))

@@ -86,7 +86,7 @@ def test_batches_used_several_times_are_not_one_function(times: int, constant: f
 
 
 def test_cleared_or_switched_back_it_begins_anew_in_full() -> None:
-    """Pairs are few again on averages, and a new optimizer's steps are repeated to the bit."""
+    """Pairs are few again, and a new optimizer's steps are repeated to the bit."""
     run, new = Regression(), Regression()
     run.step(100)
     run.optimizer.state.clear()

@@ -20,9 +20,8 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "living": {"metric": "kronecker", "deterministic": False},
-    "averages": {"pairs": "averaged"},
     "pairs": {"deterministic": True, "curvature": "pairs"},
-    "int8": {"pairs": "averaged", "history_dtype": torch.int8},
+    "int8": {"deterministic": True, "history_dtype": torch.int8},
     "dense": {"deterministic": True},
     "capturable": {"capturable": True, "line_search": None, "lbfgs_lr": 0.1},
 }

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
+from benchmarks.harness import cells
 from benchmarks.published import __main__ as published
 from benchmarks.published import baselines, compare, course, ours, page, rows
 from benchmarks.published.rows import RELATIVE, SOLVED
@@ -89,6 +90,20 @@ def test_pieces_add_up_on_the_page(tmp_path, monkeypatch, capsys):
     # No time at all: nothing is run, the page stands.
     published.main([*call, "--minutes", "-1"])
     assert json.loads((tmp_path / "published.json").read_text())["rows"].keys() == methods.keys()
+    # Other code: what is stored is no result of it, but may be shown, marked.
+    monkeypatch.setattr(cells, "fingerprint", lambda module: "other")
+    published.main([*call, "--minutes", "-1"])
+    assert not json.loads((tmp_path / "published.json").read_text())["rows"]
+    published.main([*call, "--minutes", "-1", "--earlier"])
+    rows_now = json.loads((tmp_path / "published.json").read_text())["rows"]
+    assert {name: [*row["methods"]] for name, row in rows_now.items()} == methods
+    text = (tmp_path / "README.md").read_text()
+    assert page.EARLIER in text and f"| {compare.METHODS['adam']}{page.MARK} |" in text
+    published.main([*call, "--rows", "heat", "--methods", "adam", "--earlier"])
+    (run,) = json.loads((tmp_path / "published.json").read_text())["rows"]["heat"]["methods"][
+        "adam"
+    ]
+    assert "earlier" not in run
 
 
 # --- one run --------------------------------------------------------------------------------

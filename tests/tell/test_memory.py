@@ -149,23 +149,6 @@ def test_several_groups_of_several_dtypes():
     assert opt.report().state_bytes == phase(estimate, "lbfgs").state_bytes
 
 
-@pytest.mark.parametrize("history_dtype", [None, torch.bfloat16, torch.int8])
-def test_on_averages(history_dtype):
-    params = [nn.Parameter(torch.randn(shape)) for shape in ((300, 4), (7,))]
-    options = {"pairs": "averaged", "history_dtype": history_dtype}
-    estimate = phase(fuse_ext.estimate_memory(params, **options), "lbfgs")
-    opt = fuse_ext.FusePV(params, switch=2, pairs="averaged", history_dtype=history_dtype)
-    for _ in range(30):
-        closure_of(params)()
-        opt.step()
-    report = opt.report()
-    assert (estimate.state_bytes, estimate.workspace_bytes) == (
-        report.state_bytes,
-        report.workspace_bytes,
-    )
-    assert report.state_bytes == held(opt)
-
-
 @pytest.mark.parametrize("metric", ["auto", "diagonal", "kronecker"])
 @pytest.mark.parametrize("moment_dtype", [None, torch.bfloat16])
 def test_in_a_living_metric(metric, moment_dtype):

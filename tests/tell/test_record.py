@@ -66,7 +66,6 @@ def test_a_converged_run_says_so() -> None:
         ({"switch": Never()}, ""),
         ({}, "will be Adam's averages in a metric that grows, for minibatches, unless"),
         ({"deterministic": False}, "will be Adam's averages in a metric that grows, for minib"),
-        ({"pairs": "averaged"}, "will be L-BFGS on averages, 10 pairs: pairs='averaged'"),
         (
             {"deterministic": True, "curvature": "pairs"},
             "approximate_wolfe: as was asked",

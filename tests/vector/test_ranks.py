@@ -39,9 +39,9 @@ pytestmark = pytest.mark.skipif(
 WAYS = {
     2: {"ddp": list(MODES), "fsdp": list(MODES)},
     4: {
-        "hsdp": ["lbfgs search", "pairs", "living", "averages"],
-        "mixed": ["adam", "lbfgs search", "lbfgs int8", "living diagonal", "averages", "fuse"],
-        "columns": ["lbfgs search", "living", "averages"],
+        "hsdp": ["lbfgs search", "pairs", "living"],
+        "mixed": ["adam", "lbfgs search", "lbfgs int8", "living diagonal", "fuse"],
+        "columns": ["lbfgs search", "living"],
     },
 }
 OWN_WAY = ("living", "lbfgs int8", "matrix")
@@ -107,7 +107,7 @@ def test_ranks_step_as_one_process(ranks: Any, size: int, layout: str, mode: str
 
 # --- ranks that meet different things -------------------------------------------------------
 
-SPOILED = ["adam", "lbfgs fixed", "lbfgs search", "pairs", "living", "averages", "fuse search"]
+SPOILED = ["adam", "lbfgs fixed", "lbfgs search", "pairs", "living", "fuse search"]
 
 
 def spoiled(rank: int) -> dict[tuple[str, str], Any]:
@@ -140,7 +140,7 @@ def test_a_nan_on_one_rank_is_a_nan_on_all(ranks: Any, layout: str, mode: str) -
 def odd_gradients(rank: int) -> dict[str, Any]:
     """Parameters without a gradient on one rank, or on all, at some steps."""
     found, mine = {}, [part[rank::2] for part in data()]
-    for mode in ("adam", "lbfgs search", "pairs", "living", "averages"):
+    for mode in ("adam", "lbfgs search", "pairs", "living"):
         kind, options, _ = MODES[mode]
         model, group = spread("fsdp", make())
         optimizer = kind(model.parameters(), **options, process_group=group)
@@ -241,7 +241,7 @@ def test_a_criterion_that_holds_on_one_rank_switches_all(ranks: Any) -> None:
 def counted(rank: int) -> dict[str, Any]:
     """Slots, and the collective calls of an optimizer's own in two steps, with their bytes."""
     found = {}
-    for mode in ("lbfgs search", "pairs", "living", "averages"):
+    for mode in ("lbfgs search", "pairs", "living"):
         done = fit("fsdp", mode, rank, steps=20)
         optimizer, evaluate = done["optimizer"], done["closure"]
         calls = Calls()

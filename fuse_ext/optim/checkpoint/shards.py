@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fuse_ext.kernels.reference.memory import SCALE_BLOCK
 from fuse_ext.kernels.scalars import new_scalars
-from fuse_ext.phase.averages import VECTORS
 from fuse_ext.phase.living.bases import BASES, adams_second, rotate_back
 from fuse_ext.phase.living.kronecker import (
     FACTORS,
@@ -33,7 +32,7 @@ from fuse_ext.vector.flat import FlatParams, ParamGroup
 from fuse_ext.vector.shards import is_dtensor, largest_here, like, local, placed
 
 # Flat vectors, perhaps with dimensions before.
-FLAT = ("history", "grad_prev", *VECTORS)
+FLAT = ("history", "grad_prev")
 SCALES = "history_scale"
 # Adam's moments in the bases, as they are while those are used.
 IN_BASES = {"exp_avg": "basis_avg", "exp_avg_sq": "basis_sq"}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from fuse_ext.curvature.metric import longest
-
 # Steps over which the factor rises from Adam's own length; the metric is measured meanwhile.
 RISE = 20
 # The factor falls as (FALL_FROM / (FALL_FROM + k))^FALL, k steps after the switch: the rate that
@@ -15,6 +13,8 @@ FALL_FROM, FALL = 50.0, 0.5
 # Gradients that are so much longer over a block of steps than they were on average, in logarithms,
 # which no single batch can move far, are no noise: the task has changed, or steps are too long.
 JUMP, BLOCK = 3.0, 10
+# From this lr on the peak does not grow with Adam's steps, until it has come down to their length.
+LARGEST_LR = 1e-3
 # What that leaves of the peak where steps were longer than Adam's; and the weight of a block.
 RETREAT, BLOCK_WEIGHT = 0.5, 0.2
 
@@ -34,7 +34,7 @@ class Lengths:
     """The factor on Adam's step, kept in the optimizer's state entry.
 
     Where nobody schedules lr, it rises to ``step_cap`` (less for rates above 1e-3, see
-    :func:`~fuse_ext.curvature.metric.longest`) and falls as one over the root of the steps, which
+    :func:`longest`) and falls as one over the root of the steps, which
     is a schedule that knows no horizon. Where lr has been seen to change, by a scheduler or by
     hand, its meaning is theirs: if that was in the Adam phase steps are Adam's, and if it was later
     the factor falls no further than to 1, or to what it was if that was less.
@@ -114,3 +114,10 @@ class Lengths:
             entry["share"] *= RETREAT
         if entry["held"] is None:
             entry.update(living_steps=0, fall_steps=0)
+
+
+def longest(step_cap: float, lr: float) -> float:
+    """The longest step at this lr, in lengths of Adam's."""
+    if lr <= LARGEST_LR:
+        return step_cap
+    return min(step_cap, max(1.0, step_cap * LARGEST_LR / lr))

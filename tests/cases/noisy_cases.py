@@ -1,4 +1,4 @@
-"""What the tests of L-BFGS on minibatches share."""
+"""A quadratic whose batches differ."""
 
 from __future__ import annotations
 
