@@ -89,6 +89,7 @@ bench: build
 	$(BIN)/python -m benchmarks.time_to_loss --quick
 	$(BIN)/python -m benchmarks.robustness
 	$(BIN)/python -m benchmarks.switching
+	$(BIN)/python -m benchmarks.scaling
 
 # Resumable: runs that are stored in build/paper-cells and still fit are not repeated.
 paper: build
