@@ -319,6 +319,7 @@ def refusals(rank: int) -> dict[str, str]:
     local: dict[str, Any] = {"deterministic": True, "process_group": "local"}
     note("local", lambda: FusePV(plain.parameters(), **local))
     note("matrix", lambda: FusePV(sharded.parameters(), curvature="dense"))
+    note("host", lambda: FusePV(sharded.parameters(), history_device="cpu"))
     note("graph", lambda: FusePV(sharded.parameters(), capturable=True, line_search=None, switch=9))
     note("alone", lambda: Adam(sharded.parameters(), process_group="local"))
     note("name", lambda: Adam(plain.parameters(), process_group="all"))
@@ -358,6 +359,7 @@ def test_what_cannot_be_done_is_said(ranks: Any) -> None:
     for name in ("adam", "fixed", "minibatches", "local"):
         assert name not in first
     assert "curvature='dense'" in first["matrix"]
+    assert "history_device='cpu'" in first["host"]
     assert "capturable=True" in first["graph"]
     assert "process_group='local'" in first["alone"]
     assert "got 'all'" in first["name"]
