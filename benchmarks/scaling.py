@@ -335,7 +335,7 @@ def draw(found: Found) -> Figure:
     """Time computed a step over ranks, at the largest size, beside the ideal share of one rank."""
     size = max(size for size, _ in found)
     with style():
-        figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
         for name in OPTIMIZERS:
             at = [r for s, r in sorted(found) if s == size and name in found[s, r]["optimizers"]]
             if not at:
@@ -348,7 +348,7 @@ def draw(found: Found) -> Figure:
         axes.set_xlabel("ranks")
         axes.set_ylabel("computed by a rank, ms a step")
         axes.set_title(f"{count(size)} parameters over several ranks")
-        axes.legend(fontsize=7)
+        figure.legend(fontsize=7, loc="outside right center")
     return figure
 
 
