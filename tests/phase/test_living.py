@@ -13,12 +13,14 @@ from torch import Tensor
 
 from fuse_ext import FusePV
 from fuse_ext.phase.living import kronecker, trend
-from fuse_ext.phase.living.kronecker import GATHER, MEASURE, REFRESH, rotated_sides
+from fuse_ext.phase.living.kronecker import GATHER, MEASURE, REFRESH
+from fuse_ext.phase.living.sides import rotated_sides
 from fuse_ext.phase.living.lengths import BLOCK, FALL_FROM, RISE, Lengths
 from fuse_ext.tell.log import REST
 
 SWITCH = 4
 READY = GATHER + MEASURE - 1  # steps of this phase that Adam still takes
+CAP = 7.0
 
 
 class Batches:
@@ -113,18 +115,31 @@ def oracle(
                     inner = s["QL"].T @ mean.reshape(matrix.shape) @ s["QR"]
                     inner = inner / ((s["w"] / (1 - beta2**seen)).sqrt() + eps)
                     step = (s["QL"] @ inner @ s["QR"].T).reshape(param.shape)
+                    step = step * min(max(s["stretch"], 1.0), max(1.0, CAP / max(factor, 1.0)))
                 else:
                     s["v"] = beta2 * s["v"] + (1 - beta2) * g**2
                     step = mean / ((s["v"] / (1 - beta2**k)).sqrt() + eps)
                 if rotate and after == READY:  # what takes its place
                     inner = s["QL"].T @ mean.reshape(matrix.shape) @ s["QR"]
                     s["w"] = torch.maximum(s["w"], inner**2 * (1 - beta2**MEASURE))
+                    s["stretch"] = stretch(
+                        s, mean.reshape(matrix.shape), s["w"] / (1 - beta2**MEASURE), eps
+                    )
                 if decoupled:
                     param.mul_(1 - lr * factor * decay)
                 param.sub_(lr * factor * step)
 
 
-def factor_at(k: int, cap: float = 7.0, lr: float = 0.01) -> float:
+def stretch(s: dict[str, Any], mean: Tensor, variance: Tensor, eps: float) -> float:
+    """Adam's m.u over m.u in the bases, an element at a time."""
+    rows, columns = s["QL"], s["QR"]
+    inner = rows.T @ mean @ columns
+    here = (inner**2 / (variance.sqrt() + eps)).sum()
+    own = torch.einsum("ia,jb,ab->ij", rows**2, columns**2, variance)
+    return float((mean**2 / (own.sqrt() + eps)).sum() / here)
+
+
+def factor_at(k: int, cap: float = CAP, lr: float = 0.01) -> float:
     """Of the k-th step after the switch, as the docstring has it."""
     peak = max(1.0, cap * 1e-3 / lr)
     return (1 + (peak - 1) * min(1, k / RISE)) * math.sqrt(FALL_FROM / (FALL_FROM + k))

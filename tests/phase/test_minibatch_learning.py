@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -132,3 +134,90 @@ def test_a_gradient_of_zero_is_a_step_of_adams() -> None:
     opt.step()
     torch.testing.assert_close(opt.state[problem.params[0]]["exp_avg"], 0.9 * held)
     assert not torch.equal(problem.x, before)
+
+
+# --- a world that changes ------------------------------------------------------------------------
+
+TURN, STEPS = 300, 600
+
+
+def relabelled(run: Run) -> None:
+    run.y = (run.y * 3 + 1) % 10
+
+
+def other_pixels(run: Run) -> None:
+    run.x = run.x[:, torch.randperm(64, generator=torch.Generator().manual_seed(9))]
+
+
+def batches_of(size: int) -> Callable[[Run], None]:
+    def change(run: Run) -> None:
+        run.size = size
+
+    return change
+
+
+def rates_times(factor: float) -> Callable[[Run], None]:
+    def change(run: Run) -> None:
+        for group in run.optimizer.param_groups:
+            group["lr"] *= factor
+
+    return change
+
+
+def thawed(run: Run) -> None:
+    run.model[0].requires_grad_(True)
+
+
+class Run:
+    """A network on digits; what happens in the middle is done to it."""
+
+    def __init__(self, frozen: bool, **options: Any) -> None:
+        torch.manual_seed(0)
+        (self.x, self.y), self.size = digits(), 64
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(64, 32), torch.nn.Tanh(), torch.nn.Linear(32, 10)
+        )
+        self.model[0].requires_grad_(not frozen)
+        self.optimizer = FusePV(self.model.parameters(), lr=3e-3, **options)
+        self.order = torch.Generator().manual_seed(1)
+
+    def train(self, change: Callable[[Run], None], restarts: bool) -> float:
+        """The loss over all images in the end."""
+        schedule = None
+        if restarts:
+            schedulers = torch.optim.lr_scheduler
+            schedule = schedulers.CosineAnnealingWarmRestarts(self.optimizer, 150)
+        for step in range(STEPS):
+            if step == TURN:
+                change(self)
+            rows = torch.randint(len(self.x), (self.size,), generator=self.order)
+            self.optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(self.model(self.x[rows]), self.y[rows])
+            loss.backward()
+            self.optimizer.step()
+            if schedule is not None:
+                schedule.step()
+        with torch.no_grad():
+            return torch.nn.functional.cross_entropy(self.model(self.x), self.y).item()
+
+
+CHANGES: dict[str, Callable[[Run], None]] = {
+    "other labels": relabelled,
+    "other pixels": other_pixels,
+    "small batches": batches_of(8),
+    "large batches": batches_of(512),
+    "higher rates": rates_times(5.0),
+    "lower rates": rates_times(0.1),
+    "a layer thaws": thawed,
+    "warm restarts": lambda run: None,
+}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_are_followed_as_adam_follows_them(name: str, metric: str) -> None:
+    frozen, restarts = name == "a layer thaws", name == "warm restarts"
+    adam = Run(frozen, switch=Never()).train(CHANGES[name], restarts)
+    run = Run(frozen, metric=metric)
+    assert run.train(CHANGES[name], restarts) < 1.05 * adam
+    assert run.optimizer.phase == "lbfgs"

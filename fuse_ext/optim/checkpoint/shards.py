@@ -25,8 +25,9 @@ from fuse_ext.phase.living.kronecker import (
     KRONECKER_NAMES,
     MEASURE,
     MEASURED,
-    matrix_shape,
+    STRETCH,
 )
+from fuse_ext.phase.living.sides import matrix_shape
 from fuse_ext.phase.succession import drop_ring
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 from fuse_ext.vector.shards import is_dtensor, largest_here, like, local, placed
@@ -92,6 +93,8 @@ def _divide_matrices(entry: dict[str, Any], flat: FlatParams, i: int, betas: Any
             entry[_own(flat, name)] = _rank_by_rank(flat, entry.pop(name), (most, most))
     if MEASURED in entry:
         entry[_own(flat, MEASURED)] = _rank_by_rank(flat, entry.pop(MEASURED), side)
+    if STRETCH in entry:
+        entry[_own(flat, STRETCH)] = _rank_by_rank(flat, entry.pop(STRETCH), (1,))
     if held.get("basis_steps", 0) < MEASURE:
         return
     shape = flat.tensors[i].shape
@@ -186,7 +189,7 @@ def _of_this_rank(entry: dict[str, Any], flat: FlatParams, name: str) -> Tensor 
 
 
 def _join_matrices(entry: dict[str, Any], flat: FlatParams, i: int) -> None:
-    names = (*FACTORS, *BASES, MEASURED, *IN_BASES.values())
+    names = (*FACTORS, *BASES, MEASURED, STRETCH, *IN_BASES.values())
     if not any(isinstance(k, str) and k.startswith(f"{n}_of_") for k in entry for n in names):
         return
     rows, columns = matrix_shape(flat.tensors[i])
@@ -197,6 +200,9 @@ def _join_matrices(entry: dict[str, Any], flat: FlatParams, i: int) -> None:
         for name in KRONECKER_NAMES:
             entry.pop(name, None)
         return
+    stretch = kept.pop(STRETCH)
+    if stretch is not None:
+        entry[STRETCH] = stretch.clone()
     for name, value in kept.items():
         if value is not None:
             entry[name] = value[: shapes[name][0], : shapes[name][1]].contiguous()

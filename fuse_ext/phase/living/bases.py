@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fuse_ext.vector.flat import ParamGroup
+
 # In a parameter's own state, of the sides that have one.
 BASES = ("row_basis", "column_basis")
 
@@ -22,6 +24,42 @@ def rotate_back(entry: dict[str, Any], matrix: Tensor) -> Tensor:
     left, right = (entry.get(name) for name in BASES)
     rotated = matrix if left is None else left @ matrix
     return rotated if right is None else rotated @ right.T
+
+
+def root_of(variance: Tensor, group: ParamGroup) -> Tensor:
+    """sqrt(v) + eps as the group has it; overwrites ``variance``."""
+    eps = float(group["eps"])
+    if group["eps_inside_root"]:
+        return variance.add_(eps).sqrt_()
+    return variance.sqrt_().add_(eps)
+
+
+def stretch_of(
+    entry: dict[str, Any], average: Tensor, variance: Tensor, group: ParamGroup
+) -> Tensor:
+    """By how much longer a step in the bases promises the decrease of Adam's own step.
+
+    To first order that of a step u is m.u, with u = m / sqrt(v) for each. A gradient that nearly
+    all elements have in common is one coordinate of the basis, along which Adam goes as far as
+    elements add up to, sqrt(m n) at most, and a step in the basis no further than along any other.
+    So at rates that are short of where Adam becomes unstable the basis would be the slower one, the
+    more so the smaller they are; near there the two are level, and this is next to 1.
+
+    Args:
+        entry: Holds the bases.
+        average: m in the bases.
+        variance: v, bias-corrected.
+        group: Whose eps it is.
+
+    Returns:
+        One number, of shape (1,); 1 where the gradient has been 0.
+    """
+    here = average.square().div_(root_of(variance.clone(), group)).sum()
+    squares = {name: entry[name].square() for name in BASES if name in entry}
+    # Sums of squares; only rounding makes one negative, where next to nothing was summed.
+    own = root_of(rotate_back(squares, variance).clamp_(min=0.0), group)
+    adams = rotate_back(entry, average).square_().div_(own).sum()
+    return (adams / here).nan_to_num_(1.0, 1.0, 1.0).view(1)
 
 
 def adams_second(entry: dict[str, Any], second: Tensor, steps: float, beta2: float) -> Tensor:

@@ -6,6 +6,9 @@ one in that basis, and R and L together are the Kronecker factors of the gradien
 moments are kept in the basis, so that a step takes two products a side: the gradient into it and
 the step out of it. Bases are renewed every ``REFRESH`` steps by one step of orthogonal iteration.
 
+A step in the bases is stretched until it promises, to first order, the decrease of Adam's own
+(``stretch_of``), within the longest that steps may be.
+
 A basis needs data. For ``GATHER`` steps the covariances are averaged, for ``MEASURE`` more the
 second moment in the new basis, and only then does it take the place of Adam's, which steps until
 then.
@@ -25,10 +28,17 @@ from torch import Tensor
 
 from fuse_ext.curvature.moments import Moments
 from fuse_ext.curvature.step_counts import HostCounts
-from fuse_ext.phase.living.bases import BASES, adams_second, rotate, rotate_back
+from fuse_ext.phase.living.bases import (
+    BASES,
+    adams_second,
+    root_of,
+    rotate,
+    rotate_back,
+    stretch_of,
+)
+from fuse_ext.phase.living.sides import matrix_shape, sides_of
 from fuse_ext.phase.modes import AUTO
 from fuse_ext.vector.flat import FlatParams, ParamGroup
-from fuse_ext.vector.shards import largest_here, shards_of
 
 DIAGONAL, KRONECKER = "diagonal", "kronecker"
 METRICS = (AUTO, DIAGONAL, KRONECKER)
@@ -38,48 +48,14 @@ FACTOR_DECAY, REFRESH = 0.95, 10
 # Once there are bases, covariances take in every so-manieth gradient; they cost as much as a
 # product with a basis, and change slowly.
 FACTOR_EVERY = 2
-# A side up to this long gets a basis; a longer one stays as it is. With a side of length a on both
-# sides of a matrix a step costs 10 a operations an element, where the gradient costs 6 for every
-# row of the batch. A transformer of width 128 on text (sides of 128, 384 and 512, 1,024 rows) took
-# 97 s for a loss of 1.236 with this limit, 76 s for 1.295 in fewer steps, and 75 s for 1.321 with
-# a limit of 256; AdamW 64 s for 1.59. Much longer ones do not pay on a CPU, nor do the sides of
-# inputs always: KMNIST's 784 cost accuracy. On a GPU, which multiplies matrices best, nothing has
-# been measured yet.
-LONGEST_SIDE = {"cpu": 512, "cuda": 2048}
-# A matrix with a side beyond it is taken for an embedding, few of whose rows have a gradient.
-EMBEDDING_SIDE = 8192
-
 # In a parameter's own state: covariances, bases (of the sides that have one), the second moment in
-# them while it is measured, and steps since the covariances, and since the measuring, began.
+# them while it is measured, what steps are stretched by, as it was when the bases were renewed, and
+# steps since the covariances, and since the measuring, began.
 FACTORS = ("row_factor", "column_factor")
 MEASURED = "rotated_sq"
+STRETCH = "stretch"
 STEPS = ("factor_steps", "basis_steps")
-KRONECKER_NAMES = (*FACTORS, *BASES, MEASURED, *STEPS)
-
-
-def matrix_shape(param: Tensor) -> tuple[int, int]:
-    """A weight as a matrix: its first dimension, and all others."""
-    rows = param.shape[0] if param.ndim else 1
-    return rows, param.numel() // max(rows, 1)
-
-
-def rotated_sides(
-    param: Tensor, amsgrad: bool, narrow: bool, limited: bool, device: torch.device
-) -> tuple[bool, bool]:
-    """Which sides of a parameter get a basis.
-
-    None do of vectors, complex numbers, with AMSGrad, whose largest moment is of one basis, and
-    with moments that are stored ``narrow``.
-    """
-    if param.ndim < 2 or param.is_complex() or amsgrad or narrow:
-        return False, False
-    rows, columns = matrix_shape(param)
-    if min(rows, columns) < 2 or max(rows, columns) > EMBEDDING_SIDE:
-        return False, False
-    most = EMBEDDING_SIDE
-    if limited:
-        most = LONGEST_SIDE.get(device.type, LONGEST_SIDE["cpu"])
-    return rows <= most, columns <= most
+KRONECKER_NAMES = (*FACTORS, *BASES, MEASURED, STRETCH, *STEPS)
 
 
 def check_kronecker_state(entry: dict[str, Any], param: Tensor, i: int) -> None:
@@ -94,38 +70,15 @@ def check_kronecker_state(entry: dict[str, Any], param: Tensor, i: int) -> None:
                 f"state_dict does not fit: {name} of params[{i}] is {what}, not {(side, side)}"
             )
     if any(name in entry for name in FACTORS):
+        stretch = entry.get(STRETCH)  # older checkpoints have none
+        if stretch is not None and not (isinstance(stretch, Tensor) and stretch.shape == (1,)):
+            raise ValueError(f"state_dict does not fit: {STRETCH} of params[{i}] is {stretch!r}")
         for name in STEPS:
             if not isinstance(entry.get(name), int) or entry[name] < 0:
                 raise ValueError(
                     f"state_dict does not fit: {name} of params[{i}] is {entry.get(name)!r}, "
                     "no count"
                 )
-
-
-def sides_of(
-    flat: FlatParams,
-    groups: list[ParamGroup],
-    narrow: bool,
-    limited: bool,
-    shards: list[int] | None = None,
-) -> dict[int, tuple[bool, bool]]:
-    """Of each parameter that has a basis on some side, which ones; see :func:`rotated_sides`.
-
-    ``shards``: in how many pieces each lies, if the parameters do not know.
-    """
-    found = {}
-    pieces = shards or [shards_of(param) for param in flat.params]
-    for group, place in zip(groups, flat.group_slices, strict=True):
-        for i in range(place.start, place.stop):
-            shape = largest_here(flat.params[i])  # ranks have bases of the same sides
-            sides = rotated_sides(shape, bool(group["amsgrad"]), narrow, limited, flat.device)
-            if pieces[i] > 1:
-                # The longer side's would be of the whole matrix's size, and on every rank.
-                rows, columns = matrix_shape(shape)
-                sides = sides[0] and rows <= columns, sides[1] and columns <= rows
-            if any(sides):
-                found[i] = sides
-    return found
 
 
 def kronecker_nbytes(
@@ -144,7 +97,7 @@ def kronecker_nbytes(
         if one
     )
     measured = sum(flat.tensors[i].numel() for i in sides)
-    return 2 * squares * flat.dtype.itemsize, measured * flat.dtype.itemsize
+    return (2 * squares + len(sides)) * flat.dtype.itemsize, measured * flat.dtype.itemsize
 
 
 class KroneckerMetric:
@@ -177,9 +130,11 @@ class KroneckerMetric:
         self.sides = sides_of(flat, groups, narrow, limited)
         for i in self.sides:
             entry = state.get(flat.params[i], {})
-            for name in (*FACTORS, *BASES, MEASURED):
+            for name in (*FACTORS, *BASES, MEASURED, STRETCH):
                 if name in entry:  # perhaps of a checkpoint in another dtype
                     entry[name] = entry[name].to(dtype=flat.dtype, device=flat.device)
+            if "factor_steps" in entry and STRETCH not in entry:  # of an older checkpoint
+                entry[STRETCH] = torch.ones(1, dtype=flat.dtype, device=flat.device)
 
     def begin(self) -> None:
         """Takes the memory for all parameters that have had a gradient."""
@@ -196,6 +151,7 @@ class KroneckerMetric:
             for name, side, has in zip(names, shape, self.sides[i], strict=True):
                 if has:
                     entry[name] = torch.zeros(side, side, dtype=flat.dtype, device=flat.device)
+        entry[STRETCH] = torch.ones(1, dtype=flat.dtype, device=flat.device)
         entry.update(dict.fromkeys(STEPS, 0))
 
     def entry(self, i: int) -> dict[str, Any]:
@@ -206,7 +162,7 @@ class KroneckerMetric:
     @property
     def nbytes(self) -> int:
         """Bytes of state held."""
-        return self._bytes_of(*FACTORS, *BASES)
+        return self._bytes_of(*FACTORS, *BASES, STRETCH)
 
     @property
     def measuring_nbytes(self) -> int:
@@ -234,7 +190,7 @@ class KroneckerMetric:
     def step(self, groups: list[ParamGroup], factor: float) -> None:
         """Takes in the gradients at hand, and steps where the metric is ready.
 
-        To be called after Adam has stepped the others.
+        To be called after Adam has stepped the others, ``factor`` times as far as Adam does.
         """
         flat, stepped, masters = self._flat, [], self._moments.masters
         if masters is not None:
@@ -244,7 +200,7 @@ class KroneckerMetric:
                 if i not in self.sides or flat.params[i].grad is None:
                     continue
                 if self._is_ready(self.entry(i)):
-                    self._advance(i, group, float(group["lr"]) * factor)
+                    self._advance(i, group, factor)
                     stepped.append(i)
                 else:
                     self._gather(i, group)
@@ -301,8 +257,10 @@ class KroneckerMetric:
             return
         # E[g]^2 <= E[g^2]: where a direction has not been seen for long, m says more of it.
         mean = self._corrected_mean(i, entry, beta1)
-        floor = mean.square_().mul_(1.0 - beta2 ** entry["basis_steps"])
+        share = 1.0 - beta2 ** entry["basis_steps"]
+        floor = mean.square().mul_(share)
         second = torch.maximum(entry.pop(MEASURED), floor)
+        entry[STRETCH] = stretch_of(entry, mean, second / share, group)
         self._moment("exp_avg_sq", i).copy_(second.view(grad.shape))
         average = self._moment("exp_avg", i)
         average.copy_(rotate(entry, average.reshape(matrix.shape)).view(grad.shape))
@@ -326,12 +284,12 @@ class KroneckerMetric:
             entry[basis].copy_(vectors)
         return True
 
-    def _advance(self, i: int, group: ParamGroup, lr: float) -> None:
-        """Adam's step in the basis."""
+    def _advance(self, i: int, group: ParamGroup, factor: float) -> None:
+        """Adam's step in the basis, ``factor`` times as long, and stretched."""
         entry, weight = self.entry(i), self._moments.weight(i)
         grad = self._gradient(i, group)
         matrix = grad.reshape(matrix_shape(grad))
-        (beta1, beta2), eps = map(float, group["betas"]), float(group["eps"])
+        (beta1, beta2), lr = map(float, group["betas"]), float(group["lr"]) * factor
         steps = self._moments.counts.of(i) + 1.0
         self._average(entry, matrix, FACTOR_EVERY)
         rotated = rotate(entry, matrix)
@@ -342,14 +300,17 @@ class KroneckerMetric:
         second.mul_(beta2).addcmul_(rotated, rotated, value=1.0 - beta2)
         entry["basis_steps"] += 1
         variance = second / (1.0 - beta2 ** entry["basis_steps"])
-        root = (
-            variance.add_(eps).sqrt_() if group["eps_inside_root"] else variance.sqrt_().add_(eps)
-        )
-        step = rotate_back(entry, torch.div(average, root, out=root)).view(grad.shape)
+        renews = entry["basis_steps"] % REFRESH == 0
+        if renews:
+            entry[STRETCH] = stretch_of(entry, average, variance, group)
+        stretch = entry[STRETCH].clamp(1.0, max(1.0, float(group["step_cap"]) / max(factor, 1.0)))
+        root = root_of(variance, group)
+        turned = torch.div(average, root, out=root).mul_(stretch)
+        step = rotate_back(entry, turned).view(grad.shape)
         if group["decoupled_weight_decay"] and group["weight_decay"]:
             weight.mul_(1.0 - lr * float(group["weight_decay"]))
         weight.add_(step.to(weight.dtype), alpha=-lr / (1.0 - beta1**steps))
-        if entry["basis_steps"] % REFRESH == 0:
+        if renews:
             average, second = self._renew(entry, average, second)
         for kept, new in zip(stored, (average, second), strict=True):
             if new.data_ptr() != kept.data_ptr():
