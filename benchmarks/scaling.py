@@ -286,10 +286,11 @@ def page(found: Found, made: dict[str, Prediction], cluster: Cluster) -> str:
         low, high = min(ratios), max(ratios)
         text.append(
             "Model, computed: the step at the tiny size (Python and dispatch), and bytes over the "
-            "bandwidth that this number of ranks measured on as many bytes at once. What was "
+            "bandwidth that this number of ranks measured on as many bytes at once, in the best "
+            "round. What was "
             f"computed is {low:.2f} to {high:.2f} times that, {statistics.median(ratios):.2f} in "
             "the median. Model, in collectives: alpha and beta from all-reduces of 8 bytes and 1 "
-            "MiB between ranks that have nothing else to do."
+            "MiB between ranks that have nothing else to do, in the best round."
         )
     for size in sizes:
         text += [f"#### {count(size)} parameters", measured_table(found, size)]

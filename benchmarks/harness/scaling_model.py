@@ -26,7 +26,8 @@ import torch
 from benchmarks import cuda_model
 from benchmarks.harness.gpu_model import H100, LAUNCH, WAIT
 from benchmarks.harness.scaling_ranks import PAIRS
-from fuse_ext.phase.living.kronecker import FACTOR_EVERY, REFRESH, rotated_sides
+from fuse_ext.phase.living.kronecker import FACTOR_EVERY, REFRESH
+from fuse_ext.phase.living.sides import rotated_sides
 
 # Bytes a parameter and which bandwidth a step goes by; what docs/cuda.md counts on a device holds
 # here too, the passes being the same.
