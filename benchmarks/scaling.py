@@ -293,7 +293,7 @@ def page(found: Found, made: dict[str, Prediction], cluster: Cluster) -> str:
             "MiB between ranks that have nothing else to do, in the best round."
         )
     for size in sizes:
-        text += [f"#### {count(size)} parameters", measured_table(found, size)]
+        text += [f"## {count(size)} parameters", measured_table(found, size)]
     rates = []
     for (size, ranks), here in sorted(found.items()):
         alpha, beta = scaling_model.alpha_beta(here["all_reduce"])
@@ -309,10 +309,10 @@ def page(found: Found, made: dict[str, Prediction], cluster: Cluster) -> str:
         )
     headers = ["what the model is made of", "read, GB/s a rank", "update, GB/s a rank"]
     headers += ["product, GFLOP/s a rank", "alpha, us", "1 / beta, GB/s"]
-    text += ["#### Measured limits", table(headers, rates), "#### Where ours is slower"]
+    text += ["## Measured limits", table(headers, rates), "## Where ours is slower"]
     text.append("\n".join(slower(found, made)))
     text += [
-        f"#### Prediction: Llama 3 70B on {cluster.ranks:,} GPUs",
+        f"## Prediction: Llama 3 70B on {cluster.ranks:,} GPUs",
         "**Predicted, not measured: nothing of this size has been run.** H100 SXM, "
         f"{cluster.a_node} a node, weights and state in float32 in shards; gathers of weights and "
         "reductions of gradients, which all of these need alike, are left out. Computed: the model "

@@ -225,7 +225,7 @@ def test_ranks_are_measured_and_a_cluster_is_predicted(results):
     held = [by_ranks[ranks]["optimizers"]["torch.optim.LBFGS"]["state_bytes"] for ranks in (1, 2)]
     assert held[0] == pytest.approx(held[1], rel=0.01)
     printed = results["scaling"]["printed"]
-    assert "**Predicted, not measured" in printed and "#### Where ours is slower" in printed
+    assert "**Predicted, not measured" in printed and "## Where ours is slower" in printed
     predicted = found["predicted"]
     adamw = predicted.pop("torch.optim.AdamW(fused=True)")["seconds"]
     # Passes and calls beyond AdamW's own are there to be seen.
