@@ -90,6 +90,7 @@ bench: build
 	$(BIN)/python -m benchmarks.robustness
 	$(BIN)/python -m benchmarks.minimize
 	$(BIN)/python -m benchmarks.switching
+	$(BIN)/python -m benchmarks.scaling
 
 # Resumable: runs that are stored in build/paper-cells and still fit are not repeated.
 paper: build

@@ -23,6 +23,7 @@ from fuse_ext.kernels.reference.memory import SCALE_BLOCK, Rows
 from fuse_ext.kernels.scalars import Header
 from fuse_ext.vector.flat import MOST_PARTS, FlatParams, Part, memory_order
 from fuse_ext.vector.gradients import GradStats
+from fuse_ext.vector.host.rows import HOST, HostRows, Staging, on_host
 from fuse_ext.vector.reduced_ops import ReducedOps, blend, bound_ops
 
 # Rows are padded to an odd number of these, so that rows start on cache lines and no two rows
@@ -64,9 +65,10 @@ class History:
         dtype: Of the rows; None for the state's. int8 rows have one float32 scale per 128
             elements.
         grad_prev_apart: Keep the previous gradient in a vector of its own in any case.
+        apart: Keep all of it in the host's memory, though the parameters are on a device.
     """
 
-    kind, forgets, workspace_nbytes = "pairs", True, 0
+    kind, forgets = "pairs", True
 
     def __init__(
         self,
@@ -76,38 +78,45 @@ class History:
         history_size: int,
         dtype: torch.dtype | None,
         grad_prev_apart: bool = False,
+        apart: bool = False,
     ) -> None:
         self._flat, self._ops, self._entry = flat, ops, entry
         self.part = flat.whole
-        self._bound = bound_ops(ops, self.part)
-        self._bounds = {self.part.absent: self._bound}
         self.slots = history_size + 1
         self.dtype = flat.dtype if dtype is None else dtype
+        self._staging = Staging(flat, ops, self.dtype) if apart else None
+        self._bounds: dict[tuple[int, ...], BoundOps] = {}
+        self._bound = self._bound_to(self.part)
+        there = kernels.scalars_device(ops, flat.device)
+
+        def memory(*shape: int, dtype: torch.dtype) -> Tensor:
+            if apart:
+                return on_host(shape, dtype, flat)
+            return torch.empty(shape, dtype=dtype, device=flat.device)
+
         padded = (flat.numel + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
         if padded // ROW_ALIGNMENT % 2 == 0:
             padded += ROW_ALIGNMENT
         # Zeroed, since a checkpoint must not carry stray memory, but only after the advice: pages
         # that were touched before stay small.
-        rows = torch.empty(2, self.slots, padded, dtype=self.dtype, device=flat.device)
+        rows = memory(2, self.slots, padded, dtype=self.dtype)
         kernels.advise_large_pages(rows)
         rows.zero_()
         self.rows = rows[:, :, : flat.numel]
-        self.scalars = ring.new_scalars(self.slots, kernels.scalars_device(ops, flat.device))
+        self.scalars = ring.new_scalars(self.slots, HOST if apart else there)
         self.grad_prev = (
             None
             if self.dtype == flat.dtype and not grad_prev_apart
-            else torch.zeros(flat.numel, dtype=flat.dtype, device=flat.device)
+            else memory(flat.numel, dtype=flat.dtype).zero_()
         )
         blocks = (flat.numel + SCALE_BLOCK - 1) // SCALE_BLOCK
         self.scales = (
-            torch.zeros(2, self.slots, blocks, dtype=torch.float32, device=flat.device)
+            memory(2, self.slots, blocks, dtype=torch.float32).zero_()
             if self.dtype == torch.int8
             else None
         )
         # Norms of the gradient, and behind them the loss where it would be waited for alone.
-        with_loss = torch.zeros(
-            len(GradStats._fields) + 1, dtype=torch.float64, device=self.scalars.device
-        )
+        with_loss = torch.zeros(len(GradStats._fields) + 1, dtype=torch.float64, device=there)
         self._stats = with_loss[:-1]
         self._with_loss = with_loss if is_remote(flat.device) else None
         tensors = {"history": self.rows, "scalars": self.scalars}
@@ -157,7 +166,10 @@ class History:
         if part.absent not in self._bounds:
             if len(self._bounds) > MOST_PARTS:
                 self._bounds.clear()
-            self._bounds[part.absent] = bound_ops(self._ops, part)
+            staging, ops = self._staging, self._ops
+            self._bounds[part.absent] = (
+                bound_ops(ops, part) if staging is None else HostRows(ops, part, staging)
+            )
         return self._bounds[part.absent]
 
     @property
@@ -165,6 +177,16 @@ class History:
         """Bytes held, padding included."""
         apart = sum(t.nbytes for t in (self.grad_prev, self.scales) if t is not None)
         return self.rows.untyped_storage().nbytes() + self.scalars.nbytes + apart
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes in the host's memory that would else be the device's, scratch included."""
+        return 0 if self._staging is None else self.nbytes + self._staging.sent.nbytes
+
+    @property
+    def workspace_nbytes(self) -> int:
+        """Bytes of scratch on the device."""
+        return 0 if self._staging is None else self._staging.nbytes
 
     def header(self) -> Header:
         """The scalars the host decides by."""
@@ -251,22 +273,6 @@ class History:
             curvature_tol,
         )
 
-    def direction(
-        self, grads: list[Tensor], decay: list[float], lr_scale: list[float], maximize: bool
-    ) -> Header:
-        """p = -H g into the open slot, g into g_prev; to be called after :meth:`update`."""
-        numbers = self._bound.lbfgs_direction(
-            grads,
-            decay,
-            lr_scale,
-            maximize,
-            self.rows,
-            self.grad_prev,
-            self.scalars,
-            self.scales,
-        )
-        return Header(*numbers)
-
     def update_direction(
         self,
         grads: list[Tensor],
@@ -279,7 +285,7 @@ class History:
         step: float = 0.0,
         least_slope: float = 0.0,
     ) -> tuple[Header, bool]:
-        """:meth:`update` and :meth:`direction` in one call, for small problems' sake.
+        """:meth:`update`, then p = -H g into the open slot and g into g_prev, in one call.
 
         With ``origin``, which becomes the parameters, also :meth:`move` by ``step``, where pairs
         are usable, p is finite and -g.p > ``least_slope``. Says whether it did.
@@ -329,6 +335,8 @@ class History:
     def blend(self, origin: Tensor, theta: float, step: float) -> None:
         """Algorithm 3's mixture of the current parameters (Adam's) and origin + step * p."""
         held = self.rows, self.scalars, self.scales
+        if isinstance(self._bound, HostRows):
+            return self._bound.fuse_blend(origin, *held, theta, step)
         blend(self._ops, self._bound, self.part, origin, *held, theta, step)
 
 

@@ -39,6 +39,7 @@ def estimate_memory(
     *,
     history_size: int | None = None,
     history_dtype: torch.dtype | None = None,
+    history_device: str | None = None,
     amsgrad: bool = False,
     moment_dtype: torch.dtype | None = None,
     master_weights: bool = False,
@@ -71,6 +72,8 @@ def estimate_memory(
         history_size: This and the rest: as the optimizer will be given; what it does not have is
             ignored. None is the optimizer's default.
         history_dtype: Storage of the pairs.
+        history_device: Where they are to lie; "cpu" means beside parameters on a device here,
+            wherever these are, and their bytes are ``host_bytes``.
         amsgrad: Adam's third moment.
         moment_dtype: Storage of Adam's moments.
         master_weights: Whether steps are taken on weights in float32.
@@ -98,7 +101,11 @@ def estimate_memory(
     batches = line_search == AUTO and optimizer == "FusePV" and not deterministic
     if line_search == AUTO and not batches:
         line_search = "strong_wolfe"
-    lbfgs_options: dict[str, Any] = {"history_dtype": history_dtype, "process_group": ALONE}
+    lbfgs_options: dict[str, Any] = {
+        "history_dtype": history_dtype,
+        "history_device": history_device,
+        "process_group": ALONE,
+    }
     if history_size is not None:
         lbfgs_options["history_size"] = history_size
     opt: FlatOptimizer  # made for the checks in its constructor, and for its flat layout
@@ -126,7 +133,7 @@ def estimate_memory(
     else:
         opt = Fuse(groups, amsgrad=amsgrad, line_search=line_search, **lbfgs_options)
     flat, ops = opt.flat, kernels.select("reference", opt.flat.device)
-    adam = lbfgs = scratch = inherited = 0
+    adam = lbfgs = scratch = inherited = host = 0
     size = opt.param_groups[0].get("history_size", 0)
     if optimizer != "LBFGS":
         dtype, keeps = (opt.param_groups[0].get(n) for n in ("moment_dtype", "master_weights"))
@@ -141,19 +148,21 @@ def estimate_memory(
         if optimizer == "FusePV" and takes_matrix(opt.param_groups[0], flat):
             held = DenseMatrix(flat, ops, {})
         else:
-            held = History(flat, ops, {}, size, history_dtype)
+            apart = history_device is not None
+            held = History(flat, ops, {}, size, history_dtype, apart=apart)
+            host = held.host_nbytes
         vectors = 1 + (line_search in SAVING_SEARCHES)
         vectors += optimizer == "Fuse" and line_search is not None  # g at x, for Adam's half
-        lbfgs = held.nbytes
+        lbfgs = 0 if host else held.nbytes
         scratch = vectors * flat.numel * flat.dtype.itemsize + held.workspace_nbytes
     phases = {
         "Adam": (PhaseMemory("adam", adam, 0),),
-        "LBFGS": (PhaseMemory("lbfgs", lbfgs, scratch),),
+        "LBFGS": (PhaseMemory("lbfgs", lbfgs, scratch, host_bytes=host),),
         "FusePV": (
             PhaseMemory("adam", adam, 0),
-            PhaseMemory("lbfgs", lbfgs, scratch, inherited),
+            PhaseMemory("lbfgs", lbfgs, scratch, inherited, host),
         ),
-        "Fuse": (PhaseMemory("fuse", adam + lbfgs, scratch),),
+        "Fuse": (PhaseMemory("fuse", adam + lbfgs, scratch, host_bytes=host),),
     }
     return MemoryEstimate(optimizer, flat.numel, phases[optimizer])
 

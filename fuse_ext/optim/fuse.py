@@ -25,6 +25,7 @@ from fuse_ext.phase.modes import CURVATURE_TOL
 from fuse_ext.phase.succession import drop_lbfgs_state
 from fuse_ext.tell.report import Report, lbfgs_fields
 from fuse_ext.vector.flat import Closure, Part
+from fuse_ext.vector.host.rows import lies_apart
 
 PHASE = "fuse"
 # What a step of L-BFGS is in a blend: one iteration that nothing ends early. Its evaluations are
@@ -95,7 +96,8 @@ class Fuse(FlatOptimizer):
         same_batch_pairs: Otherwise, with a closure, evaluate it once more after the step, so that
             no pair mixes two batches.
         betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root: As in FusePV.
-        maximize, lbfgs_lr, history_size, history_dtype, curvature_tol, backend: As in FusePV.
+        maximize, lbfgs_lr, history_size, history_dtype, history_device, curvature_tol, backend:
+            As in FusePV.
         process_group, shard_state: As in FusePV.
 
     Memory: Adam's 8 bytes a parameter and L-BFGS's 4 (2 m + 2), and one vector of scratch (three
@@ -126,6 +128,7 @@ class Fuse(FlatOptimizer):
         lbfgs_lr: float = 1.0,
         history_size: int = 10,
         history_dtype: torch.dtype | None = None,
+        history_device: str | None = None,
         line_search: str | None = None,
         curvature_tol: float | None = None,
         deterministic: bool = False,
@@ -176,7 +179,8 @@ class Fuse(FlatOptimizer):
         group = self.param_groups[0]
         self._adam = Moments(self.flat, self._ops, self.state, self.param_groups)
         size, dtype = group["history_size"], group["history_dtype"]
-        self._history = History(self.flat, self._ops, self._entry, size, dtype)
+        apart = lies_apart(group["history_device"], self.flat)
+        self._history = History(self.flat, self._ops, self._entry, size, dtype, apart=apart)
         self._lbfgs = Iteration(self.flat, self._ops, self._entry, self._history)
 
     @property

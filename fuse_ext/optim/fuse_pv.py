@@ -62,6 +62,8 @@ class FusePV(FlatOptimizer):
         history_size: m, the curvature pairs kept; None for 10 or, on one function, as many as fit
             64 MiB, at most 500 and at most d, but at least 10. They cost 4 m d reads an iteration.
         history_dtype: Storage of the pairs: torch.bfloat16 halves it, torch.int8 quarters it.
+        history_device: "cpu": of parameters on a device, pairs in the host's (pinned) memory and
+            dots there; a gradient and a direction cross in an iteration. None: beside them.
         line_search: "approximate_wolfe" (which goes on by slopes where noise or rounding hides
             the loss's decrease, and is strong Wolfe elsewhere), "strong_wolfe", "armijo", None
             (fixed step), or "auto": approximate Wolfe where the closure is the same function at
@@ -148,6 +150,7 @@ class FusePV(FlatOptimizer):
         lbfgs_lr: float = 1.0,
         history_size: int | None = None,
         history_dtype: torch.dtype | None = None,
+        history_device: str | None = None,
         line_search: str | None = AUTO,
         max_iter: int = 1,
         max_eval: int | None = None,

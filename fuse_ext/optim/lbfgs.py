@@ -62,6 +62,8 @@ class LBFGS(FlatOptimizer):
         history_dtype: Storage of the pairs: torch.bfloat16 for half the memory and traffic,
             torch.int8 (with one float32 scale per 128 elements) for a quarter; None for float32
             (float64 for float64 parameters).
+        history_device: "cpu": of parameters on a device, pairs in the host's memory, as in
+            :class:`~fuse_ext.FusePV`.
         curvature_tol: r above; 1e-8 for full batches, about 1e-4 for minibatches.
         self_scaling: Scale the inverse Hessian before each pair (see ``FusePV``): for long runs on
             one function with a large ``history_size``.
@@ -110,6 +112,7 @@ class LBFGS(FlatOptimizer):
         maximize: bool = False,
         weight_decay: float = 0.0,
         history_dtype: torch.dtype | None = None,
+        history_device: str | None = None,
         curvature_tol: float = 1e-8,
         self_scaling: bool = False,
         deterministic: bool = False,

@@ -105,6 +105,11 @@ def _history_dtype(name: str, value: Any) -> None:
         raise ValueError(f"history_dtype must be None or one of {HISTORY_DTYPES}, got {value!r}")
 
 
+def _history_device(name: str, value: Any) -> None:
+    if value not in (None, "cpu"):
+        raise ValueError(f"history_device must be None or 'cpu', got {value!r}")
+
+
 def _not_supported(name: str, value: Any) -> None:
     if value:
         raise ValueError(f"{name}=True is not supported: the step is one fused kernel")
@@ -186,6 +191,7 @@ _OPTIONS = (
     Option("history_size", "an int >= 1", _SECOND, _integer(1), shared=True),
     Option("curvature_tol", "a number in [0, 1]", _SECOND, _at_least(0.0, 1.0), shared=True),
     Option("history_dtype", "None, a float dtype or torch.int8", _SECOND, _history_dtype, True),
+    Option("history_device", 'None or "cpu"', _SECOND, _history_device, True, True),
     Option("pairs", _any_of(PAIRS), _SECOND, _one_of(*PAIRS), shared=True),
     Option("metric", _any_of(METRICS), _SECOND, _one_of(*METRICS), shared=True),
     Option("line_search", f'"auto", {_SEARCHES}', _SECOND, _line_search_or_auto, shared=True),
@@ -240,6 +246,14 @@ def _max_eval_suffices(
 def _matrix_on_host(group: ParamGroup) -> None:
     if group["curvature"] == DENSE and group["capturable"]:
         raise ValueError("curvature='dense' does not go with capturable=True")
+
+
+def _rows_on_host(group: ParamGroup) -> None:
+    if group["history_device"] is None:
+        return
+    for name, not_with in (("capturable", True), ("curvature", DENSE)):
+        if group.get(name) == not_with:
+            raise ValueError(f"history_device='cpu' does not go with {name}={not_with!r}")
 
 
 def check_switch(switch: Switchover, capturable: bool) -> None:
@@ -310,6 +324,9 @@ class Table:
                     )
 
 
+_ROWS_ON_HOST = Rule(
+    'history_device="cpu" goes with neither capturable=True nor curvature="dense"', _rows_on_host
+)
 ADAM_TABLE = Table(
     "lr betas eps weight_decay amsgrad maximize foreach capturable differentiable fused "
     "decoupled_weight_decay eps_inside_root moment_dtype master_weights shard_state",
@@ -317,8 +334,8 @@ ADAM_TABLE = Table(
 )
 LBFGS_TABLE = Table(
     "lr max_iter max_eval tolerance_grad tolerance_change rtol history_size line_search_fn "
-    "maximize weight_decay history_dtype curvature_tol self_scaling deterministic trial_errors "
-    "capturable shard_state",
+    "maximize weight_decay history_dtype history_device curvature_tol self_scaling deterministic "
+    "trial_errors capturable shard_state",
     required="lr history_size",
     rules=(
         Rule(
@@ -329,13 +346,14 @@ LBFGS_TABLE = Table(
             ),
         ),
         _capturable("line_search_fn"),
+        _ROWS_ON_HOST,
     ),
     one_sign=True,
 )
 FUSE_TABLE = Table(
     "lr betas eps weight_decay amsgrad maximize differentiable decoupled_weight_decay "
-    "eps_inside_root lbfgs_lr history_size history_dtype line_search max_iter max_eval "
-    "tolerance_grad tolerance_change rtol curvature_tol deterministic trial_errors "
+    "eps_inside_root lbfgs_lr history_size history_dtype history_device line_search max_iter "
+    "max_eval tolerance_grad tolerance_change rtol curvature_tol deterministic trial_errors "
     "same_batch_pairs shard_state",
     required="lr betas history_size",
     rules=(
@@ -348,10 +366,11 @@ FUSE_TABLE = Table(
 )
 FUSE_PV_TABLE = Table(
     "lr betas eps weight_decay amsgrad maximize differentiable decoupled_weight_decay "
-    "eps_inside_root moment_dtype master_weights lbfgs_lr history_size history_dtype line_search "
-    "max_iter max_eval tolerance_grad tolerance_change rtol curvature_tol self_scaling curvature "
-    "dense_update deterministic trial_errors pairs metric step_cap check_finite capturable "
-    "shard_state phase lr_at_switch",
+    "eps_inside_root moment_dtype master_weights lbfgs_lr history_size history_dtype "
+    "history_device line_search max_iter max_eval tolerance_grad tolerance_change rtol "
+    "curvature_tol self_scaling curvature dense_update deterministic trial_errors pairs metric "
+    "step_cap check_finite capturable shard_state phase "
+    "lr_at_switch",
     required="lr betas",
     rules=(
         Rule(
@@ -363,5 +382,6 @@ FUSE_PV_TABLE = Table(
         ),
         _capturable("line_search"),
         Rule('curvature="dense" does not go with capturable', _matrix_on_host),
+        _ROWS_ON_HOST,
     ),
 )

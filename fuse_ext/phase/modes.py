@@ -11,6 +11,7 @@ from fuse_ext.switch.plateau import LossPlateau
 from fuse_ext.switch.steps import AfterSteps, Never, WarmUp
 from fuse_ext.switch.when import When
 from fuse_ext.vector.flat import FlatParams, ParamGroup
+from fuse_ext.vector.host.rows import lies_apart
 
 ADAM, LBFGS = "adam", "lbfgs"  # phases
 AUTO = "auto"
@@ -153,7 +154,8 @@ def takes_matrix(group: ParamGroup, flat: FlatParams) -> bool:
     """Whether a dense matrix takes the place of pairs: asked for, or small on one function."""
     if group.get("curvature", IN_PAIRS) != AUTO:
         return bool(group.get("curvature") == DENSE)
-    if flat.spread:  # no rank has all of the vectors that a matrix is made of
+    # No rank has all of the vectors that a matrix is made of; nor is a matrix kept on the host.
+    if flat.spread or lies_apart(group.get("history_device"), flat):
         return False
     one_function = group["deterministic"] and group["line_search"] is not None
     most = MATRIX_BYTES.get(flat.device.type, MATRIX_BYTES["cpu"])
@@ -254,7 +256,8 @@ def check_ranks(group: ParamGroup, flat: FlatParams) -> None:
     """Raises where options do not go with parameters that several ranks hold, or may hold.
 
     Raises:
-        ValueError: A matrix of vectors of which no rank has all; a graph that would have to talk.
+        ValueError: A matrix of vectors of which no rank has all; a graph that would have to talk;
+            pairs on the host, whose sums are not told to others.
         RuntimeError: A line search among ranks of which nobody has said if they step together.
     """
     if flat.spread and group.get("curvature") == DENSE:
@@ -269,6 +272,10 @@ def check_ranks(group: ParamGroup, flat: FlatParams) -> None:
         )
     if flat.rows is not None and group.get("capturable"):
         raise ValueError("capturable=True does not go with shard_state=True, whose steps talk")
+    if flat.together is not None and group.get("history_device"):
+        raise ValueError(
+            f"history_device='cpu' does not go with a step of {flat.together.size} ranks"
+        )
     if flat.unsaid and compares_losses(group):
         raise RuntimeError(
             "there are other ranks, and with a line search or deterministic=True each would go its "

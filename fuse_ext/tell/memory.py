@@ -15,12 +15,15 @@ class PhaseMemory:
             record of counts and names.
         workspace_bytes: Scratch held between steps, once the line search has needed it.
         inherited: Bytes of the state that the phase before leaves.
+        host_bytes: What the host holds of state and scratch beside the device, and is not in the
+            other figures: with ``history_device="cpu"``.
     """
 
     phase: str
     state_bytes: int
     workspace_bytes: int
     inherited: int = 0
+    host_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -53,6 +56,11 @@ class MemoryEstimate:
         return max(phase.workspace_bytes for phase in self.phases)
 
     @property
+    def host_bytes(self) -> int:
+        """What the host holds beside the device, in the phase that has it hold most."""
+        return max(phase.host_bytes for phase in self.phases)
+
+    @property
     def peak_bytes(self) -> int:
         """The most held at once: at a switch, the states of both phases for a moment."""
         at_switch = sum(phase.state_bytes - phase.inherited for phase in self.phases)
@@ -83,7 +91,10 @@ class MemoryEstimate:
             for row in rows
         ]
         title = f"{self.optimizer}, {self.numel:,} parameters"
-        return "\n".join([title, *lines, f"at most {_readable(self.peak_bytes)} at once"])
+        end = f"at most {_readable(self.peak_bytes)} at once"
+        if self.host_bytes:
+            end += f", and {_readable(self.host_bytes)} on the host"
+        return "\n".join([title, *lines, end])
 
 
 def _readable(nbytes: int) -> str:

@@ -70,7 +70,7 @@ class Report:
         loss_noise: Noise of the loss, relative to it, that approximate Wolfe reckons with.
         stop_reason: Why the last L-BFGS step ended; see :class:`Progress`.
         non_finite: Points with a NaN or infinite loss or gradient; none was stepped on or used.
-        state_bytes: Bytes of optimizer state held.
+        state_bytes: Bytes of optimizer state held, also those on the host (``history_device``).
         workspace_bytes: Bytes of scratch held between steps.
         float64_gain: Where ``stop_reason`` is "precision" and the state not in float64, up to how
             much the loss may still fall there: its noise or, where it has come down to 100

@@ -119,6 +119,8 @@ class Readout:
         # The norms, the loss, GradScaler's verdict.
         size = len(GradStats._fields) + 2
         self._numbers = torch.zeros(size, dtype=torch.float64, device=flat.device)
+        # Views take as long as a kernel on a small problem.
+        self._stats, self._with_loss = self._numbers[: size - 2], self._numbers[:-1]
         self._bound = bind(ops, flat.whole)
 
     def read(self, loss: Any = None, found_inf: Tensor | None = None, norms: bool = True) -> Told:
@@ -129,7 +131,7 @@ class Readout:
         here = loss if isinstance(loss, Tensor) and loss.device == numbers.device else None
         if not norms:
             return self._without_norms(loss, here, found_inf, remote)
-        stats, with_loss = numbers[: len(GradStats._fields)], numbers[:-1]
+        stats, with_loss = self._stats, self._with_loss
         plain = self._flat.layout.grads()
         if plain is not None:
             # The loss is not copied where there is nothing to wait for.
@@ -158,7 +160,7 @@ class Readout:
             absent = tuple(i for i, param in enumerate(flat.params) if param.grad is None)
             part = flat.part(absent)
             grads: list[Any] = [flat.grad(i) for i in part.indices]
-            stats = self._numbers[: len(GradStats._fields)]
+            stats = self._stats
             bound = ReducedOps(self._ops, part)
             own = bound.norms(flat.reals(grads), [], False, None, None, stats, None)
         elif number is None:

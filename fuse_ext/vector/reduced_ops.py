@@ -42,11 +42,11 @@ class Piece(NamedTuple):
     blocks: slice
     members: slice
     share: float
-    segments: _Segments
+    segments: Segments
     bound: BoundOps
 
 
-class _Segments:
+class Segments:
     """Parameters and their places in one stretch; see :class:`fuse_ext.kernels.bound_ops`."""
 
     def __init__(self, flat: FlatParams, params: list[Tensor], offsets: list[int]) -> None:
@@ -54,6 +54,7 @@ class _Segments:
         self.layout = _C.Layout([params], offsets)
 
     def reals(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors, complex ones as real views of shape [..., 2]."""
         return self._flat.reals(tensors)
 
 
@@ -102,7 +103,7 @@ class ReducedOps:
             members, place = slice(first, first + count), stretch.place
             first += count
             offsets = [offset - place.start for offset in part.offsets[members]]
-            segments = _Segments(part.flat, part.params[members], offsets)
+            segments = Segments(part.flat, part.params[members], offsets)
             blocks = slice(place.start // SCALE_BLOCK, -(-place.stop // SCALE_BLOCK))
             bound = bind(ops, segments)
             self._pieces.append(Piece(place, blocks, members, stretch.share, segments, bound))

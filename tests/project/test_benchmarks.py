@@ -44,6 +44,7 @@ SMALL = {
     "minimize": ["--budget", "60", "--largest", "4"],
     "switching": ["--rounds", "2", "--budget", "25"],
     "stochastic": ["--workers", "0"],
+    "scaling": ["--rounds", "2", "--largest", "2e3", "--fresh"],
 }
 
 
@@ -248,6 +249,31 @@ def test_minibatch_methods_meet_on_every_task(results):
         assert f"{duel['question']}, at equal steps: " in page and told in page
     assert {row["rate"] for row in found["change"]} == {0.01, 0.001}
     assert "60 steps after the change FusePV's training loss is" in page
+
+
+def test_ranks_are_measured_and_a_cluster_is_predicted(results):
+    found = results["scaling"]
+    by_ranks = {row["ranks"]: row for row in found["measured"]}
+    assert by_ranks.keys() == {1, 2}
+    for ranks, row in by_ranks.items():
+        ours = {name: of for name, of in row["optimizers"].items() if "torch" not in name}
+        assert len(ours) == 6 and not any(name in row["failed"] for name in ours)
+        assert row["numel"] == 1024 // ranks
+        for name, of in ours.items():
+            assert of["kinds"] == (["allreduce_"] if ranks > 1 else [])
+            if "L-BFGS" not in name:  # 6 + 3 W numbers
+                assert (of["calls"], of["bytes"]) == ((1, 96) if ranks > 1 else (0, 0))
+        assert row["optimizers"]["torch.optim.AdamW(fused=True)"]["calls"] == 0
+        assert ours["FusePV, Adam phase"]["state_bytes"] == pytest.approx(8 * row["numel"], rel=0.1)
+    # Parts of what one process holds, but for torch's L-BFGS, which has whole vectors everywhere.
+    held = [by_ranks[ranks]["optimizers"]["torch.optim.LBFGS"]["state_bytes"] for ranks in (1, 2)]
+    assert held[0] == pytest.approx(held[1], rel=0.01)
+    printed = results["scaling"]["printed"]
+    assert "**Predicted, not measured" in printed and "## Where ours is slower" in printed
+    predicted = found["predicted"]
+    adamw = predicted.pop("torch.optim.AdamW(fused=True)")["seconds"]
+    # Passes and calls beyond AdamW's own are there to be seen.
+    assert all(of["seconds"] > adamw for of in predicted.values())
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -119,6 +119,17 @@ def test_every_public_name_is_in_the_reference() -> None:
         assert re.search(rf":: {name}$", reference, re.MULTILINE), name
 
 
+def test_no_merge_was_left_half_done() -> None:
+    marks = re.compile(r"^(<{7} |={7}$|>{7} )", re.MULTILINE)
+    for folder in ("benchmarks", "csrc", "docs", "examples", "fuse_ext", "tests"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".md", ".cpp", ".cu", ".cuh", ".h", ".inl", ".txt"):
+                assert not marks.search(path.read_text()), path
+    for path in ROOT.glob("*.*"):
+        if path.suffix in (".py", ".md", ".toml"):
+            assert not marks.search(path.read_text()), path
+
+
 def slug(heading: str) -> str:
     """A heading's anchor, as code hosts make it."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")

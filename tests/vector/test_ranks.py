@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from collectives import Calls
 from rank_cases import (
     MODES,
     data,
@@ -239,22 +240,6 @@ def test_a_criterion_that_holds_on_one_rank_switches_all(ranks: Any) -> None:
 
 def counted(rank: int) -> dict[str, Any]:
     """Slots, and the collective calls of an optimizer's own in two steps, with their bytes."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Calls(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.listens, self.heard = True, []
-
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if self.listens and func.namespace in ("c10d", "_c10d_functional"):
-                tensors = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
-                size = sum(t.nbytes for t in tensors if isinstance(t, Tensor))
-                self.heard.append((func.__name__.partition(".")[0], size))
-            return func(*args, **(kwargs or {}))
-
     found = {}
     for mode in ("lbfgs search", "pairs", "living"):
         done = fit("fsdp", mode, rank, steps=20)
@@ -265,7 +250,7 @@ def counted(rank: int) -> dict[str, Any]:
             calls.listens = False
             loss: Tensor = evaluate()
             calls.listens = True
-            calls.heard.append(("closure", 0))
+            calls.mark("closure")
             return loss
 
         with calls:
@@ -334,6 +319,7 @@ def refusals(rank: int) -> dict[str, str]:
     local: dict[str, Any] = {"deterministic": True, "process_group": "local"}
     note("local", lambda: FusePV(plain.parameters(), **local))
     note("matrix", lambda: FusePV(sharded.parameters(), curvature="dense"))
+    note("host", lambda: FusePV(sharded.parameters(), history_device="cpu"))
     note("graph", lambda: FusePV(sharded.parameters(), capturable=True, line_search=None, switch=9))
     note("alone", lambda: Adam(sharded.parameters(), process_group="local"))
     note("name", lambda: Adam(plain.parameters(), process_group="all"))
@@ -373,6 +359,7 @@ def test_what_cannot_be_done_is_said(ranks: Any) -> None:
     for name in ("adam", "fixed", "minibatches", "local"):
         assert name not in first
     assert "curvature='dense'" in first["matrix"]
+    assert "history_device='cpu'" in first["host"]
     assert "capturable=True" in first["graph"]
     assert "process_group='local'" in first["alone"]
     assert "got 'all'" in first["name"]

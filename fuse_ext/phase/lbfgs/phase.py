@@ -23,6 +23,7 @@ from fuse_ext.phase.modes import finds_out
 from fuse_ext.phase.protocol import Call, Outcome
 from fuse_ext.search.noise import Precision
 from fuse_ext.vector.flat import Closure, FlatParams, ParamGroup
+from fuse_ext.vector.host.rows import lies_apart
 
 
 class LbfgsPhase:
@@ -181,7 +182,8 @@ def make_lbfgs(
             flat, ops, entry, group["dense_update"], group["self_scaling"] is not False
         )
     else:
-        history = ring = History(flat, ops, entry, size, dtype)
+        apart = lies_apart(group.get("history_device"), flat)
+        history = ring = History(flat, ops, entry, size, dtype, apart=apart)
         if new and self_scaling:
             ring.scale_itself()
     return LbfgsPhase(Iteration(flat, ops, entry, history), finds_out)
