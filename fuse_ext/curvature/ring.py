@@ -273,6 +273,13 @@ class History:
             curvature_tol,
         )
 
+    def direction(
+        self, grads: list[Tensor], decay: list[float], lr_scale: list[float], maximize: bool
+    ) -> Header:
+        """p = -H g into the open slot, g into g_prev; to be called after :meth:`update`."""
+        held = self.rows, self.grad_prev, self.scalars, self.scales
+        return Header(*self._bound.lbfgs_direction(grads, decay, lr_scale, maximize, *held))
+
     def update_direction(
         self,
         grads: list[Tensor],

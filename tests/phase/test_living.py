@@ -152,7 +152,7 @@ def factor_at(k: int, cap: float = CAP, lr: float = 0.01) -> float:
 def test_the_textbook(metric: str, options: dict[str, Any], decay: float, decoupled: bool) -> None:
     given = {"weight_decay": decay, "decoupled_weight_decay": decoupled, **options}
     run, plain = Batches(metric=metric, **given), Batches()
-    steps = SWITCH + GATHER + REFRESH - 1  # up to the first renewal
+    steps = SWITCH + READY + REFRESH - 1  # of which the last ones are in the bases; to a renewal
     run.step(steps)
     oracle(plain, steps, factor_at, metric != "diagonal", decay=decay, decoupled=decoupled,
            **options)  # fmt: skip

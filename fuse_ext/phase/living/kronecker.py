@@ -21,6 +21,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -187,28 +188,40 @@ class KroneckerMetric:
 
     # --- a step -----------------------------------------------------------------------------
 
-    def step(self, groups: list[ParamGroup], factor: float) -> None:
-        """Takes in the gradients at hand, and steps where the metric is ready.
+    def gather(self, groups: list[ParamGroup], ready: frozenset[int]) -> None:
+        """Learns of the gradients at hand where the metric is not ready.
 
-        To be called after Adam has stepped the others, ``factor`` times as far as Adam does.
+        To be called before Adam steps: weight decay is of the weights where the gradient is.
         """
-        flat, stepped, masters = self._flat, [], self._moments.masters
+        for i, group in self._at_hand(groups):
+            if i not in ready:
+                self._gather(i, group)
+
+    def step(self, groups: list[ParamGroup], factor: float, ready: frozenset[int]) -> None:
+        """Steps where the metric is ready, ``factor`` times as far as Adam does.
+
+        To be called after Adam has stepped the others, whose moments are turned once all is known.
+        """
+        stepped, masters = sorted(ready), self._moments.masters
         if masters is not None:
-            masters.follow(self.ready())
-        for group, place in zip(groups, flat.group_slices, strict=True):
-            for i in range(place.start, place.stop):
-                if i not in self.sides or flat.params[i].grad is None:
-                    continue
-                if self._is_ready(self.entry(i)):
-                    self._advance(i, group, factor)
-                    stepped.append(i)
-                else:
-                    self._gather(i, group)
+            masters.follow(ready)
+        for i, group in self._at_hand(groups):
+            if i in ready:
+                self._advance(i, group, factor)
+            elif self._is_ready(self.entry(i)):
+                self._turn(i, group)
         if stepped:
             if masters is not None:
                 masters.round(stepped)
             assert isinstance(self._moments.counts, HostCounts)  # as LivingPhase makes them
             self._moments.counts.advance(stepped)
+
+    def _at_hand(self, groups: list[ParamGroup]) -> Iterator[tuple[int, ParamGroup]]:
+        """Those of the parameters here that have a gradient, with their groups."""
+        for group, place in zip(groups, self._flat.group_slices, strict=True):
+            for i in range(place.start, place.stop):
+                if i in self.sides and self._flat.params[i].grad is not None:
+                    yield i, group
 
     def _gradient(self, i: int, group: ParamGroup) -> Tensor:
         """Of what is minimised, an L2 penalty included, in the flat state's dtype."""
@@ -250,20 +263,23 @@ class KroneckerMetric:
                 return
             entry[MEASURED] = torch.zeros_like(matrix)
         rotated = rotate(entry, matrix)
-        beta1, beta2 = map(float, group["betas"])
+        beta2 = float(group["betas"][1])
         entry[MEASURED].mul_(beta2).addcmul_(rotated, rotated, value=1.0 - beta2)
         entry["basis_steps"] += 1
-        if entry["basis_steps"] < MEASURE:
-            return
+
+    def _turn(self, i: int, group: ParamGroup) -> None:
+        """Adam's moments into the bases, as they have been measured there."""
+        entry = self.entry(i)
+        beta1, beta2 = map(float, group["betas"])
         # E[g]^2 <= E[g^2]: where a direction has not been seen for long, m says more of it.
         mean = self._corrected_mean(i, entry, beta1)
         share = 1.0 - beta2 ** entry["basis_steps"]
         floor = mean.square().mul_(share)
         second = torch.maximum(entry.pop(MEASURED), floor)
         entry[STRETCH] = stretch_of(entry, mean, second / share, group)
-        self._moment("exp_avg_sq", i).copy_(second.view(grad.shape))
-        average = self._moment("exp_avg", i)
-        average.copy_(rotate(entry, average.reshape(matrix.shape)).view(grad.shape))
+        variance, average = (self._moment(name, i) for name in ("exp_avg_sq", "exp_avg"))
+        variance.copy_(second.view(variance.shape))
+        average.copy_(rotate(entry, average.reshape(second.shape)).view(average.shape))
 
     def _corrected_mean(self, i: int, entry: dict[str, Any], beta1: float) -> Tensor:
         """The bias-corrected first moment in the basis."""

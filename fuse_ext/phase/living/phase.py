@@ -177,10 +177,14 @@ class LivingPhase:
             entry["last_lr"] = lr
         factor = lengths.factor(cap, lr)
         scaled = [{**group, "lr": float(group["lr"]) * factor} for group in groups]
-        ready = frozenset() if self._matrices is None else self._matrices.ready()
+        ready: frozenset[int] = frozenset()
+        if self._matrices is not None:
+            self._flat.check_unchanged()
+            ready = self._matrices.ready()
+            self._matrices.gather(groups, ready)
         self.moments.step(scaled, leave_out=ready)
         if self._matrices is not None:
-            self._matrices.step(groups, factor)
+            self._matrices.step(groups, factor, ready)
         if lengths.count(norm, cap, lr):
             self._trend.restart()
         entry["n_iter"] += 1
