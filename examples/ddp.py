@@ -11,20 +11,19 @@ holds the state of its rows of the parameters alone, every rank its own part.
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
-from digits_on_ranks import arguments, begin, network, train
+from digits_on_ranks import arguments, network, on_ranks, train
 from torch import distributed as dist
 from torch import nn
 
 from fuse_ext import FusePV
 
 
-def main() -> None:
+def run(device: torch.device, args: argparse.Namespace) -> None:
     """Trains, perhaps from a checkpoint on."""
-    args = arguments(__doc__ or "", shards=True)
-    device = begin()
     plain = network(device)
     model = nn.parallel.DistributedDataParallel(plain)
     optimizer = FusePV(
@@ -44,9 +43,7 @@ def main() -> None:
         return {"model": plain.state_dict(), "optimizer": optimizer.state_dict()}
 
     train(model, optimizer, device, args, checkpoint, begun, state)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    on_ranks(run, arguments(__doc__ or "", shards=True))

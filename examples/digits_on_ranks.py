@@ -7,6 +7,7 @@ their parameters stay the same to the last bit, which the end of a run looks at.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,20 @@ def begin() -> torch.device:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
     return device
+
+
+def on_ranks(
+    job: Callable[[torch.device, argparse.Namespace], None], args: argparse.Namespace
+) -> None:
+    """Does the job together with the others, and leaves with them.
+
+    Models and optimizers hold the group: they have to be gone first, or its threads may still be
+    letting go of the last tensors that were sent when Python ends, which then aborts.
+    """
+    job(begin(), args)
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def network(device: torch.device) -> nn.Module:

@@ -9,10 +9,11 @@ many ranks; docs/large-models.md says how another number of them goes on.
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
-from digits_on_ranks import arguments, begin, network, train
+from digits_on_ranks import arguments, network, on_ranks, train
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,10 +22,8 @@ from torch.distributed.fsdp import fully_shard
 from fuse_ext import FusePV
 
 
-def main() -> None:
+def run(device: torch.device, args: argparse.Namespace) -> None:
     """Trains, perhaps from a checkpoint on."""
-    args = arguments(__doc__ or "")
-    device = begin()
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     model = network(device)
     for layer in model.children():
@@ -43,9 +42,7 @@ def main() -> None:
         return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 
     train(model, optimizer, device, args, checkpoint, begun, state)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    on_ranks(run, arguments(__doc__ or ""))

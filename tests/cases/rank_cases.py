@@ -6,6 +6,7 @@ the same functions train in one process on all data (``rank`` None).
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -223,7 +224,17 @@ def work(rank: int, size: int, folder: str, job: str, arguments: tuple[Any, ...]
     module, name = job.split(":")
     found = getattr(importlib.import_module(module), name)(rank, folder, *arguments)
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()  # nobody leaves while another may still talk to it
+    leave()
+
+
+def leave() -> None:
+    """Ends the group; models and optimizers, which hold it, are to be gone.
+
+    A thread of it that still lets go of a tensor when Python ends would abort the process. Nobody
+    leaves while another may still talk to it.
+    """
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 

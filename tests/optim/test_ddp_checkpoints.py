@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from adam_cases import frozen
+from rank_cases import leave
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils._pytree import tree_map_only
@@ -113,8 +114,8 @@ def work(rank: int, folder: str) -> None:
             ends.append(frozen([each[0].state_dict(), each[1].state_dict()]))
         found[kind] = (saved, same, [end == ends[0] for end in ends], optimizer.phase)
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    del model, optimizer, parallel, others, each
+    leave()
 
 
 def test_two_ranks_resume_to_the_bit_and_one_takes_over(tmp_path: Path) -> None:
