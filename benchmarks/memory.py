@@ -150,9 +150,9 @@ def _expected(case: Case, numel: int) -> tuple[int, int] | None:
     for key in DTYPE_OPTIONS & given.keys():
         given[key] = getattr(torch, given[key].removeprefix("torch."))
     name = case.optimizer.rpartition(".")[2]
-    searched = "auto" if "pairs" in given else "strong_wolfe"
+    searched = "strong_wolfe" if given.get("deterministic") else "auto"
     searches = {"FusePV": searched, "LBFGS": given.get("line_search_fn")}
-    known = ("history_size", *DTYPE_OPTIONS, "amsgrad", "deterministic", "pairs")
+    known = ("history_size", *DTYPE_OPTIONS, "amsgrad", "deterministic")
     estimate = fuse_ext.estimate_memory(
         [torch.empty(size, device="meta") for size in split(numel, TENSORS)],
         name,
