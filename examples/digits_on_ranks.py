@@ -7,8 +7,8 @@ their parameters stay the same to the last bit, which the end of a run looks at.
 from __future__ import annotations
 
 import argparse
-import gc
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,14 @@ def on_ranks(
 ) -> None:
     """Does the job together with the others, and leaves with them.
 
-    Models and optimizers hold the group: they have to be gone first, or its threads may still be
-    letting go of the last tensors that were sent when Python ends, which then aborts.
+    At once, past Python's own end: DistributedDataParallel keeps the group, whose threads would
+    abort the process where one still lets go of a tensor while Python ends.
     """
     job(begin(), args)
-    gc.collect()
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def network(device: torch.device) -> nn.Module:

@@ -6,7 +6,6 @@ the same functions train in one process on all data (``rank`` None).
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
+from benchmarks.harness.ranks import leave
 from fuse_ext import LBFGS, Adam, Fuse, FusePV
 
 ROWS, BATCH = 48, 12  # both divisible by the ranks
@@ -225,17 +225,6 @@ def work(rank: int, size: int, folder: str, job: str, arguments: tuple[Any, ...]
     found = getattr(importlib.import_module(module), name)(rank, folder, *arguments)
     torch.save(found, f"{folder}/{rank}.pt")
     leave()
-
-
-def leave() -> None:
-    """Ends the group; models and optimizers, which hold it, are to be gone.
-
-    A thread of it that still lets go of a tensor when Python ends would abort the process. Nobody
-    leaves while another may still talk to it.
-    """
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def on_ranks(size: int, folder: Path, job: str, *arguments: Any) -> list[Any]:

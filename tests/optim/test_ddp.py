@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_cases import leave
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from benchmarks.harness.ranks import leave
 from fuse_ext import FusePV
 
 RANKS, BATCH, STEPS = 2, 8, 90
@@ -58,7 +58,6 @@ def work(rank: int, search: str, folder: str) -> None:
     optimizer = fit(model, search, rank)
     found = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
     torch.save((found, optimizer.report().pairs_accepted), f"{folder}/{rank}.pt")
-    del model, optimizer
     leave()
 
 

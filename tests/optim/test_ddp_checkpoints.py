@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from adam_cases import frozen
-from rank_cases import leave
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.utils._pytree import tree_map_only
 
+from benchmarks.harness.ranks import leave
 from fuse_ext import FusePV, prepare_to_load
 
 if not dist.is_available():
@@ -114,7 +114,6 @@ def work(rank: int, folder: str) -> None:
             ends.append(frozen([each[0].state_dict(), each[1].state_dict()]))
         found[kind] = (saved, same, [end == ends[0] for end in ends], optimizer.phase)
     torch.save(found, f"{folder}/{rank}.pt")
-    del model, optimizer, parallel, others, each
     leave()
 
 
