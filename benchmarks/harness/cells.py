@@ -165,6 +165,16 @@ def _call(cell: Cell, until: float) -> tuple[Any, float]:
 # --- storage --------------------------------------------------------------------------------
 
 
+def stamp(cell: Cell) -> dict[str, str]:
+    """What was asked, and of which state of the code, as two hashes.
+
+    For results that are kept elsewhere than in the folder of the cells.
+    """
+    of = _conditions(cell)
+    asked = json.dumps([of["function"], of["options"]], sort_keys=True)
+    return {"asked": hashlib.sha256(asked.encode()).hexdigest()[:16], "code": of["fingerprint"]}
+
+
 def _conditions(cell: Cell) -> dict[str, Any]:
     return {
         "function": cell.function,
@@ -175,15 +185,12 @@ def _conditions(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _stored(cell: Cell, folder: Path, any_code: bool = False) -> dict[str, Any] | None:
+def _stored(cell: Cell, folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((folder / f"{cell.key}.json").read_text())
     except (OSError, ValueError):
         return None
-    conditions = _conditions(cell)
-    if any_code:
-        del conditions["fingerprint"]
-    fits = all(record.get(name) == value for name, value in conditions.items())
+    fits = all(record.get(name) == value for name, value in _conditions(cell).items())
     return record if fits else None
 
 
@@ -198,12 +205,9 @@ def _store(cell: Cell, folder: Path, result: Any, seconds: float) -> Any:
     return json.loads(path.read_text())["result"]
 
 
-def results_of(cells: Iterable[Cell], folder: Path, any_code: bool = False) -> dict[str, Any]:
-    """The results of those cells that are stored and still fit, by key.
-
-    With ``any_code`` those too that have been run with another state of the code.
-    """
-    records = {cell.key: _stored(cell, folder, any_code) for cell in cells}
+def results_of(cells: Iterable[Cell], folder: Path) -> dict[str, Any]:
+    """The results of those cells that are stored and still fit, by key."""
+    records = {cell.key: _stored(cell, folder) for cell in cells}
     return {key: record["result"] for key, record in records.items() if record is not None}
 
 

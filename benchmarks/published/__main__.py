@@ -1,8 +1,9 @@
 """Published results on physics-informed networks and nonlinear fits beside ours.
 
 Every run is stored as it ends (build/published-cells) and is not repeated unless its code changes;
-the page always shows all that is stored. So the full mode, which takes many hours, can be run in
-pieces: --rows, --methods, --seeds, --minutes.
+the page always shows all that is stored, and what it showed before, marked where the code has
+changed since. So the full mode, which takes many hours, can be run in pieces: --rows, --methods,
+--seeds, --minutes.
 """
 
 from __future__ import annotations
@@ -34,9 +35,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf, help="then no run begins")
     parser.add_argument("--quick", action="store_true", help="one seed, small budgets, in minutes")
     parser.add_argument("--fresh", action="store_true", help="run what is stored again")
-    parser.add_argument(
-        "--earlier", action="store_true", help="show runs of an earlier state of the code, marked"
-    )
     workers = machine.cores()
     parser.add_argument(
         "--workers", type=int, default=workers, help="processes (%(default)s); 0: this one alone"
@@ -120,23 +118,25 @@ def missing(row: Row, quick: bool) -> str:
     return ""
 
 
-def as_json(row: Row, folder: Path, quick: bool, earlier: bool) -> dict[str, Any] | None:
+def as_json(row: Row, folder: Path, quick: bool, shown: dict[str, Any]) -> dict[str, Any] | None:
     """A row with all its runs that are stored; None if there are none.
 
-    ``earlier``: those of an earlier state of the code too, where there are none of this one.
+    ``shown``: the row as the page has it, for what is not stored.
     """
     methods: dict[str, list[dict[str, Any]]] = {}
     for method in METHODS:
         runs = []
         for seed in seeds_of(row, None, quick):
             of_seed = cells_of(row, method, seed, quick)
-            stored, mark = cells.results_of(of_seed, folder), {}
-            if earlier and len(stored) < len(of_seed):
-                stored, mark = cells.results_of(of_seed, folder, any_code=True), {"earlier": True}
+            stored = cells.results_of(of_seed, folder)
+            found = [
+                {"seed": seed, "case": case, **cells.stamp(cell), **stored[cell.key]}
+                for cell, case in zip(of_seed, row.cases, strict=True)
+                if cell.key in stored
+            ]
             # A part of the cases would be no value of the row.
-            if len(stored) == len(of_seed):
-                for cell, case in zip(of_seed, row.cases, strict=True):
-                    runs.append({"seed": seed, "case": case, **mark, **stored[cell.key]})
+            whole = len(found) == len(of_seed)
+            runs += found if whole else _as_shown(row, of_seed, seed, shown, method)
         if runs and {run["seed"] for run in runs} >= set(row.seeds if len(row.cases) > 1 else ()):
             methods[method] = runs
     if not methods:
@@ -158,6 +158,21 @@ def as_json(row: Row, folder: Path, quick: bool, earlier: bool) -> dict[str, Any
     }
 
 
+def _as_shown(
+    row: Row, of_seed: list[Cell], seed: int, shown: dict[str, Any], method: str
+) -> list[dict[str, Any]]:
+    """The runs that the page has of these cells, if it has all of them."""
+    runs = [run for run in shown.get("methods", {}).get(method, ()) if run["seed"] == seed]
+    by_case = {run["case"]: run for run in runs}
+    found = []
+    for cell, case in zip(of_seed, row.cases, strict=True):
+        run, stamp = by_case.get(case, {}), cells.stamp(cell)
+        if run.get("asked") != stamp["asked"]:
+            return []
+        found.append({**run, "earlier": run["code"] != stamp["code"]})
+    return found
+
+
 def main(argv: list[str] | None = None) -> None:
     """Runs the module."""
     args = arguments(argv)
@@ -167,7 +182,11 @@ def main(argv: list[str] | None = None) -> None:
         cells.run(wanted(args), args.cells, "published", args.workers, args.fresh, until)
     except cells.CellError as error:
         failures = error.failures
-    found = {row.name: as_json(row, args.cells, args.quick, args.earlier) for row in rows.ALL}
+    file = args.out / "published.json"
+    shown = json.loads(file.read_text())["rows"] if file.exists() else {}
+    found = {
+        row.name: as_json(row, args.cells, args.quick, shown.get(row.name, {})) for row in rows.ALL
+    }
     document = saving.plain(
         {
             "benchmark": "published",
@@ -180,7 +199,6 @@ def main(argv: list[str] | None = None) -> None:
             "rows": {name: row for name, row in found.items() if row is not None},
         }
     )
-    file = args.out / "published.json"
     text = json.dumps(document, indent=1)
     # A list of numbers on one line.
     file.write_text(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -90,20 +91,25 @@ def test_pieces_add_up_on_the_page(tmp_path, monkeypatch, capsys):
     # No time at all: nothing is run, the page stands.
     published.main([*call, "--minutes", "-1"])
     assert json.loads((tmp_path / "published.json").read_text())["rows"].keys() == methods.keys()
-    # Other code: what is stored is no result of it, but may be shown, marked.
+    # Other code: what is stored is no result of it, but what the page had stays, marked.
     monkeypatch.setattr(cells, "fingerprint", lambda module: "other")
     published.main([*call, "--minutes", "-1"])
-    assert not json.loads((tmp_path / "published.json").read_text())["rows"]
-    published.main([*call, "--minutes", "-1", "--earlier"])
-    rows_now = json.loads((tmp_path / "published.json").read_text())["rows"]
-    assert {name: [*row["methods"]] for name, row in rows_now.items()} == methods
+    found = json.loads((tmp_path / "published.json").read_text())["rows"]
+    assert {name: [*row["methods"]] for name, row in found.items()} == methods
     text = (tmp_path / "README.md").read_text()
     assert page.EARLIER in text and f"| {compare.METHODS['adam']}{page.MARK} |" in text
-    published.main([*call, "--rows", "heat", "--methods", "adam", "--earlier"])
-    (run,) = json.loads((tmp_path / "published.json").read_text())["rows"]["heat"]["methods"][
-        "adam"
-    ]
-    assert "earlier" not in run
+    published.main([*call, "--rows", "heat", "--methods", "adam"])
+    found = json.loads((tmp_path / "published.json").read_text())["rows"]
+    assert not found["heat"]["methods"]["adam"][0].get("earlier")
+    assert found["reaction-50"]["methods"]["adam"][0]["earlier"]
+    # Without the folder of runs the page is what is known; other settings are another row.
+    shutil.rmtree(tmp_path / "cells")
+    published.main([*call, "--minutes", "-1"])
+    again = json.loads((tmp_path / "published.json").read_text())["rows"]
+    assert not again["heat"]["methods"]["adam"][0]["earlier"]
+    monkeypatch.setattr(rows, "ALL", [replace(row, budget=(100, 13)) for row in chosen])
+    published.main([*call, "--minutes", "-1"])
+    assert not json.loads((tmp_path / "published.json").read_text())["rows"]
 
 
 # --- one run --------------------------------------------------------------------------------
