@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from fuse_ext.curvature.moments import check_moments_fit
 from fuse_ext.kernels import hooks, ops
 from fuse_ext.objective.step_options import default_evaluations
+from fuse_ext.optim.checkpoint.frozen import entrust, reclaim
 from fuse_ext.optim.checkpoint.record import RECORD, empty_record, opened, pack
 from fuse_ext.optim.checkpoint.shards import divide, join
 from fuse_ext.optim.options import Table, in_words, out_of_words
@@ -217,7 +218,8 @@ class FlatOptimizer(Optimizer, ABC):
         if self.flat.spread and self._waiting is None:
             saved["state"] = divide(saved["state"], keys, self.flat, self.param_groups)
         if self._waiting is None and RECORD in saved["state"].get(keys[0], {}):
-            saved["state"] = pack(saved["state"], keys, self.flat.device)
+            packed = pack(saved["state"], keys, self.flat.device)
+            saved["state"] = entrust(packed, keys, self.flat.params)
         return saved
 
     def await_state(self, state: dict[Tensor, dict[str, Any]]) -> None:
@@ -254,7 +256,7 @@ class FlatOptimizer(Optimizer, ABC):
             incoming = dict(incoming)  # it may be the one that a hook of the user's has kept
             self._check_incoming_groups(incoming)
             keys = [key for group in incoming["param_groups"] for key in group["params"]]
-            held = opened(incoming["state"], keys)
+            held = opened(reclaim(incoming["state"], keys), keys)
             incoming["state"] = join(held, keys, self.flat, incoming["param_groups"])
             self._check_state_dict(incoming)
             self._incoming = incoming

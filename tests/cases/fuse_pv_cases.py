@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fuse_ext import Adam, FusePV
+from fuse_ext.optim.checkpoint.frozen import reclaim
 from fuse_ext.optim.checkpoint.record import opened
 
 BACKENDS = ("native", "reference")
@@ -111,7 +112,7 @@ def saved_state(optimizer: torch.optim.Optimizer) -> Any:
     """The state that ``state_dict`` saves, with counts and words under their own names."""
     saved = optimizer.state_dict()
     keys = [key for group in saved["param_groups"] for key in group["params"]]
-    return opened(saved["state"], keys)
+    return opened(reclaim(saved["state"], keys), keys)
 
 
 def snapshot(optimizer: torch.optim.Optimizer, but: tuple[str, ...] = ()) -> Any:

@@ -192,7 +192,8 @@ def test_the_report_says_what_float64_may_still_give(make: str, noise: float) ->
     assert report.stop_reason == "precision"
     left = run.value - run.least
     assert left <= 2 * report.float64_gain  # float32 sees other data, too
-    assert report.float64_gain <= (1e-3 * run.value if noise else 10 * run.value)
+    # Without a floor of its own the loss in float32 is rounding alone, of whatever size.
+    assert report.float64_gain <= (1e-3 * run.value if noise else report.loss)
     assert "float64 may lower the loss by up to" in report.advice
     call = report.advice.rpartition(": ")[2]
     assert f"advice                {report.advice}" in str(report)

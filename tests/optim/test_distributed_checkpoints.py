@@ -270,3 +270,73 @@ def test_words_of_a_group_become_dtypes_again() -> None:
     other.optimizer.load_state_dict(saved)
     assert other.optimizer.param_groups[0]["history_dtype"] is torch.int8
     assert run.optimizer.param_groups[0]["trial_errors"] == (OSError,)
+
+
+# --- frozen parameters ----------------------------------------------------------------------------
+
+
+def freeze(run: Run, whether: bool, layer: int = 0) -> Run:
+    """Freezes or thaws a layer; the first one's entry holds what belongs to all."""
+    run.model[layer].requires_grad_(not whether)
+    return run
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_frozen_layers_have_is_not_lost(
+    kind: str, layer: int, form: str, tmp_path: Path
+) -> None:
+    """torch leaves out the state of parameters that require no gradient."""
+    driver = "batches" if kind == "living" else "whole"
+    run = freeze(Run(KINDS[kind], driver).train(FEW + 3), True, layer).train(4)
+    twin, other = copy.deepcopy(run), freeze(Run(KINDS[kind], driver), True, layer)
+    other.model.load_state_dict(run.model.state_dict())
+    other.count = run.count
+    FORMS[form](run, other, tmp_path)
+    for whether in (True, False):
+        for each in (twin, other):
+            each.optimizer.zero_grad()
+            freeze(each, whether, layer).train(4)
+        assert other.all == twin.all
+
+
+def test_a_layer_thawed_before_loading(tmp_path: Path) -> None:
+    run = freeze(Run(KINDS["pairs"], "whole"), True).train(FEW + 4)
+    other = Run(KINDS["pairs"], "whole")
+    other.model.load_state_dict(run.model.state_dict())
+    other.count = run.count
+    FORMS["files"](run, other, tmp_path)
+    freeze(run, False).optimizer.zero_grad()
+    assert other.train(4).all == run.train(4).all
+
+
+def test_saved_before_frozen_layers_entrusted_theirs() -> None:
+    run = freeze(Run(KINDS["pairs"], "whole"), True).train(FEW + 4)
+    saved = run.optimizer.state_dict()
+    entry = saved["state"][2]
+    assert {"0:history", "0:record"} <= entry.keys() and not saved["state"][0]
+    saved["state"][0] = {name[2:]: entry.pop(name) for name in list(entry) if name[:2] == "0:"}
+    other = freeze(Run(KINDS["pairs"], "whole"), True)
+    other.optimizer.load_state_dict(saved)
+    assert frozen(other.optimizer.state_dict()) == frozen(run.optimizer.state_dict())
+
+
+def test_values_of_a_parameter_that_there_is_not() -> None:
+    run = freeze(Run(KINDS["pairs"], "whole"), True).train(FEW + 4)
+    saved = run.optimizer.state_dict()
+    before = frozen(saved)
+    saved["state"][2]["4:history"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="'4:history' is of parameter 4, but there are 4"):
+        run.optimizer.load_state_dict(saved)
+    del saved["state"][2]["4:history"]
+    assert frozen(run.optimizer.state_dict()) == before
+    named = {"optimizer": {"state": {"2.weight": {"9:history": torch.zeros(1)}}}}
+    with pytest.raises(ValueError, match="'9:history' is of parameter 9, but there are 4"):
+        prepare_to_load(run.model, run.optimizer, named)
+
+
+def test_where_all_is_frozen_nothing_is_moved() -> None:
+    run = Run(KINDS["pairs"], "whole").train(FEW + 4)
+    run.model.requires_grad_(False)
+    assert "history" in run.optimizer.state_dict()["state"][0]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fuse_ext.optim.checkpoint.frozen import owner
 from fuse_ext.optim.flat_optimizer import FlatOptimizer
 from fuse_ext.vector.shards import is_dtensor, like, local
 
@@ -56,7 +57,9 @@ def prepare_to_load(
     for path, form in _entries(saved):
         if (place := _place(path, names)) is not None:
             prefix, param, keys = place
-            room = _room(form, spread.get(param, param))
+            whose, _ = owner(keys[0], len(optimizer.flat.params))
+            of = param if whose is None else optimizer.flat.params[whose]
+            room = _room(form, spread.get(of, of))
             _put(found.setdefault(prefix, {}).setdefault(param, {}), keys, room)
     if under is None and len(found) > 1:
         raise ValueError(f"under=None, but the checkpoint holds states under {sorted(found)}")

@@ -79,18 +79,6 @@ class Masters:
                 kept.copy_(torch.where(kept.to(now.dtype) == now, kept, now.to(kept.dtype)))
                 self._versions[i] = self._flat.version(i)
 
-    def add(self, indices: list[int], steps: list[Tensor], factors: list[float | None]) -> None:
-        """A step of these parameters: each times its factor, if there is one, and plus its step."""
-        self.follow(indices)
-        weights = [self.weight(i) for i in indices]
-        for weight, factor in zip(weights, factors, strict=True) if factors else ():
-            if factor is not None:
-                weight.mul_(factor)
-        torch._foreach_add_(weights, steps)
-        self.round(indices)
-        for i in self._kept.keys() & set(indices):
-            self.show(i)
-
     def round(self, indices: Iterable[int]) -> None:
         """Gives these parameters their kept weights; to be called after a step."""
         chosen = sorted(self._kept.keys() & set(indices))
