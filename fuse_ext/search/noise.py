@@ -25,6 +25,11 @@ NO_DIGITS = 1e3
 # exact data do: rounding may then hide all of what is left.
 GOES_TO_ZERO = 100.0
 
+# Where rounding ends a run that was still falling, what it fell by in the last of these intervals,
+# each so large a share of the run, is compared with the fall in the one before.
+TREND_INTERVAL = 1.0 / 8.0
+TREND_MARKS = 3
+
 # The state that a Precision keeps in the optimizer's state entry. (The last one is of older
 # checkpoints.)
 PRECISION_NAMES = (
@@ -35,6 +40,7 @@ PRECISION_NAMES = (
     "lowest_loss",
     "spent",
     "spent_at_least",
+    "trend",
     "iterations_since_least",
 )
 # What the floor's test knows before the first step: nothing.
@@ -44,6 +50,7 @@ NEW_FLOOR = {
     "lowest_loss": math.inf,
     "spent": 0,
     "spent_at_least": 0,
+    "trend": [],  # replaced, never changed in place
 }
 
 
@@ -52,10 +59,10 @@ class Precision:
 
     Args:
         entry: Holds ``loss_noise``, relative to the loss; the loss that the objective was first
-            met at; the lowest it has ended a step at; the least loss and squared gradient of the
-            floor's test, the evaluations ``spent`` on it, and when
-            the least were found. (An evaluation that is remembered counts as spent, so that a run
-            that was saved goes on as if it had not been.)
+            met at; the lowest it has ended a step at, now and at the last ends of intervals; the
+            least loss and squared gradient of the floor's test, the evaluations ``spent`` on it,
+            and when the least were found. (An evaluation that is remembered counts as spent, so
+            that a run that was saved goes on as if it had not been.)
         eps: Rounding of the parameters' dtype.
     """
 
@@ -67,6 +74,7 @@ class Precision:
         self._spending = 0
         if "spent" not in entry:
             self.forget_least()
+        entry.setdefault("trend", [])  # of an older checkpoint
 
     @property
     def noise(self) -> float:
@@ -81,11 +89,29 @@ class Precision:
 
     @property
     def hidden(self) -> float:
-        """What rounding may hide of the least loss, at the floor: its noise, or all of it."""
+        """What rounding may hide of the least loss.
+
+        Its noise, or all of it where it goes to 0. A run in a long valley is ended by rounding
+        that is more than an iteration gains, and not more than many gain: where it was still
+        falling, the falls of the last intervals continued as a geometric series.
+        """
         least, first = abs(self._entry["lowest_loss"]), self._entry["first_loss"]
         if not math.isfinite(least):
             return 0.0
-        return least * (1.0 if least < GOES_TO_ZERO * self._eps * first else self.noise)
+        if least < GOES_TO_ZERO * self._eps * first:
+            return least
+        return min(max(self.noise * least, self._still_to_fall()), least)
+
+    def _still_to_fall(self) -> float:
+        """The sum of that series; 0 where the last fall is no more than noise."""
+        lowest, marks = self._entry["lowest_loss"], self._entry["trend"]
+        if len(marks) < TREND_MARKS:
+            return 0.0
+        (_, oldest), (_, newer), _ = marks
+        before, last = oldest - newer, newer - lowest
+        if not last > NOISE_GROWTH * self.noise * abs(lowest):
+            return 0.0
+        return last / (1.0 - last / before) if last < before else math.inf
 
     def learn(self, needed: float) -> bool:
         """Takes in the noise that would explain why a search failed.
@@ -114,6 +140,9 @@ class Precision:
         self._spending = 0
         if loss < entry["lowest_loss"]:
             entry["lowest_loss"] = loss
+        marks, spent = entry["trend"], entry["spent"]
+        if not marks or spent > (1.0 + TREND_INTERVAL) * marks[-1][0]:
+            entry["trend"] = [*marks, [spent, entry["lowest_loss"]]][-TREND_MARKS:]
 
     def is_low(self, loss: float) -> bool:
         """Whether but for noise no lower loss is known.

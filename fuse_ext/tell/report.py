@@ -73,8 +73,10 @@ class Report:
         state_bytes: Bytes of optimizer state held, also those on the host (``history_device``).
         workspace_bytes: Bytes of scratch held between steps.
         float64_gain: Where ``stop_reason`` is "precision" and the state not in float64, up to how
-            much the loss may still fall there: its noise or, where it has come down to 100
-            roundings of where it began, as sums of squares do that go to 0, all of it.
+            much the loss may still fall there: its noise; where it was still falling by more, as
+            in a long valley, the falls of the last eighths of the run continued as a geometric
+            series; or, where it has come down to 100 roundings of where it began, as sums of
+            squares do that go to 0, all of it.
         advice: In words, with the call that goes on there; else empty.
     """
 

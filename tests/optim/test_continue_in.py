@@ -174,7 +174,10 @@ def test_a_physics_informed_network(make: str) -> None:
     run.x = run.x.double()
     run.optimizer.continue_in(F64)
     run.run(500)
-    assert float(run.loss().detach()) < 0.05 * floor
+    reached = float(run.loss().detach())
+    assert reached < 0.05 * floor
+    # A valley's floor is not where rounding ends the way along it.
+    assert floor - reached <= 2 * report.float64_gain
     assert run.error < 0.5 * error
     assert run.optimizer.report().curvature == report.curvature
 
