@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse_ext.curvature.ring import History, check_ring_state
+from fuse_ext.curvature.ring import History
+from fuse_ext.curvature.ring_state import OF_PAIRS, SET_ASIDE, check_ring_state
 from fuse_ext.kernels import ops as kernels
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.kernels.scalars import (
@@ -208,6 +209,21 @@ class DenseMatrix:
         self._scalars.zero_()
         self._ring.reset()
 
+    def set_aside(self) -> None:
+        """See :meth:`History.set_aside`."""
+        held = self._scalars.tolist()
+        self._scalars.zero_()
+        self._ring.set_aside(held)
+
+    def take_up(self) -> list[float] | None:
+        """See :meth:`History.take_up`."""
+        held = self._ring.take_up()
+        if held is not None:
+            self._scalars.copy_(torch.tensor(held, dtype=torch.float64))
+            self._put("known", 0.0)  # the direction was -g since: of B s nothing is known
+            self._put("exact", 0.0)
+        return held
+
     def _put(self, name: str, value: float) -> None:
         self._scalars[matrix_place(name)] = value
 
@@ -275,6 +291,9 @@ def check_matrix_state(entry: dict[str, Any], flat: FlatParams) -> None:
                 f"state_dict does not fit: {name} has shape {shape}, expected {expected} "
                 f"({numel} parameters)"
             )
+    aside = entry.get(SET_ASIDE)
+    if aside and len(aside) != len(OF_PAIRS) + shapes["matrix_scalars"][0]:
+        raise ValueError(f"state_dict does not fit: {SET_ASIDE} has {len(aside)} numbers")
     held = float(entry["matrix_scalars"][matrix_place("terms")])
     if not 0 <= held < terms:
         raise ValueError(

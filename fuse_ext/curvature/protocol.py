@@ -90,3 +90,9 @@ class InverseHessian(Protocol):
 
     def reset(self) -> None:
         """Forgets all pairs; the counters stay."""
+
+    def set_aside(self) -> None:
+        """:meth:`reset`, until :meth:`take_up`."""
+
+    def take_up(self) -> list[float] | None:
+        """Has again what was set aside; None where nothing was, or something was learnt since."""

@@ -8,16 +8,17 @@ its Y row; a lower-precision history keeps the previous gradient apart, in the s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fuse_ext.curvature.ring_state import OF_PAIRS, SET_ASIDE
 from fuse_ext.kernels import ops as kernels
 from fuse_ext.kernels import scalars as ring
 from fuse_ext.kernels.bound_ops import BoundOps
 from fuse_ext.kernels.capture import is_remote
-from fuse_ext.kernels.fixed_step import PLACES
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.kernels.reference.memory import SCALE_BLOCK, Rows
 from fuse_ext.kernels.scalars import Header
@@ -29,21 +30,6 @@ from fuse_ext.vector.reduced_ops import ReducedOps, blend, bound_ops
 # Rows are padded to an odd number of these, so that rows start on cache lines and no two rows
 # that stream together fall on the same cache sets.
 ROW_ALIGNMENT = 128
-
-
-# What a state entry of L-BFGS holds of its history; only some of it for some dtypes and layouts.
-STATE_NAMES = (
-    "history",
-    "history_scale",
-    "grad_prev",
-    "scalars",
-    "strides",
-    "control",
-    "sets",
-    "set",
-)
-# Under which names an entry keeps what rings before the present one have counted.
-BEFORE = {"accepted": "accepted_before", "skipped": "skipped_before"}
 
 
 class History:
@@ -207,8 +193,28 @@ class History:
 
     def reset(self) -> None:
         """Forgets all pairs; the counters stay."""
-        for name in ("count", "gamma", "usable"):
-            self.scalars[ring.index(name, self.slots)] = 0.0
+        self._entry[SET_ASIDE] = []
+        self._say(0.0, 0.0, 0.0)
+
+    def _say(self, *values: float) -> None:
+        """Whether there are pairs: without it they are but numbers in memory."""
+        for name, value in zip(OF_PAIRS, values, strict=True):
+            self.scalars[ring.index(name, self.slots)] = value
+
+    def set_aside(self, besides: Sequence[float] = ()) -> None:
+        """:meth:`reset`, until :meth:`take_up`, which gives back what is to be kept ``besides``."""
+        header = self.header()
+        self.reset()
+        self._entry[SET_ASIDE] = [*(getattr(header, name) for name in OF_PAIRS), *besides]
+
+    def take_up(self) -> list[float] | None:
+        """Has again what was set aside; None where nothing was, or something was learnt since."""
+        held, self._entry[SET_ASIDE] = self._entry.get(SET_ASIDE), []
+        header = self.header()
+        if not held or header.count > 0 or header.usable > 0:
+            return None
+        self._say(*held[: len(OF_PAIRS)])
+        return held[len(OF_PAIRS) :]
 
     def stats(
         self,
@@ -345,51 +351,3 @@ class History:
         if isinstance(self._bound, HostRows):
             return self._bound.fuse_blend(origin, *held, theta, step)
         blend(self._ops, self._bound, self.part, origin, *held, theta, step)
-
-
-def check_ring_state(entry: dict[str, Any], slots: int, flat: FlatParams) -> None:
-    """Raises ValueError unless a state entry holds a history of these parameters."""
-    numel = flat.numel
-    shapes: dict[str, Any] = {
-        "history": (2, slots, numel),
-        "scalars": (ring.layout(slots)["size"],),
-    }
-    history, scalars = entry.get("history"), entry.get("scalars")
-    older = (ring.layout(slots)["size_without_sets"],)
-    if isinstance(scalars, Tensor) and tuple(scalars.shape) == older:
-        shapes["scalars"] = older  # History completes them
-    if isinstance(history, Tensor) and history.element_size() < 4:
-        shapes["grad_prev"] = (numel,)
-    if "control" in entry:  # with capturable=True
-        shapes |= {"grad_prev": (numel,), "control": (len(PLACES),)}
-    if isinstance(history, Tensor) and history.dtype == torch.int8:
-        shapes["history_scale"] = (2, slots, -(-numel // SCALE_BLOCK))
-    for name, expected in shapes.items():
-        if not isinstance(entry.get(name), Tensor):
-            raise ValueError(
-                f"state_dict is not of fuse_ext's L-BFGS: it has no tensor {name!r}, "
-                f"only {sorted(map(str, entry))}"
-            )
-        shape = tuple(entry[name].shape)
-        if shape != expected:
-            raise ValueError(
-                f"state_dict does not fit: {name} has shape {shape}, expected {expected} "
-                f"(history_size={slots - 1}, {numel} parameters)"
-            )
-    ours, theirs = memory_order(flat), entry.get("strides", [])
-    if ours != theirs:
-        raise ValueError(
-            f"state_dict does not fit: its parameters had strides {theirs or 'in row-major order'},"
-            f" these have {ours or 'in row-major order'}; load it before a change of memory format"
-        )
-    sets, which = entry.get("sets", [[]]), entry.get("set", 0)
-    known = range(len(flat.params))
-    if not (
-        isinstance(sets, list)
-        and all(isinstance(absent, list) and set(absent) <= set(known) for absent in sets)
-        and which in range(max(len(sets), 1))
-    ):
-        raise ValueError(
-            f"state_dict does not fit: sets={sets!r} and set={which!r} name no parameters among "
-            f"{len(flat.params)}"
-        )

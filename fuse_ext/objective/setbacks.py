@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fuse_ext.curvature.protocol import InverseHessian
-from fuse_ext.curvature.ring import BEFORE
+from fuse_ext.curvature.ring_state import BEFORE
 from fuse_ext.kernels.scalars import Header
 from fuse_ext.objective.progress import Progress
 
@@ -13,6 +13,8 @@ from fuse_ext.objective.progress import Progress
 MOST_CUTS = 3
 # Where searches are cut short by max_eval, and where a fixed step is not finite, so often.
 SHORTEST_CUT = 15
+# So many iterations have to go by before curvature that has failed twice is given another chance.
+SECOND_CHANCE = 10
 # Weight of the failures before the last step: four in a row, or a third of all, make 3.
 FAILING_DECAY = 0.9
 # What an entry counts since the start, for reports; of pairs those of rings before the present
@@ -27,8 +29,9 @@ COUNTERS = (
     "changes",
     *BEFORE.values(),
 )
-# The tallies are of the present: trials cut, and failed steps, the last ones weighing most.
-TALLIES = ("cuts", "failing", "bad_starts")
+# The tallies are of the present: trials cut, failed steps, the last ones weighing most, and the
+# iteration at which curvature had another chance.
+TALLIES = ("cuts", "failing", "bad_starts", "chance")
 
 
 class Setbacks:
@@ -55,13 +58,40 @@ class Setbacks:
         self._entry["resets"] += 1
         self._history.reset()
 
+    def _set_aside(self) -> None:
+        self._entry["resets"] += 1
+        self._history.set_aside()
+
+    def take_back(self) -> bool:
+        """Has again what was set aside, if nothing was learnt since.
+
+        Where not even -g leads anywhere it was not to blame, and another dtype (``continue_in``) or
+        other data can go on with it. Says whether there was anything.
+        """
+        found = self._history.take_up() is not None
+        self._entry["resets"] -= found
+        return found
+
     def retreat(self, header: Header) -> None:
         """The last direction leads nowhere: -g next time and, if it was that, a shorter step."""
         if header.usable > 0:
-            self.reset()
+            self._set_aside()
         else:
             self._entry["cuts"] = min(self._entry["cuts"] + 1, SHORTEST_CUT)
             self._entry["step_cuts"] += 1
+
+    def count_success(self, header: Header, one_function: bool) -> None:
+        """Notes a step. On one function curvature has another chance after one along -g.
+
+        Its search may have failed for rounding alone, as happens in long valleys, where what was
+        learnt in thousands of iterations is worth much. It has no third chance soon after.
+        """
+        self.count_failing(False)
+        if header.usable > 0 or not one_function:
+            return
+        now, last = self._entry["n_iter"], self._entry["chance"]
+        if (not last or now - last > SECOND_CHANCE) and self.take_back():
+            self._entry["chance"] = now
 
     def unlearn(self) -> bool:
         """After a search that no step ended well: whether what misled it was to be forgotten.
@@ -71,7 +101,8 @@ class Setbacks:
         """
         if self._history.forgets:
             return False
-        self.reset()
+        self._set_aside()
+        self._entry["chance"] = self._entry["n_iter"]  # it has had it
         return True
 
     def count_failing(self, failed: bool) -> None:

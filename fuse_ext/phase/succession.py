@@ -10,7 +10,8 @@ import torch
 from fuse_ext.checks import warn_caller
 from fuse_ext.curvature.dense import MATRIX_NAMES, DenseMatrix
 from fuse_ext.curvature.moments import MOMENTS, check_adam_state
-from fuse_ext.curvature.ring import BEFORE, STATE_NAMES, History
+from fuse_ext.curvature.ring import History
+from fuse_ext.curvature.ring_state import BEFORE, SET_ASIDE, STATE_NAMES
 from fuse_ext.kernels import scalars
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.objective.setbacks import COUNTERS
@@ -247,6 +248,7 @@ def drop_ring(entry: dict[str, Any]) -> None:
 
 def enlarge(entry: dict[str, Any], slots: int) -> None:
     """Makes room for more pairs in a state entry that holds a ring; the pairs stay."""
+    entry.pop(SET_ASIDE, None)  # of other slots
     kept = scalars.in_order(entry["scalars"], entry["history"].shape[1])
     entry["scalars"] = scalars.with_more_slots(entry["scalars"], entry["history"].shape[1], slots)
     for name in ("history", "history_scale"):

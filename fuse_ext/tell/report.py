@@ -7,7 +7,7 @@ from html import escape
 from typing import Any, Protocol
 
 from fuse_ext.curvature.protocol import InverseHessian
-from fuse_ext.curvature.ring import BEFORE
+from fuse_ext.curvature.ring_state import BEFORE
 from fuse_ext.objective.progress import CONVERGED, Progress
 from fuse_ext.search.noise import Precision
 

@@ -78,6 +78,7 @@ def _go_on(iteration: Iteration, point: Point, options: StepOptions, found: bool
         progress.reason = "max_iter"
     else:
         objective.settle_at(point, options, "line_search")
+        iteration.setbacks.take_back()
         progress.reason = "line_search"
     point.grads.clear()  # of another point by now
     objective.note_arrival(point, options)

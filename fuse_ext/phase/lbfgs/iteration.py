@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fuse_ext.curvature.dense import MATRIX_NAMES, check_matrix_state
 from fuse_ext.curvature.protocol import InverseHessian
-from fuse_ext.curvature.ring import check_ring_state
+from fuse_ext.curvature.ring_state import check_ring_state
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.kernels.scalars import Header
 from fuse_ext.objective.evaluations import (
@@ -334,7 +334,7 @@ class Iteration:
             self.history.move(origin, result.step, save=False)
             at = self.trials.return_to(best, options)
         self.take_step(result.step)
-        self.setbacks.count_failing(False)
+        self.setbacks.count_success(header, self.objective.is_one_function(options))
         if result.reason == "max_evaluations" and whole and self.setbacks.unlearn():
             self.objective.drop_pair()
         if at.part.absent != self.history.part.absent:
@@ -375,6 +375,7 @@ class Iteration:
         most_cuts = SHORTEST_CUT if cut_short else MOST_CUTS
         if steepest and (final or self.entry["cuts"] >= most_cuts):
             self.objective.settle_at(point, options, self.progress.reason)
+            self.setbacks.take_back()
             return None
         self.setbacks.retreat(header)
         if iteration + 1 == options.max_iter:
@@ -382,8 +383,7 @@ class Iteration:
         if self.objective.left <= 0:
             self.progress.reason = "max_eval"
             return None
-        if again is None:
-            again = self.objective.evaluate(closure, options, False)
+        again = again or self.objective.evaluate(closure, options, False)
         if again.finite:
             self._stand = again
             return again
