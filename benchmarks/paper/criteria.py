@@ -14,7 +14,7 @@ from benchmarks.harness import pictures
 from benchmarks.harness.cells import Cell
 from benchmarks.harness.comparison import (
     PRINTED,
-    TUNING_SEED,
+    TUNING_SEEDS,
     Plan,
     Results,
     Sample,
@@ -74,7 +74,7 @@ def cells(name: str, quick: bool, data: str | None, done: Results) -> list[Cell]
     description = plan.fuse_pv(PRINTED["fuse_pv"])
     known += [plan.cell(PROBLEM, "printed/fuse_pv", description, seed) for seed in plan.seeds]
     for kind, values in CRITERIA.items():
-        known += [_criterion_cell(plan, done, kind, value, TUNING_SEED) for value in values]
+        known += [_criterion_cell(plan, done, kind, value, TUNING_SEEDS[0]) for value in values]
         best = _best(plan, done, kind)
         if best is not None:
             known += [_criterion_cell(plan, done, kind, best, seed) for seed in plan.seeds]
@@ -83,7 +83,7 @@ def cells(name: str, quick: bool, data: str | None, done: Results) -> list[Cell]
 
 def _best(plan: Plan, done: Results, name: str) -> float | None:
     """The value with the least training loss in the end, on a seed that is not reported."""
-    of = {v: _criterion_cell(plan, done, name, v, TUNING_SEED).key for v in CRITERIA[name]}
+    of = {v: _criterion_cell(plan, done, name, v, TUNING_SEEDS[0]).key for v in CRITERIA[name]}
     if not all(key in done for key in of.values()):
         return None
 
@@ -133,7 +133,7 @@ def report(name: str, results: Results, quick: bool) -> Report:
     tried = {
         name: {
             f"{value:g}": _tried(
-                results[_criterion_cell(plan, results, name, value, TUNING_SEED).key]
+                results[_criterion_cell(plan, results, name, value, TUNING_SEEDS[0]).key]
             )
             for value in values
         }

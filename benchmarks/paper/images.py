@@ -159,7 +159,8 @@ def _conditions(outcomes: list[Outcome], plan: Plan) -> str:
         f"{plan.setting}; Adam+SGD leaves Adam where FUSE does on the same seed. Printed learning "
         "rates are 0.01 for SGD and 0.001 for Adam; tuned ones are the best "
         f"of {len(plan.grid('adam'))} for each method, and of more for as long as the best is at "
-        "the edge, on a tenth of the training images held out, with another seed. At equal "
+        f"the edge, on a tenth of the training images held out, by the mean of "
+        f"{len(plan.tuning_seeds)} other seeds. At equal "
         "gradient evaluations and equal CPU time the baselines run on until they have had FUSE's. "
         "A win is a mean above by more than one standard deviation, the larger one of the two.\n\n"
         + "\n".join(budgets)

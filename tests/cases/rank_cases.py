@@ -233,5 +233,21 @@ def on_ranks(size: int, folder: Path, job: str, *arguments: Any) -> list[Any]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
+def started_once(folder: Path, job: str) -> Callable[[int], list[Any]]:
+    """What a job returns on each of so many processes, which are started once for a number."""
+    found: dict[int, list[Any]] = {}
+    begun: set[int] = set()
+
+    def get(size: int) -> list[Any]:
+        if size not in found:
+            assert size not in begun, "the processes failed before, see the first failure"
+            begun.add(size)
+            (mine := folder / str(size)).mkdir()
+            found[size] = on_ranks(size, mine, job)
+        return found[size]
+
+    return get
+
+
 def nan_at(*calls: int) -> Callable[[int], float]:
     return lambda call: math.nan if call in calls else 1.0

@@ -103,10 +103,12 @@ def test_all_get_the_same_tuning(run):
         if "/tuning/" in key:
             method = key.split("/")[3].rpartition("-")[0]
             tuned.setdefault(method, []).append(cell)
-    assert {method: len(of) for method, of in tuned.items()} == dict.fromkeys(PRINTED, 4)
-    for cell in (cell for of in tuned.values() for cell in of):
-        assert cell.options["held_out"] and cell.options["seed"] == comparison.TUNING_SEED
-    assert comparison.TUNING_SEED not in run.plan.seeds
+    seeds = comparison.TUNING_SEEDS
+    assert {m: len(of) for m, of in tuned.items()} == dict.fromkeys(PRINTED, 4 * len(seeds))
+    for of in tuned.values():
+        assert all(cell.options["held_out"] for cell in of)
+        assert [cell.options["seed"] for cell in of] == [*seeds] * 4
+    assert set(seeds).isdisjoint(run.plan.seeds)
     rates = comparison.rates_of("usps", "tuned", run.plan, run.results)
     assert rates == {
         "sgd": 0.1,

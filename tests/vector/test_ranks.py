@@ -19,8 +19,8 @@ from rank_cases import (
     loss_of,
     make,
     nan_at,
-    on_ranks,
     spread,
+    started_once,
     whole,
 )
 from torch import Tensor, nn
@@ -73,18 +73,7 @@ def all_jobs(rank: int, folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Any]]:
-    found: dict[int, list[Any]] = {}
-    begun: set[int] = set()
-
-    def get(size: int) -> list[Any]:
-        if size not in found:
-            assert size not in begun, "the processes failed before, see the first failure"
-            begun.add(size)
-            folder = tmp_path_factory.mktemp(f"ranks{size}")
-            found[size] = on_ranks(size, folder, f"{__name__}:all_jobs")
-        return found[size]
-
-    return get
+    return started_once(tmp_path_factory.mktemp("ranks"), f"{__name__}:all_jobs")
 
 
 # --- the same steps as in one process -------------------------------------------------------

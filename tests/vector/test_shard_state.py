@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_cases import MODES, data, data_of, fit, loss_of, make, nan_at, on_ranks, spread, whole
+from rank_cases import MODES, data, data_of, fit, loss_of, make, nan_at, spread, started_once, whole
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -42,18 +42,7 @@ def all_jobs(rank: int, folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[Any]]:
-    found: dict[int, list[Any]] = {}
-    begun: set[int] = set()
-
-    def get(size: int) -> list[Any]:
-        if size not in found:
-            assert size not in begun, "the processes failed before, see the first failure"
-            begun.add(size)
-            folder = tmp_path_factory.mktemp(f"ranks{size}")
-            found[size] = on_ranks(size, folder, f"{__name__}:all_jobs")
-        return found[size]
-
-    return get
+    return started_once(tmp_path_factory.mktemp("ranks"), f"{__name__}:all_jobs")
 
 
 # --- the same steps as without --------------------------------------------------------------
