@@ -123,6 +123,28 @@ def average_plain(model: nn.Module) -> None:
             param.grad /= dist.get_world_size()
 
 
+def rows_at(step: int, full: bool) -> Tensor:
+    """Those of all ranks in a step."""
+    return torch.arange(ROWS) if full else (torch.arange(BATCH) + 5 * step) % ROWS
+
+
+def continued(model: nn.Module, optimizer: Any, mode: str, begin: int, steps: int) -> Tensor:
+    """Steps on this rank's rows of every batch; all parameters then."""
+    x, y = data()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for step in range(begin, begin + steps):
+        mine = rows_at(step, MODES[mode][2])[rank::size]
+
+        def closure(mine: Tensor = mine) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, x[mine], y[mine], None)
+            loss.backward()
+            return loss.detach()
+
+        optimizer.step(closure)
+    return whole(model)
+
+
 def fit(
     layout: str | None,
     mode: str,
@@ -149,7 +171,7 @@ def fit(
     x, y = data()
     calls, losses, seen = [0], [], []
     for step in range(steps):
-        rows = torch.arange(ROWS) if full else (torch.arange(BATCH) + 5 * step) % ROWS
+        rows = rows_at(step, full)
         mine = rows if rank is None or layout == "columns" else rows[rank::size]
 
         def closure(mine: Tensor = mine) -> Tensor:

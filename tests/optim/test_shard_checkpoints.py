@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_cases import BATCH, MODES, ROWS, data, loss_of, make, on_ranks, spread, whole
+from rank_cases import MODES, continued, make, on_ranks, spread
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -22,24 +22,6 @@ SAVED_AT, STEPS = 25, 8
 # of the shards alone.
 FREE = ["adam", "lbfgs search", "pairs", "living diagonal"]
 BOUND = ["living", "lbfgs int8"]
-
-
-def continued(model: nn.Module, optimizer: Any, mode: str, size: int, begin: int) -> Tensor:
-    """STEPS steps more, on every ``size``-th row; all parameters then."""
-    full, (x, y) = MODES[mode][2], data()
-    rank = dist.get_rank() if size > 1 else 0
-    for step in range(begin, begin + STEPS):
-        rows = torch.arange(ROWS) if full else (torch.arange(BATCH) + 5 * step) % ROWS
-        mine = rows[rank::size]
-
-        def closure(mine: Tensor = mine) -> Tensor:
-            optimizer.zero_grad()
-            loss = loss_of(model, x[mine], y[mine], None)
-            loss.backward()
-            return loss.detach()
-
-        optimizer.step(closure)
-    return whole(model)
 
 
 def begun(mode: str, layout: str | None, weights: Any = None) -> tuple[nn.Module, Any]:
@@ -59,8 +41,7 @@ def save_on_four(rank: int, folder: str) -> dict[str, Any]:
     found = {}
     for mode in [*FREE, *BOUND]:
         model, optimizer = begun(mode, "fsdp")
-        for begin in range(0, SAVED_AT, STEPS):
-            continued(model, optimizer, mode, 4, begin)
+        continued(model, optimizer, mode, 0, SAVED_AT)
         written = io.BytesIO()
         torch.save((optimizer.state_dict(), model.state_dict()), written)
         written.seek(0)
@@ -71,22 +52,22 @@ def save_on_four(rank: int, folder: str) -> dict[str, Any]:
         twin, fresh = begun(mode, "fsdp")
         twin.load_state_dict(weights)
         fresh.load_state_dict(saved)
-        goes_on = continued(model, optimizer, mode, 4, SAVED_AT)
-        found[mode] = goes_on, continued(twin, fresh, mode, 4, SAVED_AT)
+        goes_on = continued(model, optimizer, mode, SAVED_AT, STEPS)
+        found[mode] = goes_on, continued(twin, fresh, mode, SAVED_AT, STEPS)
     return found
 
 
-def resumed(mode: str, folder: str, size: int, layout: str | None) -> tuple[Tensor, Any]:
+def resumed(mode: str, folder: str, layout: str | None) -> tuple[Tensor, Any]:
     """Goes on from a checkpoint that was put together from all ranks' parts."""
     saved = torch.load(f"{folder}/{mode}.pt", weights_only=False)
     model, optimizer = begun(mode, layout, saved["model"])
     state = {int(key): entry for key, entry in saved["state"].items()}
     optimizer.load_state_dict({"state": state, "param_groups": saved["groups"]})
-    return continued(model, optimizer, mode, size, SAVED_AT), optimizer.report()
+    return continued(model, optimizer, mode, SAVED_AT, STEPS), optimizer.report()
 
 
 def resume_on_two(rank: int, folder: str, where: str) -> dict[str, Any]:
-    return {mode: resumed(mode, where, 2, "fsdp") for mode in [*FREE, *BOUND] if mode != "adam"}
+    return {mode: resumed(mode, where, "fsdp") for mode in [*FREE, *BOUND] if mode != "adam"}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +99,7 @@ def test_fewer_ranks_resume_as_one_would(four: Any, two: Any, mode: str) -> None
     goes_on = four[0][0][mode][0]
     for found in two:
         torch.testing.assert_close(found[mode][0], goes_on, rtol=0, atol=1e-6)
-    alone, report = resumed(mode, four[1], 1, None)
+    alone, report = resumed(mode, four[1], None)
     torch.testing.assert_close(alone, goes_on, rtol=0, atol=1e-6)
     assert report.pairs_held == two[0][mode][1].pairs_held
 
@@ -128,7 +109,7 @@ def test_what_is_of_the_shards_begins_anew(four: Any, two: Any, mode: str) -> No
     (first, report), (second, _) = (found[mode] for found in two)
     assert torch.equal(first, second)
     assert first.isfinite().all()
-    alone, _ = resumed(mode, four[1], 1, None)
+    alone, _ = resumed(mode, four[1], None)
     assert alone.isfinite().all()
     if mode == "lbfgs int8":
         assert 0 < report.pairs_held <= STEPS  # all of them made since

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_cases import BATCH, MODES, ROWS, data, loss_of, make, on_ranks, spread, whole
+from rank_cases import MODES, continued, make, on_ranks, spread
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -43,26 +43,6 @@ def begun(mode: str, layout: str | None, weights: Any = None) -> tuple[nn.Module
     return inner, model, kind(inner.parameters(), **options, **more)
 
 
-def continued(
-    model: nn.Module, optimizer: Any, mode: str, begin: int, steps: int = STEPS
-) -> Tensor:
-    """Steps on this rank's rows of every batch; all parameters then."""
-    full, (x, y) = MODES[mode][2], data()
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    for step in range(begin, begin + steps):
-        rows = torch.arange(ROWS) if full else (torch.arange(BATCH) + 5 * step) % ROWS
-        mine = rows[rank::size]
-
-        def closure(mine: Tensor = mine) -> Tensor:
-            optimizer.zero_grad()
-            loss = loss_of(model, x[mine], y[mine], None)
-            loss.backward()
-            return loss.detach()
-
-        optimizer.step(closure)
-    return whole(model)
-
-
 def save_on_four(rank: int, folder: str) -> dict[str, Any]:
     """Trains and saves, as a rank can by itself and with torch.distributed.checkpoint."""
     from torch.distributed import checkpoint
@@ -84,12 +64,12 @@ def save_on_four(rank: int, folder: str) -> dict[str, Any]:
         full = get_optimizer_state_dict(inner, optimizer, options=all_of_it)
         if rank == 0:
             torch.save((full, inner.state_dict()), f"{name}.full.pt")
-        goes_on = continued(model, optimizer, mode, SAVED_AT)
+        goes_on = continued(model, optimizer, mode, SAVED_AT, STEPS)
         written.seek(0)
         saved, weights = torch.load(written)
         _, twin, fresh = begun(mode, "zero", weights)
         fresh.load_state_dict(saved)
-        found[mode] = goes_on, continued(twin, fresh, mode, SAVED_AT)
+        found[mode] = goes_on, continued(twin, fresh, mode, SAVED_AT, STEPS)
     return found
 
 
@@ -114,7 +94,7 @@ def resumed(mode: str, folder: str, layout: str | None, form: str) -> tuple[Tens
         state = {"optimizer": get_optimizer_state_dict(inner, optimizer)}
         checkpoint.load(state, storage_reader=reader)
         set_optimizer_state_dict(inner, optimizer, state["optimizer"])
-    params = continued(model, optimizer, mode, SAVED_AT)
+    params = continued(model, optimizer, mode, SAVED_AT, STEPS)
     return params, optimizer.report() if hasattr(optimizer, "report") else None
 
 
@@ -138,9 +118,9 @@ def begun_whole(mode: str) -> tuple[Tensor, Tensor, Any]:
     saved, weights = optimizer.state_dict(), {k: v.clone() for k, v in inner.state_dict().items()}
     _, twin, fresh = begun(mode, "zero", weights)
     fresh.load_state_dict(saved)
-    goes_on = continued(model, optimizer, mode, SAVED_AT)
+    goes_on = continued(model, optimizer, mode, SAVED_AT, STEPS)
     report = fresh.report() if hasattr(fresh, "report") else None
-    return goes_on, continued(twin, fresh, mode, SAVED_AT), report
+    return goes_on, continued(twin, fresh, mode, SAVED_AT, STEPS), report
 
 
 @pytest.fixture(scope="module")
