@@ -21,7 +21,7 @@ _elsewhere = 0.0
 def facts(args: argparse.Namespace) -> dict[str, Any]:
     """What a figure must stand beside."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "caches": _caches(),
@@ -99,7 +99,8 @@ def share_of_others(started: tuple[float, float, float]) -> float | None:
     return max(0.0, everyone - own) / (wall * (os.cpu_count() or 1))
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name."""
     found = re.search(r"^model name\s*:\s*(.+)", _read("/proc/cpuinfo"), re.MULTILINE)
     return found[1] if found else platform.processor() or platform.machine()
 

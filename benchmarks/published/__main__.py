@@ -124,13 +124,14 @@ def as_json(row: Row, folder: Path, quick: bool, shown: dict[str, Any]) -> dict[
     ``shown``: the row as the page has it, for what is not stored.
     """
     methods: dict[str, list[dict[str, Any]]] = {}
+    cpu = machine.cpu_model()
     for method in METHODS:
         runs = []
         for seed in seeds_of(row, None, quick):
             of_seed = cells_of(row, method, seed, quick)
             stored = cells.results_of(of_seed, folder)
             found = [
-                {"seed": seed, "case": case, **cells.stamp(cell), **stored[cell.key]}
+                {"seed": seed, "case": case, "cpu": cpu, **cells.stamp(cell), **stored[cell.key]}
                 for cell, case in zip(of_seed, row.cases, strict=True)
                 if cell.key in stored
             ]

@@ -58,10 +58,12 @@ def write(document: dict[str, Any], out: Path) -> None:
         figure.savefig(out / f"{name}.png", dpi=110, facecolor="white")
         plt.close(figure)
         parts.append(_section(name, row))
+    facts = {**document["machine"], "share_of_others": None}
     parts += [
         "## How it is measured",
         ABOUT,
-        "Machine: " + machine.sentence({**document["machine"], "share_of_others": None}),
+        "Machine of the last runs: "
+        + machine.sentence({**document["machine"], "share_of_others": None}),
     ]
     if document["left_out"]:
         parts.append(f"Not measured: {', '.join(document['left_out'])}.")
@@ -118,6 +120,7 @@ def _section(name: str, row: Row) -> str:
         "runs, and range",
     ]
     parameters = sorted({run["parameters"] for of in row["methods"].values() for run in of})
+    cpus = sorted({run["cpu"] for of in row["methods"].values() for run in of})
     sizes = f"{parameters[0]:,}" + (f" to {parameters[-1]:,}" if len(parameters) > 1 else "")
     adam = f"Adam alone has a learning rate of {row['adam_lr']:g}"
     if row["adam_steps"]:
@@ -134,7 +137,8 @@ def _section(name: str, row: Row) -> str:
             f"## {row['title']}",
             f"- Published ([source]({row['source']})): {row['their_settings']}.\n"
             f"- Ours: {row['our_settings']}; {sizes} parameters; seeds "
-            f"{', '.join(map(str, row['seeds']))}; {row['budget']:,} evaluations on one core. "
+            f"{', '.join(map(str, row['seeds']))}; {row['budget']:,} evaluations on one core of "
+            f"{' or '.join(cpus)}. "
             f"{adam}.",
             tables.table(heads, [*theirs, *lines]),
             *([" ".join(words)] if words else []),

@@ -202,6 +202,7 @@ def a_run(error, seconds=(1.0, 2.0), evaluations=(50, 100), seed=1, busy=1.0):
     return {
         "seed": seed,
         "case": "",
+        "cpu": "a processor",
         "evaluations": list(evaluations),
         "cpu_seconds": list(seconds),
         "seconds": [wall * busy for wall in seconds],
