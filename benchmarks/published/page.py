@@ -62,8 +62,7 @@ def write(document: dict[str, Any], out: Path) -> None:
     parts += [
         "## How it is measured",
         ABOUT,
-        "Machine of the last runs: "
-        + machine.sentence({**document["machine"], "share_of_others": None}),
+        f"Machine of the last runs: {machine.sentence(facts)}",
     ]
     if document["left_out"]:
         parts.append(f"Not measured: {', '.join(document['left_out'])}.")
