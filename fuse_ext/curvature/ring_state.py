@@ -83,7 +83,11 @@ def check_ring_state(entry: dict[str, Any], slots: int, flat: FlatParams) -> Non
 
 
 def check_set_aside(entry: dict[str, Any]) -> None:
-    """Raises ValueError unless what is set aside are numbers."""
+    """Raises ValueError unless what is set aside, if anything is, are numbers, and not too few."""
     held = entry.get(SET_ASIDE, [])
-    if not (isinstance(held, list) and all(isinstance(value, float) for value in held)):
-        raise ValueError(f"state_dict does not fit: {SET_ASIDE} must be numbers, got {held!r}")
+    numbers = isinstance(held, list) and all(isinstance(value, float) for value in held)
+    if not numbers or 0 < len(held) < len(OF_PAIRS):
+        raise ValueError(
+            f"state_dict does not fit: {SET_ASIDE} must be no numbers or those of {OF_PAIRS}, got "
+            f"{held!r}"
+        )

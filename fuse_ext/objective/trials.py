@@ -137,11 +137,8 @@ class Trials:
                 self.undo()
                 raise
             result = search.result
-            if (
-                self.lowers(result, point, options)
-                or not self._learns_noise(search)
-                or self.objective.left <= 0
-            ):
+            found = self.lowers(result, point, options) and not _is_luck(search, point)
+            if found or not self._learns_noise(search) or self.objective.left <= 0:
                 break
             at.grads.clear()
         if header.self_scaling:
@@ -301,3 +298,10 @@ class Trials:
         return self._shortest <= visible and decrease <= self.objective.precision.noise * abs(
             point.value
         )
+
+
+def _is_luck(search: LineSearch, start: Point) -> bool:
+    """Whether a search that no step ended well found less than the noise that would explain it."""
+    if not isinstance(search, ApproximateWolfe) or search.result.reason in PASSED:
+        return False
+    return start.value - search.result.loss <= search.noise_needed * abs(start.value) < math.inf

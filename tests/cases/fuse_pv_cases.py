@@ -145,3 +145,12 @@ def assert_same(ours: Any, theirs: Any, where: str = "") -> None:
 
 def _same_with_nan(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def until_converged(optimizer: Any, closure: Callable[[], Tensor], steps: int) -> Any:
+    """The report after so many steps, or where it says that there is nothing left to gain."""
+    for _ in range(steps):
+        optimizer.step(closure)
+        if optimizer.report().converged:
+            break
+    return optimizer.report()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from adam_cases import frozen
+from fuse_pv_cases import until_converged
 from torch import Tensor
 
 from fuse_ext import LBFGS, FusePV
@@ -29,9 +30,9 @@ KINDS: dict[str, Any] = {
 class Valley:
     """Rosenbrock's, twenty times."""
 
-    def __init__(self, kind: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, kind: str) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.x = (0.1 * torch.randn(40, generator=generator)).to(dtype).requires_grad_()
+        self.x = (0.1 * torch.randn(40, generator=generator)).requires_grad_()
         self.optimizer = KINDS[kind]([self.x])
 
     def closure(self) -> Tensor:
@@ -42,15 +43,11 @@ class Valley:
         return loss.detach()
 
     def run(self, steps: int) -> Any:
-        for _ in range(steps):
-            self.optimizer.step(self.closure)
-            if self.optimizer.report().converged:
-                break
-        return self.optimizer.report()
+        return until_converged(self.optimizer, self.closure, steps)
 
     @property
     def history(self) -> Any:
-        return self.optimizer._phase.history if hasattr(self.optimizer, "_phase") else None
+        return self.optimizer._phase.history
 
 
 def curvature_of(run: Valley) -> Any:
@@ -119,3 +116,16 @@ def test_a_checkpoint_between_knows_what_is_set_aside(kind: str) -> None:
     other.optimizer.load_state_dict(saved)
     assert other.history.take_up() is not None
     assert frozen(curvature_of(other)) == frozen(curvature_of(run))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("aside", ["all", [1.0, 2.0], [1, 2, 3]])
+def test_what_is_no_curvature_is_refused(kind: str, aside: Any) -> None:
+    run = Valley(kind)
+    run.run(10)
+    saved = copy.deepcopy(run.optimizer.state_dict())
+    run.optimizer.state[run.x]["set_aside"] = aside
+    broken = run.optimizer.state_dict()
+    with pytest.raises(ValueError, match="set_aside"):
+        Valley(kind).optimizer.load_state_dict(broken)
+    Valley(kind).optimizer.load_state_dict(saved)

@@ -265,7 +265,7 @@ def test_converged_and_quiet(mode, kind, dtype):
     near = {F32: 1e-6, F64: 1e-12}[dtype] * abs(losses[-1])
     found = next(i for i, value in enumerate(losses) if abs(value - losses[-1]) <= near)
     assert converged is not None
-    assert sum(calls[: converged + 1]) <= 4 * sum(calls[: found + 1]) + 60
+    assert sum(calls[: converged + 1]) <= 3 * sum(calls[: found + 1]) + 60
     assert max(calls[converged + 1 :]) <= 1
     assert problem.optimizer.report().converged
     assert problem.gradient() <= {F32: 1e-3, F64: 1e-6}[dtype] * at_start

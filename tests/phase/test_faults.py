@@ -57,7 +57,7 @@ def test_a_first_step_is_not_lost_in_the_rounding_of_the_parameters(
 # --- noise ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("noise", [1e-7, 1e-5, 1e-4])
+@pytest.mark.parametrize("noise", [1e-7, 1e-6, 1e-5, 1e-4])
 def test_noise_of_the_loss_is_learnt(noise: float) -> None:
     """Good gradients under a loss with few digits, as those of physics-informed networks."""
     problem = quadratic(1e3, n=20)
@@ -71,7 +71,7 @@ def test_noise_of_the_loss_is_learnt(noise: float) -> None:
     optimizer = FusePV([mine.x], switch=0, deterministic=True)
     for _ in range(400):
         optimizer.step(closure)
-    assert mine.gap < 1e-2 * noise  # how far below depends on the rounding of the machine
+    assert mine.gap < 1e-3 * noise
     assert optimizer.report().loss_noise > 1e-14
 
 
