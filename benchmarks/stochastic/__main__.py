@@ -3,8 +3,9 @@
 Images at printed and at tuned learning rates, a schedule for everyone, FusePV in Adam's own
 metric, what may go wrong (dropout, wrong labels, batches of all sizes, a change of task), and a
 transformer on text. Every run is stored as it ends and is not repeated unless its code changes; the
-page shows all that is stored, so that the full mode, which takes hours, can be run in pieces:
---sections, --only, --methods, --minutes.
+page shows all that is stored, and the sections that it showed before, marked as of earlier code, so
+that the full mode, which takes hours, can be run in pieces: --sections, --only, --methods,
+--minutes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from benchmarks.harness import cells, command, machine, saving
 from benchmarks.harness.cells import Cell
@@ -26,20 +28,11 @@ from benchmarks.harness.comparison import RATES, Outcome, Plan, Results, at_the_
 from benchmarks.harness.comparison_pictures import draw
 from benchmarks.harness.schedules import SCHEDULES
 from benchmarks.stochastic import ablation, change, duels, images, page, pictures, tasks
-from benchmarks.stochastic.duels import Duel
 from benchmarks.stochastic.methods import METHODS, RUN_SCHEDULES
 from benchmarks.stochastic.page import Played
+from benchmarks.stochastic.sections import PLAYED, SECTIONS, Section, before, document
 from benchmarks.stochastic.tournament import Tournament
 
-SECTIONS = {
-    "images": "Images at the paper's learning rates, and at tuned ones",
-    "ablation": "One option at a time",
-    "schedules": "A schedule for everyone",
-    "robustness": "Dropout, wrong labels, batches of all sizes",
-    "change": "A change of task",
-    "text": "A transformer on text",
-}
-PLAYED = ("schedules", "text", "robustness")  # sections that are tournaments
 # In quick mode one problem shows of each section that it works.
 QUICK_PROBLEMS = ("kmnist",)
 
@@ -178,11 +171,6 @@ def played_part(tournaments: list[Tournament], played: Played) -> list[str]:
     return [*parts, f"Left out: {'; '.join(left)}."] if left else parts
 
 
-def summary(found: list[Duel]) -> str:
-    """Where FusePV wins, is level and loses."""
-    return f"{duels.counts(found)}\n\n{duels.sentences(found)}"
-
-
 def played_json(played: Played) -> dict[str, Any]:
     """Every entry's learning rates and results."""
     return {
@@ -210,14 +198,65 @@ def played_json(played: Played) -> dict[str, Any]:
     }
 
 
+def image_sections(
+    outcomes: list[Outcome], variants: ablation.Ablation, plan: Plan, folder: Path
+) -> dict[str, Section]:
+    """Those of images, of which there are runs; with a picture of the comparison."""
+    found = {}
+    if outcomes:
+        targets = [row for outcome in outcomes for row in outcome.targets()]
+        by_kind = {kind: [o for o in outcomes if o.kind == kind] for kind in RATES}
+        data = {
+            "targets": targets,
+            "outcomes": {kind: {o.problem: o.json() for o in of} for kind, of in by_kind.items()},
+        }
+        short = [at_the_edge(outcomes), images.target_text(targets)]
+        for kind, of in by_kind.items():
+            short += [f"Images, with {kind} learning rates", images.count_text(of)]
+        _save(draw(outcomes, "evaluations", "test_accuracy"), folder / "stochastic.png")
+        drawn = "![Test accuracy against gradient evaluations](stochastic.png)"
+        found["images"] = Section([*images_part(outcomes, plan), drawn], data, short)
+    if variants:
+        switches = ablation.automatic_switch(variants)
+        texts = [
+            "Printed learning rates, other seeds.",
+            ablation.ablation_text(variants),
+            ablation.switch_text(switches),
+        ]
+        data = {"automatic_switch": switches, "ablation": ablation.json(variants)}
+        found["ablation"] = Section(texts, data)
+    return found
+
+
+def played_section(name: str, tournaments: list[Tournament], folder: Path) -> Section | None:
+    """Of tournaments, with its picture; None while none of their entries has all its runs."""
+    played = [(of.spec, standings) for of in tournaments if (standings := of.standings())]
+    if not played:
+        return None
+    _save(pictures.draw(played), folder / f"stochastic-{name}.png")
+    drawn = f"![Every method with every schedule](stochastic-{name}.png)"
+    asked = [duel for spec, standings in played for duel in duels.duels(spec, standings)]
+    return Section(
+        [*played_part(tournaments, played), drawn],
+        {name: played_json(played)},
+        [drawn.replace("(", "(results/")],  # from the README
+        asked,
+        len(played[0][0].seeds),
+    )
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=150, facecolor="white")
+    plt.close(figure)
+
+
 def main() -> None:
     """Runs the module."""
     assert __doc__ is not None
     args = command.arguments("stochastic", __doc__, add=add_options)
     chosen(args)
     plan = Plan(args.quick, args.data_root)
-    found: dict[str, Any] = {}
-    texts: dict[str, list[str]] = {}
+    facts = {**machine.facts(args), "threads": 1}
     with cells.pool(args.workers) or contextlib.nullcontext() as workers:
         work = Work(args, workers)
         results = work.section("images", lambda done: images.cells(args.problems, plan, done))
@@ -227,63 +266,33 @@ def main() -> None:
         moved = work.section("change", lambda done: change.cells(args.quick, root, done))
 
     outcomes = images.collect(args.problems, plan, results)
-    if outcomes:
-        texts["images"] = images_part(outcomes, plan)
-        found["targets"] = [row for outcome in outcomes for row in outcome.targets()]
-        found["outcomes"] = {
-            kind: {o.problem: o.json() for o in outcomes if o.kind == kind} for kind in RATES
-        }
     variants = ablation.collect(args.problems, plan, tried)
-    if variants:
-        switches = ablation.automatic_switch(variants)
-        texts["ablation"] = [
-            "Printed learning rates, other seeds.",
-            ablation.ablation_text(variants),
-            ablation.switch_text(switches),
-        ]
-        found |= {"automatic_switch": switches, "ablation": ablation.json(variants)}
-    all_played: Played = []
-    asked: list[Duel] = []
-    for section, of in tournaments.items():
-        played = [(t.spec, standings) for t in of if (standings := t.standings())]
-        if played:
-            all_played += played
-            texts[section] = played_part(of, played)
-            found[section] = played_json(played)
-            asked += [duel for spec, standings in played for duel in duels.duels(spec, standings)]
-    found["duels"] = [duel.json() for duel in asked]
-    rows = change.rows(moved, args.quick)
-    if rows:
-        texts["change"] = [change.text(rows)]
-        found["change"] = change.json(rows)
+    found: dict[str, Section | None] = {**image_sections(outcomes, variants, plan, args.out)}
+    for name, of in tournaments.items():
+        found[name] = played_section(name, of, args.out)
+    if rows := change.rows(moved, args.quick):
+        data = {"change": change.json(rows)}
+        found["change"] = Section([change.text(rows)], data, [change.sentence(rows)])
 
-    short = [summary(asked)] if asked else []
-    short += [change.sentence(rows)] if rows else []
-    if outcomes:
-        short += [at_the_edge(outcomes), images.target_text(found["targets"])]
-        for kind in RATES:
-            of_kind = [outcome for outcome in outcomes if outcome.kind == kind]
-            short += [f"Images, with {kind} learning rates", images.count_text(of_kind)]
-    parts = [page.how(all_played), *short[: 1 if asked else 0]] if all_played else []
-    for section, title in SECTIONS.items():
-        if section in texts:
-            parts += [f"## {title}", *texts[section]]
-    left = [title for section, title in SECTIONS.items() if section not in texts]
+    old = before(args.out / "stochastic.json", facts["mode"])
+    there = {name: of for name in SECTIONS if (of := found.get(name) or old.get(name)) is not None}
+    asked = [duel for section in there.values() for duel in section.asked]
+    counted = f"{duels.counts(asked)}\n\n{duels.sentences(asked)}"
+    seeds = {section.seeds for section in there.values() if section.seeds is not None}
+    parts = [page.how(seeds)] if seeds else []
+    parts += [counted] if asked else []
+    for name, section in there.items():
+        parts += [f"## {SECTIONS[name]}", *section.shown]
+    left = [title for name, title in SECTIONS.items() if name not in there]
     if left:
         parts.append(f"Not here: {'; '.join(left)} (not all runs are stored).")
     reasons = dict.fromkeys(str(error) for error in work.failures.values())
     if reasons:
         parts.append(f"What failed: {'; '.join(reasons)}.")
-    if all_played:
-        figure = pictures.draw(all_played)
-        figure.savefig(args.out / "stochastic-schedules.png", dpi=150, facecolor="white")
-        plt.close(figure)
-        drawn = "![Every method with every schedule]({}stochastic-schedules.png)"
-        parts.append(drawn.format(""))
-        short.append(drawn.format("results/"))  # from the README
-    facts = {**machine.facts(args), "threads": 1}
-    courses = draw(outcomes, "evaluations", "test_accuracy") if outcomes else None
-    saving.save(args, "stochastic", facts, found, "\n\n".join(parts), courses, "\n\n".join(short))
+    short = [counted] if asked else []
+    short += [text for section in there.values() for text in section.short]
+    tables = "\n\n".join(parts)
+    saving.save(args, "stochastic", facts, document(there), tables, None, "\n\n".join(short))
     if work.failures:
         raise SystemExit(f"failed: {', '.join(work.failures)}")
 

@@ -54,7 +54,22 @@ class Duel:
             "unit": self.unit,
             "difference": {basis: self.difference(basis) for basis in self.samples},
             "verdict": {basis: self.verdict(basis) for basis in self.samples},
+            "entries": [list(self.ours), list(self.theirs)],
+            "values": {b: [list(of.values) for of in both] for b, both in self.samples.items()},
         }
+
+    @classmethod
+    def of_json(cls, known: dict[str, Any]) -> Duel:
+        """From what :meth:`json` made; what JSON has no number for had diverged."""
+        ours, theirs = (Entry(*names) for names in known["entries"])
+        samples = {
+            basis: (_sample(one), _sample(other)) for basis, (one, other) in known["values"].items()
+        }
+        return cls(known["question"], known["task"], ours, theirs, samples, known["unit"])
+
+
+def _sample(values: list[float | None]) -> Sample:
+    return Sample(tuple(float("-inf") if value is None else value for value in values))
 
 
 def duels(spec: Spec, standings: dict[Entry, Standing]) -> list[Duel]:

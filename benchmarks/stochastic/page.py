@@ -12,10 +12,9 @@ from benchmarks.stochastic.tournament import Standing, Tournament
 Played = list[tuple[Spec, dict[Entry, Standing]]]
 
 
-def how(played: Played) -> str:
-    """The terms, in words."""
+def how(seeds: set[int]) -> str:
+    """The terms, in words; ``seeds``: how many the tournaments compare."""
     listed = ", ".join(f"{name}={found!r}" for name, found in CONTROL.items())
-    seeds = {len(spec.seeds) for spec, _ in played}
     return (
         "Each method runs with each schedule. Its learning rate is the best of a grid in steps of "
         "about 3 times that grows until the best is inside it, on a tenth of the training set "

@@ -16,7 +16,16 @@ from benchmarks.harness import cells, networks, rivals
 from benchmarks.harness.comparison import Sample, staged
 from benchmarks.harness.schedules import SCHEDULES, Schedule, factor
 from benchmarks.stochastic import __main__ as stochastic
-from benchmarks.stochastic import change, duels, image_task, methods, page, tasks, text_task
+from benchmarks.stochastic import (
+    change,
+    duels,
+    image_task,
+    methods,
+    page,
+    sections,
+    tasks,
+    text_task,
+)
 from benchmarks.stochastic.methods import METHODS, Entry
 from benchmarks.stochastic.tournament import Tournament
 from benchmarks.stochastic.training import describe, train
@@ -358,6 +367,11 @@ def test_pieces_add_up(tmp_path, monkeypatch, capsys):
     # Stored, but nothing more is run when time is up.
     third = call("--sections", "text", "--minutes", "0", "--schedules", "constant")
     assert third["text"] == second["text"]
+    # Where no run is stored, the page keeps what it showed, and says so.
+    fourth = call("--sections", "text", "--minutes", "0", "--cells", str(tmp_path / "none"))
+    assert fourth["text"] == second["text"] and fourth["duels"] == second["duels"]
+    page, before = (tmp_path / "stochastic.md").read_text(), second["sections"]["text"]["texts"]
+    assert sections.EARLIER in page and all(text in page for text in before)
     with pytest.raises(SystemExit, match="--methods has 'lion'"):
         call("--methods", "lion")
 
