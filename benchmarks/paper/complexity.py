@@ -36,6 +36,7 @@ SETTINGS = {
     "constant": ("strongly convex, batches, constant steps", (*FULL, WHOLE)),
     "shrinking": ("strongly convex, batches, shrinking steps", FULL),
 }
+VERDICTS = {True: "Holds", False: "**Does not hold**", None: "**Not shown**"}
 WITHOUT_RATE = ("L-BFGS",)  # with a line search
 
 
@@ -120,10 +121,11 @@ def report(name: str, results: dict[str, Any], quick: bool) -> Report:
     checks = judge(found, hoods)
     verdicts = [entry["holds"] for entry in checks]
     outcome = YES if all(verdicts) else PARTLY if any(verdicts) else NO
-    held = sum(verdicts)
-    failing = [entry["statement"] for entry in checks if not entry["holds"]]
-    sentence = f"{held} of {len(checks)} statements hold"
-    sentence += f"; what does not: {'; '.join(failing)}." if failing else "."
+    sentence = f"{verdicts.count(True)} of {len(checks)} statements hold"
+    for verdict, words in ((False, "what does not"), (None, "not shown")):
+        if of := [entry["statement"] for entry in checks if entry["holds"] is verdict]:
+            sentence += f"; {words}: {'; '.join(of)}"
+    sentence += "."
     counts = {name: found["convex"][name]["reached"][-1] for name in FULL}
     sentence += (
         f" Evaluations to {runs.EPSILONS[-1]:.0e}, strongly convex, all images: "
@@ -134,8 +136,7 @@ def report(name: str, results: dict[str, Any], quick: bool) -> Report:
     )
     sentence += "."
     listing = "\n".join(
-        f"- {'Holds' if entry['holds'] else '**Does not hold**'}: {entry['statement']}. "
-        f"{entry['measured']}"
+        f"- {VERDICTS[entry['holds']]}: {entry['statement']}. {entry['measured']}"
         for entry in checks
     )
     text = "\n\n".join(
@@ -175,18 +176,29 @@ def summary(setting: str, method: str, results: dict[str, Any]) -> dict[str, Any
     for counts in zip(*(run["reached"] for run in found), strict=True):
         middle = statistics.median_high([math.inf if n is None else n for n in counts])
         medians.append(None if math.isinf(middle) else middle)
-    switch = max((run["switch"] or 0 for run in found), default=0)
-    after = [None if count is None or count <= switch else count for count in medians]
     return {
         "lrs": chosen(setting, method, results),
         "reached": medians,
         "fits": fits(runs.EPSILONS, medians),
-        "after": fits(runs.EPSILONS, after),  # the switch, of FUSE
+        "after": fits(runs.EPSILONS, after_switch(found)),
         "level": statistics.median(run["level"] for run in found),
         "evaluations": [run["evaluations"] for run in found],
         "switch": [run["switch"] for run in found],
         "first run": {name: found[0][name] for name in ("at", "norms")},
     }
+
+
+def after_switch(found: list[dict[str, Any]]) -> list[int | None]:
+    """Medians of the evaluations since each run's own switch (its start where it has none).
+
+    None where not more than half of the runs reach an ε after it.
+    """
+    medians: list[int | None] = []
+    for counts in zip(*(run["reached"] for run in found), strict=True):
+        switches = [run["switch"] or 0 for run in found]
+        since = [n - at for n, at in zip(counts, switches, strict=True) if n is not None and n > at]
+        medians.append(statistics.median_high(since) if 2 * len(since) > len(found) else None)
+    return medians
 
 
 def neighbourhoods(results: dict[str, Any]) -> dict[str, list[list[float]]]:
@@ -219,7 +231,7 @@ def _bounded(methods: dict[str, Any]) -> dict[str, Any]:
     phrases = [f"{number(p, 2)} ({name})" for name, p in measured.items()]
     return {
         "statement": "not convex: evaluations grow no faster than 1/ε²",
-        "holds": len(measured) == len(exponents) and max(measured.values()) <= 2,
+        "holds": max(measured.values()) <= 2 if len(measured) == len(exponents) else None,
         "measured": f"They grow as 1/ε to the power {listed(phrases)}."
         if phrases
         else "Too few points.",
@@ -234,7 +246,7 @@ def _logarithmic(methods: dict[str, Any]) -> dict[str, Any]:
         if not misfit:
             return {
                 "statement": "strongly convex: L-BFGS and FUSE need O(log 1/ε)",
-                "holds": False,
+                "holds": None,
                 "measured": f"Too few points for {name}.",
             }
         holds &= misfit["log 1/ε"] < min(misfit["1/ε²"], misfit[POWER])
@@ -275,7 +287,7 @@ def _fewer(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def _double_logarithmic(misfit: dict[str, float]) -> dict[str, Any]:
     statement = "without stochasticity FUSE is as fast as log log 1/ε (Remark 1)"
     if not misfit:
-        return {"statement": statement, "holds": False, "measured": "Too few points."}
+        return {"statement": statement, "holds": None, "measured": "Too few points."}
     double, single = misfit["log log 1/ε"], misfit["log 1/ε"]
     return {
         "statement": statement,

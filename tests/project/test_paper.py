@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 
 from benchmarks.harness.cells import Cell
 from benchmarks.paper import __main__ as paper
-from benchmarks.paper import landscape_runs, page, statistics
+from benchmarks.paper import complexity, landscape_runs, page, statistics
 from benchmarks.paper.laws import fits
 
 ROOT = Path(__file__).parents[2]
@@ -191,6 +191,21 @@ def test_laws_are_told_apart():
     assert power["misfit"]["power"] == pytest.approx(0, abs=1e-9)
     few = fits(epsilons, [1, 2, 3, *[None] * 5])
     assert few["best"] is None and few["exponent"] is None and few["points"] == 3
+
+
+def test_runs_are_counted_from_their_own_switches():
+    early, late = [3, 12, 20, None], [3, 40, 48, 60]
+    both = [{"switch": 10, "reached": early}] * 2 + [{"switch": 35, "reached": late}]
+    assert complexity.after_switch(both) == [None, 2, 10, None]
+    assert complexity.after_switch([{"switch": None, "reached": early}]) == early
+
+
+def test_too_few_points_show_nothing():
+    few = {"misfit": {}}
+    told = complexity._double_logarithmic(few["misfit"])
+    assert told["holds"] is None and complexity.VERDICTS[told["holds"]] == "**Not shown**"
+    told = complexity._logarithmic({"L-BFGS": {"after": few}, "FUSE": {"after": few}})
+    assert told["holds"] is None
 
 
 def test_chance():
