@@ -19,15 +19,19 @@ from fuse_ext.vector.flat import Closure, FlatParams
 from fuse_ext.vector.gradients import NO_GRADIENT, GradStats, Readout, Told
 from fuse_ext.vector.shards import local
 
+# So many calls in a row with gradients of 0 tell as much as two others: a batch that a network has
+# learnt by heart, or beyond a margin, has none either.
+SATURATED = 20
+
 
 class Look(NamedTuple):
     """What a call of the closure on a minibatch has told.
 
     Attributes:
-        loss: As the closure returned it; None without one.
+        loss: As the closure returned it, or as it was passed; None without one.
         one_function: Whether it is one function after all.
         undecided: Whether the next call will tell: until then no step may be taken.
-        finite: Whether the loss is, where there is one.
+        finite: Whether the loss is, where there is one that all ranks know.
         norms: Of the gradients, where they were asked for and there are some.
         value: The loss as a number, read in the same copy as they.
     """
@@ -47,10 +51,10 @@ class Watch:
         flat: The parameters, which must not move between the two calls.
         ops: Kernels to use.
         entry: The optimizer's state entry: holds ``watched_loss`` (NaN before the first call) while
-            there is something to find out, and ``watched_grad``.
+            there is something to find out, ``watched_grad``, and how often in a row that was 0.
     """
 
-    NAMES = ("watched_loss", "watched_grad")
+    NAMES = ("watched_loss", "watched_grad", "watched_zeros")
 
     def __init__(self, flat: FlatParams, ops: Ops, entry: dict[str, Any]) -> None:
         self._flat, self._entry = flat, entry
@@ -61,21 +65,26 @@ class Watch:
         self._entry["watched_loss"] = math.nan
 
     def give_up(self) -> None:
-        """There is no finding out."""
-        self._entry.pop("watched_loss", None)
+        """There is no finding out, for now."""
+        for name in self.NAMES:
+            self._entry.pop(name, None)
 
     @property
     def on(self) -> bool:
         """Whether it is not known yet."""
         return "watched_loss" in self._entry
 
-    def look(self, closure: Closure | None, mixed: bool, norms: bool = False) -> Look:
+    def look(
+        self, closure: Closure | None, mixed: bool, norms: bool = False, loss: Any = None
+    ) -> Look:
         """Calls the closure, if there is one; ``mixed``: groups ascend and descend at once.
 
         ``norms``: of the gradients that it leaves, or that are at hand, in the same copy.
+        ``loss``: of these, where there is no closure.
         """
         try:
-            loss = None if closure is None else with_grad(closure)
+            if closure is not None:
+                loss = with_grad(closure)
             check_loss(loss)
         except Exception:
             if norms and closure is not None:
@@ -83,7 +92,7 @@ class Watch:
             raise
         if mixed or (closure is not None and loss is None):
             self.give_up()  # no function to minimise, be it one or not
-        compares = self.on and loss is not None
+        compares = self.on and closure is not None and loss is not None
         if norms:
             self._flat.check_unchanged()
         told = self._readout.read(loss, norms=norms or compares)
@@ -93,7 +102,7 @@ class Watch:
                 warn_unsaid()  # other ranks may see batches
             elif one_function is not False:
                 return Look(loss, bool(one_function), one_function is None)
-        finite = told.loss is None or math.isfinite(told.loss)
+        finite = self._flat.unsaid or told.loss is None or math.isfinite(told.loss)
         return Look(loss, finite=finite, norms=told.norms, value=told.loss)
 
     def _tell(self, told: Told) -> bool | None:
@@ -101,14 +110,20 @@ class Watch:
         entry = self._entry
         norms = told.norms or NO_GRADIENT
         assert told.loss is not None
-        now = Values(told.loss, norms.square, norms.abs_sum)
+        # Where nobody has spoken of other ranks, gradients are what all know.
+        loss = 0.0 if self._flat.unsaid else told.loss
+        now = Values(loss, norms.square, norms.abs_sum)
         before = Values(entry["watched_loss"], *entry.get("watched_grad", (math.nan, math.nan)))
         if not before.finite and now.finite:
             entry["watched_loss"], entry["watched_grad"] = now.loss, [now.square, now.abs_sum]
             return None
-        del entry["watched_loss"]
-        entry.pop("watched_grad", None)
-        return bool(now.finite and agree(before, now))
+        same = bool(now.finite and agree(before, now))
+        zeros = entry.get("watched_zeros", 1) + 1
+        if same and told.norms is not None and now.square == 0.0 and zeros < SATURATED:
+            entry["watched_zeros"] = zeros
+            return None
+        self.give_up()
+        return same
 
 
 def warn_unsaid() -> None:

@@ -124,7 +124,7 @@ class AdamPhase:
         if told.found_inf:  # the scaler's business: it lowers its scale
             log["adam_non_finite"] += 1
             return Outcome(loss)
-        if checks and not told.finite:
+        if checks and not self._readout.finite(told):
             log["adam_non_finite"] += 1
             return Outcome(loss, refused=True)
         value = told.loss

@@ -23,7 +23,7 @@ from fuse_ext.phase.lbfgs.device import settle as settle_entry
 from fuse_ext.phase.lbfgs.iteration import ITERATION_NAMES, check_lbfgs_state
 from fuse_ext.phase.lbfgs.phase import LbfgsPhase, make_lbfgs
 from fuse_ext.phase.living.kronecker import KRONECKER_NAMES, check_kronecker_state
-from fuse_ext.phase.living.phase import LIVING_NAMES, LivingPhase, living_names
+from fuse_ext.phase.living.phase import LATER_NAMES, LISTS, LIVING_NAMES, LivingPhase, living_names
 from fuse_ext.phase.modes import (
     ADAM,
     LBFGS,
@@ -306,11 +306,11 @@ def check_phase_state(
 
 def check_living_state(state: dict[Any, Any], flat: FlatParams, keys: list[Any]) -> None:
     """Raises ValueError unless a saved state is that of a phase in a living metric."""
-    for name in LIVING_NAMES:
-        value = state[keys[0]].get(name)
-        if not isinstance(value, (int, float)) and not (
-            name in ("held", "usual_log") and value is None
-        ):
+    entry = state[keys[0]]
+    for name in (*LIVING_NAMES, *(name for name in LATER_NAMES if name in entry)):
+        value = entry.get(name)
+        unknown = value is None and name in ("held", "usual_log")
+        if not (unknown or _are_numbers(value, name in LISTS)):
             raise ValueError(f"state_dict does not fit: {name} is {value!r}, no number")
     moments = {
         key: {n: state[key][n] for n in ("step", *MOMENTS, MASTER) if n in state[key]}
@@ -320,3 +320,10 @@ def check_living_state(state: dict[Any, Any], flat: FlatParams, keys: list[Any])
     check_adam_state(moments, flat.params, keys)
     for i, (param, key) in enumerate(zip(flat.tensors, keys, strict=True)):
         check_kronecker_state(state.get(key, {}), param, i)
+
+
+def _are_numbers(value: Any, may_be_list: bool) -> bool:
+    """Whether it is one, or a list of such or of such lists."""
+    if may_be_list and isinstance(value, list):
+        return all(_are_numbers(part, True) for part in value)
+    return isinstance(value, (int, float))

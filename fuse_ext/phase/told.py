@@ -14,6 +14,7 @@ from fuse_ext.objective.step_options import step_options
 from fuse_ext.phase.adam import AdamPhase
 from fuse_ext.phase.lbfgs.device import DevicePhase
 from fuse_ext.phase.lbfgs.phase import LbfgsPhase
+from fuse_ext.phase.living.lengths import have_changed, rates
 from fuse_ext.phase.living.phase import LivingPhase
 from fuse_ext.phase.modes import (
     ADAM,
@@ -207,9 +208,10 @@ def note_rate(call: Call) -> None:
     group, log = call.groups[0], call.log
     if log is None or group["capturable"] or not living(group):
         return
-    lr = float(group["lr"])
-    if log.setdefault("last_lr", lr) != lr:
-        log.update(last_lr=lr, scheduled=True)
+    lrs = rates(call.groups)
+    if have_changed(log.setdefault("last_lr", lrs), lrs):
+        log["scheduled"] = True
+    log["last_lr"] = lrs
 
 
 def would_not_move(groups: list[ParamGroup]) -> bool:

@@ -149,6 +149,16 @@ class Readout:
         found = None if found_inf is None else float(found_inf) != 0.0
         return Told(GradStats._make(values), told, found)
 
+    def finite(self, told: Told) -> bool:
+        """Whether a step may be taken on what was read.
+
+        Where other ranks may step too, and nobody has said so, only the gradients are asked, which
+        all share: by its own loss each would decide for itself.
+        """
+        if self._flat.unsaid:
+            return told.norms is None or told.norms.finite
+        return told.finite
+
     def _over_ranks(self, loss: Any, found_inf: Tensor | None, norms: bool) -> Told:
         """The same of all ranks: the mean loss, a verdict where one has it, norms of the whole."""
         flat, own, absent = self._flat, [*NO_GRADIENT], tuple[int, ...]()

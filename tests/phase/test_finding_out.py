@@ -204,3 +204,104 @@ def test_at_once_batches_do_not_get_what_one_function_gets(
         assert not ring.read_header(entry["scalars"]).self_scaling
     else:
         assert run.optimizer.report().fallbacks == 1
+
+
+class Points:
+    """A small network on points that are drawn anew now and then, or on batches of them."""
+
+    def __init__(self, **options: object) -> None:
+        torch.manual_seed(0)
+        first, last = torch.nn.Linear(1, 16), torch.nn.Linear(16, 1)
+        self.model = torch.nn.Sequential(first, torch.nn.Tanh(), last).double()
+        self.generator = torch.Generator().manual_seed(0)
+        self.calls = 0
+        self.draw(60)
+        self.optimizer = FusePV(self.model.parameters(), 1e-2, **options)
+
+    def draw(self, number: int) -> None:
+        """Other points."""
+        self.x = 4 * torch.rand(number, 1, generator=self.generator, dtype=torch.float64) - 2
+
+    def closure(self) -> Tensor:
+        """The loss on the points at hand."""
+        self.calls += 1
+        self.optimizer.zero_grad()
+        loss = (self.model(self.x) - torch.sin(3 * self.x)).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    def error(self) -> float:
+        """Everywhere."""
+        x = torch.linspace(-2, 2, 500, dtype=torch.float64)[:, None]
+        return float((self.model(x) - torch.sin(3 * x)).square().mean().detach())
+
+
+@pytest.mark.parametrize("period", [10, 20])
+def test_points_drawn_between_the_two_looks_cost_no_full_batch(period: int) -> None:
+    """After steps 0, 10, 20, ...: one draw lies between the calls that are compared."""
+    run = Points()
+    for step in range(600):
+        run.optimizer.step(run.closure)
+        if step % period == 0:
+            run.draw(60)
+    assert run.optimizer.report().curvature == "dense"
+    assert run.error() < 1e-5  # 5e-2 where it was taken for batches for good
+
+
+def test_batches_first_and_then_the_whole() -> None:
+    run = Points()
+    for _ in range(100):
+        run.draw(10)
+        run.optimizer.step(run.closure)
+    assert run.optimizer.report().curvature != "dense"
+    assert run.calls == 100  # batches are not looked at again
+    run.draw(60)
+    run.optimizer.new_objective()
+    for _ in range(500):
+        run.optimizer.step(run.closure)
+    assert run.optimizer.report().curvature == "dense"
+    assert run.error() < 1e-5
+
+
+@pytest.mark.parametrize("batches", [False, True])
+def test_looks_are_ever_rarer(batches: bool) -> None:
+    """An evaluation more for every doubling at most, and none where losses are those of batches."""
+    run = Points()
+    for step in range(660):
+        if batches:
+            run.draw(10)
+        elif step >= 20:  # smooth, and never twice the same
+            run.x = run.x + 1e-3
+        run.optimizer.step(run.closure)
+    assert run.calls == 660
+    held = 640 - run.optimizer.state[next(run.model.parameters())]["n_iter"]
+    assert held == 1 if batches else 2 <= held <= 6
+
+
+def test_batches_without_a_gradient_are_no_converged_function() -> None:
+    """Beyond the margin a hinge loss and its gradient are 0, on most batches but not on all."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.5, 0.0]]))
+        model.bias.zero_()
+    optimizer = FusePV(model.parameters(), lr=1e-2)
+    for step in range(400):
+        y = torch.sign(torch.randn(8, 1, generator=generator))
+        x = 0.2 * torch.randn(8, 2, generator=generator)
+        x[:, :1] += 2 * y
+        if step % 17 == 5:
+            x = torch.randn(8, 2, generator=generator)
+            y = torch.sign(x.sum(1, keepdim=True))
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = torch.relu(1 - y * model(x)).mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        report = optimizer.report()
+        assert not report.converged and report.curvature != "dense"
+    assert report.phase == "lbfgs" and report.fallbacks == 0

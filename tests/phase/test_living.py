@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,12 @@ class Batches:
     def step(self, count: int = 1) -> list[float]:
         """So many steps."""
         return [float(self.optimizer.step(self.closure).detach()) for _ in range(count)]
+
+    def step_untold(self, count: int) -> None:
+        """So many steps of which the optimizer sees gradients, and no loss."""
+        for _ in range(count):
+            self.closure()
+            self.optimizer.step()
 
     @property
     def flat(self) -> Tensor:
@@ -140,7 +147,7 @@ def stretch(s: dict[str, Any], mean: Tensor, variance: Tensor, eps: float) -> fl
 
 
 def factor_at(k: int, cap: float = CAP, lr: float = 0.01) -> float:
-    """Of the k-th step after the switch, as the docstring has it."""
+    """Of the k-th step after the switch where no loss is known, as the docstring has it."""
     peak = max(1.0, cap * 1e-3 / lr)
     return (1 + (peak - 1) * min(1, k / RISE)) * math.sqrt(FALL_FROM / (FALL_FROM + k))
 
@@ -153,7 +160,7 @@ def test_the_textbook(metric: str, options: dict[str, Any], decay: float, decoup
     given = {"weight_decay": decay, "decoupled_weight_decay": decoupled, **options}
     run, plain = Batches(metric=metric, **given), Batches()
     steps = SWITCH + READY + REFRESH - 1  # of which the last ones are in the bases; to a renewal
-    run.step(steps)
+    run.step_untold(steps)
     oracle(plain, steps, factor_at, metric != "diagonal", decay=decay, decoupled=decoupled,
            **options)  # fmt: skip
     torch.testing.assert_close(run.flat, plain.flat, rtol=1e-9, atol=1e-9)
@@ -521,3 +528,97 @@ def test_one_function_leaves_nothing_of_the_metric_behind() -> None:
     for param in run.params:
         held = run.optimizer.state[param].keys()
         assert held.isdisjoint({"exp_avg", "exp_avg_sq", "step", *kronecker.KRONECKER_NAMES})
+
+
+def test_lengths_are_those_of_the_largest_rate() -> None:
+    """Whatever the order of groups: a first one that is slow does not stretch the others."""
+    for order in (1, -1):
+        run = Batches(metric="diagonal")
+        rates = [(0, 1e-5), (2, 3e-2)][::order]
+        run.optimizer = FusePV(
+            [{"params": [run.params[i]], "lr": lr} for i, lr in rates],
+            metric="diagonal",
+            deterministic=False,
+            switch=SWITCH,
+        )
+        lengths = []
+        for _ in range(SWITCH + 40):
+            run.step()
+            lengths.append(run.optimizer.report().step_length)
+        assert max(lengths) == 1.0
+
+
+@pytest.mark.parametrize("where", ["adam", "after"])
+def test_a_schedule_of_a_later_group_is_one(where: str) -> None:
+    run = Batches(metric="diagonal")
+    run.optimizer = FusePV(
+        [{"params": run.params[:1], "lr": 0.0}, {"params": run.params[1:], "lr": 1e-3}],
+        metric="diagonal",
+        deterministic=False,
+        switch=SWITCH,
+    )
+    begin = 2 if where == "adam" else SWITCH + 10
+    lengths = []
+    for step in range(SWITCH + 400):
+        if step >= begin:
+            run.optimizer.param_groups[1]["lr"] = 1e-3 * (1 - step / 1000)
+        run.step()
+        lengths.append(run.optimizer.report().step_length)
+    assert lengths[-1] >= 1.0
+    if where == "adam":
+        assert max(lengths) == 1.0
+
+
+def test_a_cycle_is_the_users() -> None:
+    """OneCycleLR moves lr from the first step on: lengths are Adam's at its every rate."""
+    run = Batches(metric="diagonal")
+    cycle = torch.optim.lr_scheduler.OneCycleLR(run.optimizer, 1e-2, 300, cycle_momentum=False)
+    for _ in range(299):
+        run.step()
+        cycle.step()
+        assert run.optimizer.report().step_length in (1.0, 0.0)  # 0.0: Adam says nothing of it
+
+
+def test_a_plateau_lowers_what_there_is() -> None:
+    """ReduceLROnPlateau changes lr after the switch: from there on the factor falls to 1 alone."""
+    run = Batches(metric="diagonal", lr=1e-3)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(run.optimizer, patience=60)
+    steps = []
+    for _ in range(800):
+        (loss,) = run.step()
+        plateau.step(loss)
+        group = run.optimizer.param_groups[0]
+        steps.append((group["lr"], run.optimizer.report().step_length))
+    assert steps[-1][0] < 1e-3  # it has come to that
+    lowered = [factor for lr, factor in steps if lr < 1e-3]
+    assert all(later <= before for before, later in itertools.pairwise(lowered))
+    assert lowered[-1] >= 1.0
+
+
+@pytest.mark.parametrize("metric", ["diagonal", "kronecker"])
+def test_a_scaler_changes_nothing_but_what_overflows(metric: str) -> None:
+    """With GradScaler: bit for bit the same steps, and none on an infinite gradient."""
+    plain, scaled = Batches(torch.float32, metric=metric), Batches(torch.float32, metric=metric)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=10**6)
+    for step in range(SWITCH + READY + 20):
+        plain.closure()
+        plain.optimizer.step()
+        if step == SWITCH + 5:
+            before = scaled.flat
+            scaled.closure()
+            scaled.calls -= 1
+            assert scaled.params[0].grad is not None
+            scaled.params[0].grad[0, 0] = math.inf
+            scaler.scale(torch.ones(()))
+            scaler.step(scaled.optimizer)
+            scaler.update(1024.0)
+            assert torch.equal(scaled.flat, before)
+        scaled.closure()
+        scaler.scale(torch.ones(()))  # makes its state
+        for param in scaled.params:
+            assert param.grad is not None
+            param.grad.mul_(1024.0)
+        scaler.step(scaled.optimizer)
+        scaler.update(1024.0)
+    assert scaled.optimizer.phase == "lbfgs"
+    assert torch.equal(plain.flat, scaled.flat)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from fuse_ext.vector.flat import ParamGroup
+
 # Steps over which the factor rises from Adam's own length; the metric is measured meanwhile.
 RISE = 20
 # The factor falls as (FALL_FROM / (FALL_FROM + k))^FALL, k steps after the switch: the rate that
@@ -85,11 +87,15 @@ class Lengths:
         own = (1.0 + (entry["peak"] - 1.0) * risen * entry["share"]) * fallen
         return float(max(own, entry["held"] or 0.0))
 
-    def count(self, norm: float, step_cap: float, lr: float) -> bool:
-        """A step was taken on a gradient of this norm; whether lengths begin anew."""
+    def count(self, norm: float, step_cap: float, lr: float, falling: bool = False) -> bool:
+        """A step was taken on a gradient of this norm; whether lengths begin anew.
+
+        ``falling``: whether losses fall beyond noise. Then Adam's own length is none too long.
+        """
         entry = self._entry
+        if not falling or self.factor(step_cap, lr) > 1.0:
+            entry["fall_steps"] += 1
         entry["living_steps"] += 1
-        entry["fall_steps"] += 1
         if norm > 0.0:
             entry["log_sum"] += math.log(norm)
             entry["block_steps"] += 1
@@ -121,3 +127,17 @@ def longest(step_cap: float, lr: float) -> float:
     if lr <= LARGEST_LR:
         return step_cap
     return min(step_cap, max(1.0, step_cap * LARGEST_LR / lr))
+
+
+def rates(groups: list[ParamGroup]) -> list[float]:
+    """The lr of every group. Lengths are of the largest: the others' steps are shorter anyway."""
+    return [float(group["lr"]) for group in groups]
+
+
+def have_changed(before: list[float] | float, now: list[float]) -> bool:
+    """Whether a group's lr is another than it was; groups that were added have changed nothing.
+
+    ``before`` is that of the first group alone in checkpoints of before all were looked at.
+    """
+    known = before if isinstance(before, list) else [before]
+    return any(one != other for one, other in zip(known, now, strict=False))

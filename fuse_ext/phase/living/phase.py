@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from fuse_ext.checks import loss_value
 from fuse_ext.curvature.moments import Moments
 from fuse_ext.kernels.ops import Ops
 from fuse_ext.kernels.scalars import Header
@@ -16,22 +15,31 @@ from fuse_ext.objective.progress import Progress
 from fuse_ext.objective.setbacks import COUNTERS, TALLIES
 from fuse_ext.objective.step_options import mixed_signs
 from fuse_ext.objective.watch import Watch
+from fuse_ext.phase.living.descent import NAMES as DESCENT_NAMES
+from fuse_ext.phase.living.descent import Descent
 from fuse_ext.phase.living.kronecker import (
     DIAGONAL,
     KRONECKER,
     KRONECKER_NAMES,
     KroneckerMetric,
 )
-from fuse_ext.phase.living.lengths import NAMES, Lengths
+from fuse_ext.phase.living.lengths import NAMES, Lengths, have_changed, rates
+from fuse_ext.phase.living.trend import BLOCK, Trend
 from fuse_ext.phase.living.trend import NAMES as TREND_NAMES
-from fuse_ext.phase.living.trend import Trend
 from fuse_ext.phase.modes import AUTO
 from fuse_ext.phase.protocol import Call, Outcome
 from fuse_ext.search.noise import Precision
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
-# What an entry holds beside lengths and trend: lr of the first group at the last step.
+# What an entry holds beside lengths and trend: every group's lr at the last step.
 LIVING_NAMES = (*NAMES, *TREND_NAMES, "last_lr")
+# The step from which on losses that look like one function's lead to another look at two calls at
+# one point; missing where there is nothing to find out. A look takes an evaluation, so that each
+# one is twice as far from the switch as the one before.
+LOOKS_FROM = "looks_from"
+# What older checkpoints lack.
+LATER_NAMES = (*DESCENT_NAMES, LOOKS_FROM)
+LISTS = ("last_lr", "means")  # of numbers, or of lists of them
 _NO_PAIRS = Header(*[0.0] * len(fields(Header)))
 
 
@@ -81,6 +89,7 @@ class LivingPhase:
             self._matrices = found if found.sides else None
         self.history = NoPairs(DIAGONAL if self._matrices is None else KRONECKER)
         self._lengths, self._trend = Lengths(self._entry), Trend(self._entry)
+        self._descent = Descent(self._entry)
         self._watch = Watch(flat, ops, self._entry)
         self._largest = torch.finfo(flat.dtype).max
         self.progress = Progress()
@@ -100,9 +109,10 @@ class LivingPhase:
             watches: Whether to find out if the closure is one function.
         """
         self._lengths.begin(scheduled)
-        self._trend.restart()
-        self._entry["last_lr"] = float(groups[0]["lr"])
+        self._restart()
+        self._entry["last_lr"] = rates(groups)
         if watches:
+            self._entry[LOOKS_FROM] = BLOCK
             self._watch.begin()
 
     def outdated(self, state: dict[Any, Any]) -> bool:
@@ -122,9 +132,14 @@ class LivingPhase:
     def new_objective(self) -> None:
         """The closure is another function: gradients before and after are not compared."""
         self._lengths.restart()
-        self._trend.restart()
-        if self._watch.on:
+        self._restart()
+        if LOOKS_FROM in self._entry:
             self._watch.begin()
+
+    def _restart(self) -> None:
+        """Losses begin anew."""
+        self._trend.restart()
+        self._descent.restart()
 
     def settle(self, log: dict[str, Any]) -> None:
         """The host has counted everything itself."""
@@ -142,7 +157,7 @@ class LivingPhase:
     def step(self, call: Call) -> Outcome:
         """One step, unless the closure turns out to be one function all along."""
         entry, closure, groups = self._entry, call.closure, call.groups
-        look = self._watch.look(closure, mixed_signs(groups), norms=True)
+        look = self._watch.look(closure, mixed_signs(groups), norms=True, loss=call.loss)
         entry["func_evals"] += closure is not None
         if look.undecided:
             self.progress.reason = "watch"
@@ -164,6 +179,13 @@ class LivingPhase:
         self._move(groups, math.sqrt(square))
         return Outcome(look.loss, worse=self._makes_it_worse(call, look.value))
 
+    def _look_again(self) -> None:
+        """What looked like batches may have been a function that changed between the two calls."""
+        entry = self._entry
+        if entry["n_iter"] >= entry.get(LOOKS_FROM, math.inf):
+            entry[LOOKS_FROM] = 2 * entry["n_iter"]
+            self._watch.begin()
+
     def _has_trained(self) -> bool:
         """Whether Adam has met a gradient that is not 0."""
         trained = bool(self.moments.stored("exp_avg").any())
@@ -171,10 +193,10 @@ class LivingPhase:
 
     def _move(self, groups: list[ParamGroup], norm: float) -> None:
         entry, lengths = self._entry, self._lengths
-        lr, cap = float(groups[0]["lr"]), float(groups[0]["step_cap"])
-        if lr != entry["last_lr"]:
-            lengths.hold(cap, entry["last_lr"])
-            entry["last_lr"] = lr
+        lrs, cap = rates(groups), float(groups[0]["step_cap"])
+        if have_changed(before := entry["last_lr"], lrs):
+            lengths.hold(cap, max(before) if isinstance(before, list) else before)
+        entry["last_lr"], lr = lrs, max(lrs)
         factor = lengths.factor(cap, lr)
         scaled = [{**group, "lr": float(group["lr"]) * factor} for group in groups]
         ready: frozenset[int] = frozenset()
@@ -185,8 +207,8 @@ class LivingPhase:
         self.moments.step(scaled, leave_out=ready)
         if self._matrices is not None:
             self._matrices.step(groups, factor, ready)
-        if lengths.count(norm, cap, lr):
-            self._trend.restart()
+        if lengths.count(norm, cap, lr, self._descent.falling):
+            self._restart()
         entry["n_iter"] += 1
         self.progress.step_length = factor
         self.progress.reason, self.progress.line_search = "max_iter", "fixed"
@@ -194,17 +216,18 @@ class LivingPhase:
     def _makes_it_worse(self, call: Call, loss: float | None) -> bool:
         """Whether losses have stayed above those at the switch, and not for too long steps.
 
-        Steps that were longer than Adam's are the first to go. Unknown losses rise and fall unseen.
+        Steps that were longer than Adam's are the first to go. Unknown losses rise and fall unseen,
+        and so do those of one rank, by which each would go its own way.
         """
-        if loss is None and call.loss is not None:
-            loss = loss_value(call.loss)
-        if loss is None or mixed_signs(call.groups):
+        if loss is None or self._flat.unsaid or mixed_signs(call.groups):
             return False
-        if not self._trend.worse(-loss if call.groups[0]["maximize"] else loss):
-            return False
-        return not self._lengths.shorten()
+        loss = -loss if call.groups[0]["maximize"] else loss
+        worse = self._trend.worse(loss)
+        if self._descent.smooth(loss, self._trend.block) and call.closure is not None:
+            self._look_again()
+        return worse and not self._lengths.shorten()
 
 
 def living_names() -> tuple[str, ...]:
     """What the phase keeps in a parameter's state beside Adam's moments."""
-    return (*LIVING_NAMES, *KRONECKER_NAMES)
+    return (*LIVING_NAMES, *LATER_NAMES, *KRONECKER_NAMES)

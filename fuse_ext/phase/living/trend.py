@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 # Losses are averaged over so many steps; the first such block is of Adam's own lengths and metric.
 BLOCK = 20
@@ -22,6 +22,13 @@ NAMES = (
 )
 
 
+class Block(NamedTuple):
+    """The losses of ``BLOCK`` steps: their mean, from the first loss of all on, and variance."""
+
+    mean: float
+    variance: float
+
+
 class Trend:
     """The mean loss of block after block beside that of the first one.
 
@@ -30,10 +37,14 @@ class Trend:
             and of their squares, and its steps; what losses are counted from, which is the first
             of them (NaN before); of the first block, mean (NaN before) and variance; and how many
             blocks in a row were above it.
+
+    Attributes:
+        block: That has ended with the last loss; None where none has.
     """
 
     def __init__(self, entry: dict[str, Any]) -> None:
         self._entry = entry
+        self.block: Block | None = None
 
     def restart(self) -> None:
         """The next block is the first one."""
@@ -49,7 +60,7 @@ class Trend:
 
     def worse(self, loss: float) -> bool:
         """Takes in a loss; whether ``BLOCKS`` blocks in a row were above the first one by now."""
-        entry = self._entry
+        entry, self.block = self._entry, None
         if math.isnan(entry["loss_origin"]):
             entry["loss_origin"] = loss
         deviation = loss - entry["loss_origin"]
@@ -60,6 +71,7 @@ class Trend:
             return False
         mean = entry["loss_sum"] / BLOCK
         variance = max(0.0, entry["loss_squares"] / BLOCK - mean * mean) * BLOCK / (BLOCK - 1)
+        self.block = Block(mean, variance)
         entry.update(loss_sum=0.0, loss_squares=0.0, loss_steps=0)
         if math.isnan(entry["level"]):
             entry.update(level=mean, level_variance=variance)
