@@ -18,6 +18,9 @@ from torch import Tensor
 
 from fuse_ext.kernels.reference.memory import SCALE_BLOCK
 
+# What torch.distributed.fsdp sets on the parameters of FSDP1, flat ones and views of them alike.
+FSDP1_MARK = "_fsdp_flattened"
+
 
 class Stretch(NamedTuple):
     """A part of the flat vector whose elements are held by equally many ranks.
@@ -147,7 +150,7 @@ def largest_here(param: Tensor) -> Tensor:
 def check_spread(params: Sequence[Tensor]) -> None:
     """Raises TypeError for parameters that are spread in ways that are not supported."""
     for i, param in enumerate(params):
-        if getattr(param, "_is_fsdp_flattened", False):
+        if getattr(param, FSDP1_MARK, False):
             raise TypeError(
                 f"params[{i}] belongs to torch.distributed.fsdp.FullyShardedDataParallel (FSDP1), "
                 "whose flat parameters do not say which of their elements lie on which rank; use "
