@@ -1,7 +1,7 @@
 """What of a parameter lies on this rank, and where in the flat vector.
 
 Plain tensors lie here whole. Of a DTensor (``fully_shard``, tensor parallelism) a shard does, or a
-replica. Parameters that equally many ranks hold lie side by side in the flat vector, so that a pass
+replica. Parameters that are divided in one way lie side by side in the flat vector, so that a pass
 over one stretch of it counts the same in every sum.
 """
 
@@ -23,7 +23,11 @@ FSDP1_MARK = "_fsdp_flattened"
 
 
 class Stretch(NamedTuple):
-    """A part of the flat vector whose elements are held by equally many ranks.
+    """A part of the flat vector that is divided among the ranks in one way.
+
+    Ranks that hold the same shard of one of its parameters hold the same of all, so that an
+    element's place in the stretch is the same on all of them; its place in the flat vector need
+    not be, behind shards of different lengths.
 
     Attributes:
         place: Where it lies.
@@ -136,6 +140,15 @@ def shards_of(param: Tensor) -> int:
     return math.prod(mesh.size(i) for i, at in enumerate(placements) if not at.is_replicate())
 
 
+def _division(param: Tensor) -> tuple[Any, ...]:
+    """The mesh and those of its dimensions that divide a parameter; empty for a whole one."""
+    if not is_dtensor(param):
+        return ()
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    cut = [i for i, at in enumerate(placements) if not at.is_replicate() and mesh.size(i) > 1]
+    return (mesh, *cut) if cut else ()
+
+
 def largest_here(param: Tensor) -> Tensor:
     """A plain parameter itself; of a DTensor one without memory in the largest shard's shape."""
     if not is_dtensor(param):
@@ -174,12 +187,15 @@ def lay_out(params: Sequence[Tensor], sizes: list[int], ranks: int) -> Places:
         ranks: How many hold them, together; 1 for this process alone.
     """
     shards = [shards_of(param) for param in params]
+    divisions = [_division(param) for param in params]
+    # Those of most shards first, and those of equally many as they come.
+    ways = [(-n, divisions.index(way)) for n, way in zip(shards, divisions, strict=True)]
     order = list(range(len(params)))
     if ranks > 1:
-        order.sort(key=shards.__getitem__, reverse=True)
+        order.sort(key=ways.__getitem__)
     offsets, numel = [0] * len(params), 0
     stretches: list[Stretch] = []
-    for n, alike in groupby(order, key=shards.__getitem__):
+    for (n, _), alike in groupby(order, key=ways.__getitem__):
         members = list(alike)
         if stretches:  # no two of them share a block of int8 rows
             numel = -(-numel // SCALE_BLOCK) * SCALE_BLOCK
@@ -187,7 +203,7 @@ def lay_out(params: Sequence[Tensor], sizes: list[int], ranks: int) -> Places:
         for i in members:
             offsets[i] = numel + (numel % 2 if params[i].is_complex() else 0)
             numel = offsets[i] + sizes[i]
-        stretches.append(Stretch(slice(begin, numel), members, n / ranks))
+        stretches.append(Stretch(slice(begin, numel), members, -n / ranks))
     total = usual = numel
     if ranks > 1:
         whole = [p.numel() * (2 if p.is_complex() else 1) for p in params]
