@@ -98,7 +98,7 @@ class FusePV(FlatOptimizer):
               of one batch (see ``batch_id`` in :meth:`step`).
             - "auto": same_batch with a line search; without one none (see ``metric``).
         metric: On minibatches without pairs: "diagonal", Adam's, or "kronecker" for matrices
-            (:mod:`~fuse_ext.phase.living`), "auto" for sides up to 512 (on a GPU 2,048).
+            (:mod:`~fuse_ext.phase.living`), "auto": sides to 512 (GPU 2,048), 16 times the other.
         step_cap: Longest step on minibatches, in Adam's steps (above lr = 1e-3 in those of 1e-3,
             but not below Adam's own). It falls as steps go by, and halves where g jumps.
         check_finite: Before an Adam step, check loss and gradient, and skip the step if either is

@@ -167,6 +167,19 @@ def test_in_a_living_metric(metric, moment_dtype):
     assert opt.report().workspace_bytes == 0
 
 
+@pytest.mark.parametrize("shape", [(512, 2), (2, 512), (512, 8), (512, 32), (128, 10), (64, 3, 3)])
+def test_bases_cost_a_bounded_number_of_bytes_a_parameter(shape):
+    """Adam's 8, and 8 (a / b + b / a), where the longer side is at most 16 times the other."""
+    params = [nn.Parameter(torch.randn(shape))]
+    estimate = phase(fuse_ext.estimate_memory(params), "lbfgs")
+    opt = fuse_ext.FusePV(params, switch=2, deterministic=False)
+    for _ in range(25):
+        closure_of(params)()
+        opt.step()
+    assert estimate.state_bytes == opt.report().state_bytes == held(opt)
+    assert estimate.state_bytes <= 137 * params[0].numel()
+
+
 def test_nothing_is_allocated():
     # A thousand times what this machine could hold.
     estimate = fuse_ext.estimate_memory(10**13, history_dtype=torch.bfloat16, line_search="armijo")
