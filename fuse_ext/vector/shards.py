@@ -140,13 +140,13 @@ def shards_of(param: Tensor) -> int:
     return math.prod(mesh.size(i) for i, at in enumerate(placements) if not at.is_replicate())
 
 
-def _division(param: Tensor) -> tuple[Any, ...]:
-    """The mesh and those of its dimensions that divide a parameter; empty for a whole one."""
+def way_of(param: Tensor) -> tuple[int, tuple[Any, ...]]:
+    """In how many shards a parameter lies, and the mesh and those of its dimensions that cut it."""
     if not is_dtensor(param):
-        return ()
+        return 1, ()
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
     cut = [i for i, at in enumerate(placements) if not at.is_replicate() and mesh.size(i) > 1]
-    return (mesh, *cut) if cut else ()
+    return shards_of(param), (mesh, *cut) if cut else ()
 
 
 def largest_here(param: Tensor) -> Tensor:
@@ -178,24 +178,30 @@ def check_spread(params: Sequence[Tensor]) -> None:
             )
 
 
-def lay_out(params: Sequence[Tensor], sizes: list[int], ranks: int) -> Places:
+def lay_out(
+    params: Sequence[Tensor],
+    sizes: list[int],
+    ranks: int,
+    ways: list[tuple[int, tuple[Any, ...]]] | None = None,
+) -> Places:
     """Gives every parameter its place.
 
     Args:
         params: The parameters.
         sizes: Real numbers of each that lie here.
         ranks: How many hold them, together; 1 for this process alone.
+        ways: Of each parameter, if it does not say so itself, :func:`way_of`.
     """
-    shards = [shards_of(param) for param in params]
-    divisions = [_division(param) for param in params]
+    ways = [way_of(param) for param in params] if ways is None else ways
+    shards = [n for n, _ in ways]
     # Those of most shards first, and those of equally many as they come.
-    ways = [(-n, divisions.index(way)) for n, way in zip(shards, divisions, strict=True)]
+    keys = [(-way[0], ways.index(way)) for way in ways]
     order = list(range(len(params)))
     if ranks > 1:
-        order.sort(key=ways.__getitem__)
+        order.sort(key=keys.__getitem__)
     offsets, numel = [0] * len(params), 0
     stretches: list[Stretch] = []
-    for (n, _), alike in groupby(order, key=ways.__getitem__):
+    for (n, _), alike in groupby(order, key=keys.__getitem__):
         members = list(alike)
         if stretches:  # no two of them share a block of int8 rows
             numel = -(-numel // SCALE_BLOCK) * SCALE_BLOCK

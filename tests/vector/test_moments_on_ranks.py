@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rank_cases import on_ranks
+from rank_cases import imagined, on_ranks
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -76,50 +75,38 @@ def test_replicas_stay_equal_to_the_last_bit_behind_uneven_shards(tmp_path: Path
         assert phase == ("lbfgs" if kind in ("living", "masters") else "adam")
 
 
-@pytest.fixture
-def as_rank() -> Any:
-    """Makes this process one of four, of which the others do not exist."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    def become(rank: int) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        dist.init_process_group("fake", rank=rank, world_size=4, store=FakeStore())
-
-    yield become
-    dist.destroy_process_group()
-
-
-def test_replicas_lie_alike_where_dimensions_of_a_mesh_divide_in_turns(
-    as_rank: Callable[[int], None],
-) -> None:
-    """Of equally many shards, but held by other pairs of ranks: each has a stretch of its own."""
+def laid_out(ways: list[Any]) -> tuple[Any, list[int]]:
+    """Where parts of 5 x 5 matrices lie on this rank, and its place in a mesh of 2 x 2."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor
+
+    mesh = init_device_mesh("cpu", (2, 2))
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    params: list[Any] = []
+    for way in ways:
+        shape = [5, 5]
+        for at, place in zip(way, coordinate, strict=True):
+            if not at.is_replicate():
+                shape[at.dim] = 3 - place
+        whole = {"shape": torch.Size((5, 5)), "stride": (5, 1)}
+        params.append(DTensor.from_local(torch.ones(shape), mesh, way, run_check=False, **whole))
+    return lay_out(params, [p.to_local().numel() for p in params], 4), [*coordinate]
+
+
+def test_replicas_lie_alike_where_dimensions_of_a_mesh_divide_in_turns() -> None:
+    """Of equally many shards, but held by other pairs of ranks: each has a stretch of its own."""
+    from torch.distributed.tensor import Replicate, Shard
 
     ways = [(Shard(0), Replicate()), (Replicate(), Shard(1)), (Shard(0), Replicate())]
     found: dict[tuple[int, int], set[int]] = {}
     for rank in range(4):
-        as_rank(rank)
-        mesh = init_device_mesh("cpu", (2, 2))
-        places = mesh.get_coordinate()
-        assert places is not None
-        params = []
-        for way in ways:
-            rows, columns = (5, 5)
-            if way[0] == Shard(0):
-                rows = 3 - places[0]
-            else:
-                columns = 3 - places[1]
-            mine = torch.ones(rows, columns)
-            shape = {"shape": torch.Size((5, 5)), "stride": (5, 1)}
-            params.append(DTensor.from_local(mine, mesh, way, run_check=False, **shape))
-        layout = lay_out(params, [p.to_local().numel() for p in params], 4)
+        with imagined(rank, 4):
+            layout, coordinate = laid_out(ways)
         assert [stretch.members for stretch in layout.stretches] == [[0, 2], [1]]
         for stretch in layout.stretches:
             assert stretch.share == 0.5
             for i in stretch.members:
-                shard = places[0] if i != 1 else places[1]
-                place = layout.offsets[i] - stretch.place.start
-                found.setdefault((i, shard), set()).add(place)
+                shard = coordinate[1 if i == 1 else 0]
+                found.setdefault((i, shard), set()).add(layout.offsets[i] - stretch.place.start)
     assert all(len(places) == 1 for places in found.values()), found
