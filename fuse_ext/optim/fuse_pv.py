@@ -252,7 +252,7 @@ class FusePV(FlatOptimizer):
         outcome = ask(phase, call, self.flat)
         if outcome.one_function:
             outcome = self._grow(succession.found_one_function).step(call.taken_over(outcome.loss))
-        if outcome.believed or succession.grows_now(self._ground(), self._phase, self._log):
+        if outcome.believed or succession.grows_now(self._ground, self._phase, call.log):
             self._grow(succession.grown)
         return self._follow(outcome)
 

@@ -241,13 +241,18 @@ def _larger(
     return phase
 
 
-def grows_now(ground: Ground, phase: AnyPhase | None, log: dict[str, Any]) -> bool:
-    """Whether to try again to grow where there was no memory.
+def grows_now(
+    where: Callable[[], Ground], phase: AnyPhase | None, log: dict[str, Any] | None
+) -> bool:
+    """Whether to try again to grow where there was no memory; asked in every step.
 
     A phase for minibatches is to find out again first.
     """
-    at = log.get(GROWS_AT)
-    if at is None or (entry := ground.entry).get("n_iter", 0) < at:
+    if log is None or GROWS_AT not in log:
+        return False
+    at, ground = log[GROWS_AT], where()
+    entry = ground.entry
+    if entry.get("n_iter", 0) < at:
         return False
     if isinstance(phase, LivingPhase):
         if "watched_loss" not in entry:
