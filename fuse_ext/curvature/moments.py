@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from fuse_ext.vector.checks import check_grads
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 from fuse_ext.vector.narrow.masters import MASTER, Masters
 from fuse_ext.vector.reduced_ops import bound_ops
-from fuse_ext.vector.shards import local, placed
+from fuse_ext.vector.shards import Stretch, local, placed
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -237,19 +237,16 @@ class Moments:
         grads = [None if i in leave_out else flat.grad(i) for i in range(len(flat.params))]
         calls = counts.calls(groups, grads)
         check_grads(flat.tensors, grads)  # no call may fail after another has changed things
-        options = [adam_numbers(group, step, float(group["lr"])) for group, _, step in calls]
+        parts = [
+            (some, stretch, group, adam_numbers(group, step, float(group["lr"])))
+            for group, members, step in calls
+            for some, stretch in flat.alike(members)
+        ]
         if found_inf is not None and float(found_inf) != 0.0:
             return None
-        parts = [
-            (group, some, numbers, share)
-            for (group, members, _), numbers in zip(calls, options, strict=True)
-            for some, share in flat.alike(members)
-        ]
         self._make_room(len(parts))
-        for (group, some, numbers, share), total in zip(parts, self._sums, strict=False):
-            self._call(some, grads, group, numbers, total, grad_scale=grad_scale)
-            if share != 1.0:
-                total.mul_(share)
+        for part, total in zip(parts, self._sums, strict=False):
+            self._call(*part, grads, total, grad_scale=grad_scale)
         self._grad_norm_sq, self._calls = None, len(parts)  # read when asked for
         stepped = [i for _, members, _ in calls for i in members]
         if stepped:
@@ -323,11 +320,13 @@ class Moments:
         for which, total in zip(classes, self._sums, strict=False):
             group, lr = groups[counts.groups[which]], groups[counts.groups[which]]["lr"]
             on_device = isinstance(lr, Tensor)
+            ((members, stretch),) = flat.alike(counts.members[which])
             self._call(
-                counts.members[which],
-                grads,
+                members,
+                stretch,
                 group,
                 adam_numbers(group, 1, 0.0 if on_device else float(lr)),
+                grads,
                 total,
                 grad_scale=grad_scale,
                 found_inf=found_inf,
@@ -337,7 +336,7 @@ class Moments:
                 grad_square=grad_square,
                 counts=counted,
             )
-            self._round(counts.members[which])
+            self._round(members)
             counted = None  # once a step
         if counted is not None:  # a step without gradients
             counted[:1].add_(1.0)
@@ -357,27 +356,31 @@ class Moments:
     def _call(
         self,
         members: list[int],
-        grads: list[Tensor | None],
+        stretch: Stretch,
         group: ParamGroup,
         numbers: AdamNumbers,
+        grads: list[Tensor | None],
         total: Tensor,
         **more: Any,
     ) -> None:
-        flat = self._flat
-        chosen: list[Any] = [grads[i] for i in members]
+        """The kernel on parameters of one stretch: the bits that round go by places in it."""
+        flat, begin = self._flat, stretch.place.start
         if self.masters is not None:
             self.masters.follow(members)
+        first, second, *largest = (m[begin:] if begin else m for m in self._moments.values())
         self._ops.adam_step(
             flat.reals([self.weight(i) for i in members]),
-            flat.reals(chosen),
-            [flat.offsets[i] for i in members],
-            self._moments["exp_avg"],
-            self._moments["exp_avg_sq"],
-            self._moments["max_exp_avg_sq"] if group["amsgrad"] else None,
+            flat.reals(cast(Any, [grads[i] for i in members])),
+            [flat.offsets[i] - begin for i in members],
+            first,
+            second,
+            largest[0] if group["amsgrad"] else None,
             total,
             **more,
             **numbers._asdict(),
         )
+        if stretch.share != 1.0:
+            total.mul_(stretch.share)
 
 
 def adam_numbers(group: ParamGroup, step: int, lr: float) -> AdamNumbers:

@@ -100,8 +100,8 @@ class HostCounts:
 class DeviceCounts:
     """Counts beside the parameters, which the kernel advances, for steps that a graph repeats.
 
-    Parameters of one group that have always had gradients together are one class: their counts
-    lie side by side on the device, equal, and one call of the kernel takes all of them.
+    Parameters of one group and stretch that have always had gradients together are one class: their
+    counts lie side by side on the device, equal, and one call of the kernel takes all of them.
 
     Args:
         flat: The parameters.
@@ -128,11 +128,12 @@ class DeviceCounts:
 
     def adopt(self, steps: list[float]) -> None:
         """Takes over what a state holds, 0 where it holds nothing."""
-        found: dict[tuple[int, float], list[int]] = {}
+        found: dict[tuple[int, float, int], list[int]] = {}
+        stretch_of = {i: k for k, s in enumerate(self._flat.stretches) for i in s.members}
         for group, place in enumerate(self._flat.group_slices):
             for i in range(place.start, place.stop):
-                found.setdefault((group, steps[i]), []).append(i)
-        for (group, count), members in found.items():
+                found.setdefault((group, steps[i], stretch_of[i]), []).append(i)
+        for (group, count, _), members in found.items():
             size = (len(members),)
             values = torch.full(size, count, dtype=self._dtype, device=self._flat.device)
             self._new_class(values, group, members)

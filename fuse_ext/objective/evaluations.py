@@ -211,8 +211,8 @@ class Evaluations:
                 self.precision.spend()
                 return memory.point
         others = self._memory is not None and not self._memory.holds(self.flat)
-        if others and closure is not None and evaluated is None and not moved:
-            self.habits.check_own()
+        if closure is not None and evaluated is None and not moved:
+            self.habits.check_own(others)
         del memory  # nobody else holds gradients that the closure may drop now
         self._memory = None
         if closure is None:

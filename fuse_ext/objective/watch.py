@@ -231,13 +231,16 @@ class Habits:
         for param in self._flat.params:
             param.grad = None
 
-    def check_own(self) -> None:
-        """To be asked where a step begins with gradients that this package has not left there.
+    def check_own(self, others: bool) -> None:
+        """To be asked where a step begins, on all ranks; ``others``: with gradients not ours.
 
         Raises:
-            RuntimeError: The closure adds to them: they are part of another sum.
+            RuntimeError: The closure adds to them: they are part of another sum, on some rank.
         """
-        if self._adds and any(param.grad is not None for param in self._flat.params):
+        if not self._adds:
+            return
+        own = others and any(param.grad is not None for param in self._flat.params)
+        if self._flat.measures.any(own)[0]:
             raise RuntimeError(
                 "gradients were accumulated before step(closure), and the closure adds to them: a "
                 "line search cannot evaluate that sum again. Do all backward passes in one call of "

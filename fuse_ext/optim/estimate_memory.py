@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,13 @@ from fuse_ext.optim.fuse import Fuse
 from fuse_ext.optim.fuse_pv import FusePV
 from fuse_ext.optim.lbfgs import LBFGS
 from fuse_ext.phase.living.kronecker import kronecker_nbytes
-from fuse_ext.phase.modes import AUTO, living, takes_matrix
+from fuse_ext.phase.modes import AUTO, IN_PAIRS, living, takes_matrix
+from fuse_ext.switch.steps import Never
 from fuse_ext.tell.memory import MemoryEstimate, PhaseMemory
 from fuse_ext.vector.checks import check_params
 from fuse_ext.vector.ranks import ALONE
 from fuse_ext.vector.rows.rows import check_shareable, share_of
-from fuse_ext.vector.shards import check_spread, local, shards_of
+from fuse_ext.vector.shards import check_spread, is_dtensor, lay_out, local, way_of
 
 OPTIMIZERS = ("FusePV", "Adam", "LBFGS", "Fuse")
 # Line searches that may go on past a good trial, whose gradient they then keep.
@@ -48,6 +50,8 @@ def estimate_memory(
     curvature: str = AUTO,
     pairs: str = AUTO,
     metric: str = AUTO,
+    max_iter: int = 1,
+    capturable: bool = False,
     shard_over: int = 1,
 ) -> MemoryEstimate:
     """The memory that an optimizer will hold; allocates none of it.
@@ -57,12 +61,13 @@ def estimate_memory(
 
     ::
 
-        >>> print(fuse_ext.estimate_memory(10**6, line_search="armijo", history_size=5))
+        >>> print(fuse_ext.estimate_memory(10**6))
         FusePV, 1,000,000 parameters
-        phase      state  workspace  bytes a parameter
-        adam    7.63 MiB        0 B        8.00 + 0.00
-        lbfgs  68.67 MiB   7.63 MiB       72.01 + 8.00
-        at most 83.93 MiB at once
+        phase             state  workspace  bytes a parameter
+        adam           7.63 MiB        0 B        8.00 + 0.00
+        lbfgs          7.63 MiB        0 B        8.00 + 0.00
+        one function  83.93 MiB   7.63 MiB       88.01 + 8.00
+        at most 7.63 MiB at once, 91.56 MiB if the closure is one function
 
     Args:
         params: A module, its parameters or parameter groups (on any device, of any supported
@@ -80,11 +85,14 @@ def estimate_memory(
         line_search: Its name; None for a fixed step; "auto" for FusePV on minibatches, and for
             strong Wolfe elsewhere.
         deterministic: What FusePV is told of the closure: with True "auto" is a line search, and
-            the default is a matrix, or a larger history.
+            the default is a matrix, or a larger history. Where nothing is said these are estimated
+            too, as ``one_function``, since FusePV may find out.
         curvature: "auto", "dense" or "pairs", of FusePV.
         pairs: "auto" for none on minibatches, else where FusePV's come from.
         metric: "auto", "diagonal" or "kronecker" there; a weight's bases go by its shape, so that a
             number of parameters has none.
+        max_iter: With more than one "auto" is a line search on minibatches too.
+        capturable: Steps for CUDA graphs, which keep one vector more.
         shard_over: With ``shard_state=True``, the number of ranks. The first one's share counts,
             which is the largest.
 
@@ -94,11 +102,17 @@ def estimate_memory(
     Raises:
         ValueError, TypeError: No such optimizer, no parameters, or an option out of range.
     """
+    asked = dict(locals())
+    if isinstance(params, Iterator):  # to be asked for twice
+        asked["params"] = params = [*params]
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}")
     check_integer("shard_over", shard_over, 1)
-    groups, shards = _on_meta(params, shard_over)
-    batches = line_search == AUTO and optimizer == "FusePV" and not deterministic
+    groups, spread = _on_meta(params, shard_over)
+    own = optimizer == "FusePV"
+    if own and spread.kept_apart and curvature == AUTO:
+        curvature = IN_PAIRS
+    batches = line_search == AUTO and own and not deterministic and max_iter == 1
     if line_search == AUTO and not batches:
         line_search = "strong_wolfe"
     lbfgs_options: dict[str, Any] = {
@@ -115,10 +129,12 @@ def estimate_memory(
             amsgrad=amsgrad,
             moment_dtype=moment_dtype,
             master_weights=master_weights,
+            capturable=capturable,
             process_group=ALONE,
         )
     elif optimizer == "LBFGS":
-        opt = LBFGS(groups, line_search_fn=line_search, **lbfgs_options)
+        told: dict[str, Any] = {"max_iter": max_iter, "capturable": capturable}
+        opt = LBFGS(groups, line_search_fn=line_search, **told, **lbfgs_options)
     elif optimizer == "FusePV":
         options = {
             **lbfgs_options,
@@ -128,11 +144,19 @@ def estimate_memory(
             "deterministic": deterministic,
             "pairs": pairs,
             "metric": metric,
+            "max_iter": max_iter,
+            "capturable": capturable,
         }
-        opt = FusePV(groups, amsgrad=amsgrad, line_search=line_search, **options)
+        if capturable:  # the default looks at the loss
+            options["switch"] = Never()
+        opt = pv = FusePV(groups, amsgrad=amsgrad, line_search=line_search, **options)
+        # As many pairs by default as all ranks come to.
+        pv.flat.total, pv.flat.usual = spread.total, spread.usual
+        pv._fill_in()
     else:
         opt = Fuse(groups, amsgrad=amsgrad, line_search=line_search, **lbfgs_options)
     flat, ops = opt.flat, kernels.select("reference", opt.flat.device)
+    numel, flat.numel = flat.numel, spread.numel
     adam = lbfgs = scratch = inherited = host = 0
     size = opt.param_groups[0].get("history_size", 0)
     if optimizer != "LBFGS":
@@ -141,7 +165,7 @@ def estimate_memory(
         made = Moments(flat, ops, state, opt.param_groups, dtype, keeps_masters=bool(keeps))
         adam = made.nbytes
     if batches and living(opt.param_groups[0]):
-        bases, scratch = kronecker_nbytes(flat, opt.param_groups, shards)
+        bases, scratch = kronecker_nbytes(flat, opt.param_groups, spread.pieces)
         lbfgs, inherited = adam + bases, adam
     elif optimizer != "Adam":
         held: InverseHessian
@@ -149,7 +173,8 @@ def estimate_memory(
             held = DenseMatrix(flat, ops, {})
         else:
             apart = history_device is not None
-            held = History(flat, ops, {}, size, history_dtype, apart=apart)
+            graph = capturable and optimizer != "Fuse"
+            held = History(flat, ops, {}, size, history_dtype, grad_prev_apart=graph, apart=apart)
             host = held.host_nbytes
         vectors = 1 + (line_search in SAVING_SEARCHES)
         vectors += optimizer == "Fuse" and line_search is not None  # g at x, for Adam's half
@@ -164,18 +189,42 @@ def estimate_memory(
         ),
         "Fuse": (PhaseMemory("fuse", adam + lbfgs, scratch, host_bytes=host),),
     }
-    return MemoryEstimate(optimizer, flat.numel, phases[optimizer])
+    found = MemoryEstimate(optimizer, numel, phases[optimizer])
+    searches = living(opt.param_groups[0]) if batches else line_search is not None
+    if own and deterministic is None and searches and max_iter == 1:
+        known = estimate_memory(**{**asked, "deterministic": True}).phases[-1]
+        if known.total_bytes != found.phases[-1].total_bytes:
+            found = replace(found, one_function=replace(known, phase="one function"))
+    return found
 
 
-def _on_meta(params: Any, ranks: int) -> tuple[list[dict[str, Any]], list[int] | None]:
+class Spread(NamedTuple):
+    """How the parameters lie on several ranks.
+
+    Attributes:
+        pieces: In how many each lies.
+        numel: Of the flat vector of what lies here, padding included.
+        total, usual: Real numbers of all, and of those that lie on a rank on average.
+        kept_apart: Whether no rank has all of a vector.
+    """
+
+    pieces: list[int]
+    numel: int
+    total: int
+    usual: int
+    kept_apart: bool
+
+
+def _on_meta(params: Any, ranks: int) -> tuple[list[dict[str, Any]], Spread]:
     """Parameter groups of tensors without memory that look like what lies here of these.
 
-    And in how many pieces each parameter lies; those that are plain are shared by the ranks.
+    And how they lie on ranks, by which those that are plain are shared.
     """
     if isinstance(params, int):
         check_integer("params", params, 1)
-        held = torch.empty(-(-params // ranks), dtype=torch.float32, device="meta")
-        return [{"params": [held]}], [ranks]
+        usual = -(-params // ranks)
+        held = torch.empty(usual, dtype=torch.float32, device="meta")
+        return [{"params": [held]}], Spread([ranks], usual, params, usual, ranks > 1)
     if isinstance(params, nn.Module):
         params = params.parameters()
     if isinstance(params, Tensor) or not isinstance(params, Iterable):
@@ -196,7 +245,15 @@ def _on_meta(params: Any, ranks: int) -> tuple[list[dict[str, Any]], list[int] |
         check_shareable(owners)
     here = {t: torch.empty_like(share_of(local(t), ranks), device="meta") for t in owners}
     on_meta = [{**group, "params": [here[t] for t in group["params"]]} for group in groups]
-    return on_meta, [ranks if ranks > 1 and t.dim() else shards_of(t) for t in owners]
+    apart = [t for t in owners if is_dtensor(t)]
+    ways = [(ranks, ("rows",)) if ranks > 1 and t.dim() else way_of(t) for t in owners]
+    sizes = [here[t].numel() * (2 if t.is_complex() else 1) for t in owners]
+    together = max([ranks, *(t.device_mesh.size() for t in apart)])
+    places = lay_out(owners, sizes, together, ways)
+    # With ``shard_state`` what has no rows lies behind, at the next block: that is left out.
+    numel = sum(sizes) if ranks > 1 else places.numel
+    found = numel, places.total, places.usual, bool(apart) or ranks > 1
+    return on_meta, Spread([n for n, _ in ways], *found)
 
 
 def _tensors(entries: Any) -> list[Tensor]:

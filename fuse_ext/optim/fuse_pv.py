@@ -98,7 +98,7 @@ class FusePV(FlatOptimizer):
               of one batch (see ``batch_id`` in :meth:`step`).
             - "auto": same_batch with a line search; without one none (see ``metric``).
         metric: On minibatches without pairs: "diagonal", Adam's, or "kronecker" for matrices
-            (:mod:`~fuse_ext.phase.living`), "auto" for sides up to 512 (on a GPU 2,048).
+            (:mod:`~fuse_ext.phase.living`), "auto": sides to 512 (GPU 2,048), 16 times the other.
         step_cap: Longest step on minibatches, in Adam's steps (above lr = 1e-3 in those of 1e-3,
             but not below Adam's own). It falls as steps go by, and halves where g jumps.
         check_finite: Before an Adam step, check loss and gradient, and skip the step if either is
@@ -216,7 +216,7 @@ class FusePV(FlatOptimizer):
         of up to ``max_eval`` evaluations, which ends at the least loss that it met; where it is
         not, losses cannot be compared, and Adam goes on from the last point that was accepted,
         with the criterion started anew. On minibatches so does it, for 100 steps at least, where
-        losses have stayed above those at the switch; or there is no memory for it.
+        losses have stayed above those at the switch. Without memory for a phase the last goes on.
 
         Where nothing can be gained any more (``report().converged``, or neither searches nor Adam
         find a lower loss) a step is one call of the closure, which sees whether that is still so:
@@ -251,13 +251,18 @@ class FusePV(FlatOptimizer):
         call.batch_id, call.pair_closure = batch_id, pair_closure
         outcome = ask(phase, call, self.flat)
         if outcome.one_function:
-            self._fill_in(found=True)
-            self._phase = phase = succession.found_one_function(self._ground())
-            outcome = phase.step(call.taken_over(outcome.loss))
-        if outcome.believed:
-            self._fill_in(found=True)
-            self._phase = succession.grown(self._ground(), self._phase)
+            outcome = self._grow(succession.found_one_function).step(call.taken_over(outcome.loss))
+        if outcome.believed or succession.grows_now(self._ground, self._phase, call.log):
+            self._grow(succession.grown)
         return self._follow(outcome)
+
+    def _grow(self, follows: Callable[..., succession.AnyPhase]) -> succession.AnyPhase:
+        """The phase for a closure that was found to be one function, or the one at hand."""
+        self._fill_in(found=True)
+        self._phase = follows(self._ground(), self._phase, self._log)
+        if succession.GROWS_AT in self._log:  # there was no memory
+            self._fill_in()
+        return self._phase
 
     def _follow(self, outcome: Outcome) -> Any:
         """Asks the criterion; leaves L-BFGS where it fails or has taken batches for a function."""
@@ -297,12 +302,10 @@ class FusePV(FlatOptimizer):
 
     def _begin_lbfgs(self, reason: str) -> None:
         self._settle()
-        log = self._log
-        phase = succession.successor(self._ground(), self._phase, log, self._unsaid)
+        known = self._log, self._unsaid, reason
+        phase = succession.successor(self._ground(), self._phase, *known)
         if phase is None:
             return
-        log["switches"] += 1
-        log["switch_step"], log["switch_reason"] = log["adam_steps"], reason
         succession.drop_adam_state(self._ground(), phase)
         self._phase = phase
         for group in self.param_groups:
@@ -322,7 +325,7 @@ class FusePV(FlatOptimizer):
 
     def _begin_adam(self, phase: str = ADAM) -> None:
         for group in self.param_groups:
-            group["phase"], group["lr_at_switch"] = phase, None
+            group.update(phase=phase, lr_at_switch=None)
         self._fill_in()
         self._switch.reset()
 

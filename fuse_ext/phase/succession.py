@@ -36,11 +36,12 @@ from fuse_ext.phase.modes import (
     will_scale,
 )
 from fuse_ext.phase.protocol import QuasiNewton
+from fuse_ext.phase.room import ADVICE, ELSEWHERE, STAY, attempt, in_words
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 from fuse_ext.vector.narrow.masters import MASTER
 
-# Where there was no memory for the next phase Adam takes so many steps before the next attempt.
-STAY = 100
+# Under this name FusePV's log says when a phase after Adam tries again to grow.
+GROWS_AT = "grows_at"
 AnyPhase: TypeAlias = AdamPhase | QuasiNewton
 # What the L-BFGS phase gives up beside its ring when it ends: all that it holds but the counters.
 _HELD = (
@@ -115,7 +116,7 @@ def adopted(ground: Ground, phase: str) -> AnyPhase | None:
 
 
 def successor(
-    ground: Ground, before: AnyPhase | None, log: dict[str, Any], unsaid: set[str]
+    ground: Ground, before: AnyPhase | None, log: dict[str, Any], unsaid: set[str], reason: str
 ) -> QuasiNewton | None:
     """The phase that follows Adam, None where there is no memory for it: then Adam goes on.
 
@@ -124,43 +125,37 @@ def successor(
         before: Adam's phase; None where L-BFGS is to begin at once.
         log: FusePV's, which notes it.
         unsaid: The options that the constructor has filled in.
+        reason: Why it follows now.
 
     Raises:
-        torch.OutOfMemoryError, RuntimeError: There is no memory, nor has Adam begun.
+        torch.OutOfMemoryError, RuntimeError, MemoryError: There is no memory on some rank, nor has
+            Adam begun; on all of them.
         RuntimeError, ValueError: As :func:`_made_successor`.
     """
-    state = ground.state
-    kept = {param: dict(state[param]) for param in ground.flat.params if param in state}
-    lacks = ""
-    try:
-        made, inherit = _made_successor(ground, before, log, unsaid)
-    except (RuntimeError, MemoryError) as error:
-        if not (_is_out_of_memory(error) and isinstance(before, AdamPhase)):
-            raise
-        lacks = str(error).partition("\n")[0] or "out of memory"
-    if not ground.flat.measures.any(bool(lacks))[0]:  # ranks go on together
-        log.pop("out_of_memory", None)
+    measures = ground.flat.measures
+    made, error = attempt(
+        ground.state, measures, lambda: _made_successor(ground, before, log, unsaid)
+    )
+    if made is not None:
+        for name in ("out_of_memory", GROWS_AT):
+            log.pop(name, None)
+        log["switches"] += 1
+        log["switch_step"], log["switch_reason"] = log["adam_steps"], reason
+        phase, inherit = made
         inherit()
-        return made
-    log["out_of_memory"] = lacks or "on another rank"
+        return phase
+    assert error is not None
+    if not isinstance(before, AdamPhase):
+        if str(error) == ELSEWHERE:
+            raise torch.OutOfMemoryError(f"no memory for the phase that begins, {ELSEWHERE}")
+        raise error
+    log["out_of_memory"] = in_words(error)
     log["stays_until"] = log["phase_steps"] + STAY
-    for param in ground.flat.params:  # what was made holds memory, and moments were moved
-        if param in kept:
-            state[param].clear()
-            state[param].update(kept[param])
-        else:
-            state.pop(param, None)
     warn_caller(
         f"no memory for the phase after Adam ({log['out_of_memory']}): Adam goes on, for {STAY} "
-        "steps before the next attempt; fuse_ext.estimate_memory tells what a phase needs"
+        f"steps before the next attempt; {ADVICE}"
     )
     return None
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return "can't allocate memory" in str(error)  # a plain RuntimeError on a CPU
 
 
 def _made_successor(
@@ -182,36 +177,89 @@ def _made_successor(
     return ground.lbfgs(self_scaling=scales), lambda: None
 
 
-def found_one_function(ground: Ground) -> LbfgsPhase | DevicePhase:
-    """The phase that follows one for minibatches which turn out to be one function."""
-    drop_lbfgs_state(ground.entry)
-    drop_adam_state(ground, None)  # a living metric has kept them
-    phase = ground.lbfgs(one_function=True)
-    ground.entry["agreed"] = 1.0  # as it was seen at one point
+def found_one_function(ground: Ground, before: AnyPhase, log: dict[str, Any]) -> AnyPhase:
+    """The phase that follows one for minibatches which turn out to be one function.
+
+    Where there is no memory for it that one, as it was.
+    """
+
+    def make() -> AnyPhase:
+        drop_lbfgs_state(ground.entry)
+        drop_adam_state(ground, None)  # a living metric has kept them
+        return ground.lbfgs(one_function=True)
+
+    phase = _larger(ground, before, log, make)
+    if phase is not before:
+        ground.entry["agreed"] = 1.0  # as it was seen at one point
     return phase
 
 
-def grown(ground: Ground, phase: AnyPhase | None) -> AnyPhase | None:
+def grown(ground: Ground, phase: AnyPhase, log: dict[str, Any]) -> AnyPhase:
     """The phase with the curvature that its closure deserves, seen to be one function.
 
-    That is a matrix, which takes over the pairs, or room for more of them.
+    That is a matrix, which takes over the pairs, or room for more of them; where there is no memory
+    for it the phase as it was.
     """
     entry, group = ground.entry, ground.groups[0]
     slots = group["history_size"] + 1
-    if not isinstance(phase, LbfgsPhase) or not isinstance(phase.history, History):
+    if not isinstance(phase, LbfgsPhase) or not isinstance(ring := phase.history, History):
         return phase
-    if takes_matrix({**group, "deterministic": True}, ground.flat):
-        drop_ring(entry)
-        larger = ground.lbfgs(one_function=True)
-        assert isinstance(larger.history, DenseMatrix)
-        larger.history.take_over(phase.history)
-    elif entry["history"].shape[1] < slots:
-        enlarge(entry, slots)
-        larger = ground.lbfgs()  # it scales itself already, or never will
-    else:
+    wants_matrix = takes_matrix({**group, "deterministic": True}, ground.flat)
+    if not wants_matrix and entry["history"].shape[1] >= slots:
         return phase
-    larger.progress.warned = phase.progress.warned
-    return larger
+
+    def make() -> AnyPhase:
+        if wants_matrix:
+            drop_ring(entry)
+            larger = ground.lbfgs(one_function=True)
+            assert isinstance(larger.history, DenseMatrix)
+            larger.history.take_over(ring)
+        else:
+            enlarge(entry, slots)
+            larger = ground.lbfgs()  # it scales itself already, or never will
+        larger.progress.warned = phase.progress.warned
+        return larger
+
+    return _larger(ground, phase, log, make)
+
+
+def _larger(
+    ground: Ground, phase: AnyPhase, log: dict[str, Any], make: Callable[[], AnyPhase]
+) -> AnyPhase:
+    """The phase that is made; where there is no memory, which is said once, the one at hand."""
+    made, error = attempt(ground.state, ground.flat.measures, make)
+    if made is not None:
+        log.pop(GROWS_AT, None)
+        return made
+    assert error is not None
+    if GROWS_AT not in log:
+        warn_caller(
+            f"no memory for the phase of one function ({in_words(error)}): the phase at hand goes "
+            f"on, for {STAY} steps before each further attempt; {ADVICE}"
+        )
+    log[GROWS_AT] = ground.entry["n_iter"] + STAY
+    return phase
+
+
+def grows_now(
+    where: Callable[[], Ground], phase: AnyPhase | None, log: dict[str, Any] | None
+) -> bool:
+    """Whether to try again to grow where there was no memory; asked in every step.
+
+    A phase for minibatches is to find out again first.
+    """
+    if log is None or GROWS_AT not in log:
+        return False
+    at, ground = log[GROWS_AT], where()
+    entry = ground.entry
+    if entry.get("n_iter", 0) < at:
+        return False
+    if isinstance(phase, LivingPhase):
+        if "watched_loss" not in entry:
+            Watch(ground.flat, ground.ops, entry).begin()
+            log[GROWS_AT] = at + STAY
+        return False
+    return isinstance(phase, LbfgsPhase) and phase.believes(ground.groups)
 
 
 def settle(phase: AnyPhase | None, entry: dict[str, Any], log: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ class PhaseMemory:
     """What one phase of an optimizer holds.
 
     Attributes:
-        phase: "adam", "lbfgs" or "fuse".
+        phase: "adam", "lbfgs" or "fuse"; "one function" for the one that may come after these.
         state_bytes: What ``state_dict`` saves, padding included, but for the 16 KiB or more of its
             record of counts and names.
         workspace_bytes: Scratch held between steps, once the line search has needed it.
@@ -39,11 +39,15 @@ class MemoryEstimate:
         optimizer: Its name.
         numel: Real numbers in the parameters (a complex parameter is two).
         phases: In the order they come.
+        one_function: What comes in the place of the last one if FusePV finds out that its closure
+            is one function: a matrix, or up to 500 pairs; None where it cannot find out, or holds
+            as much. In no other figure than ``peak_of_one_function``.
     """
 
     optimizer: str
     numel: int
     phases: tuple[PhaseMemory, ...]
+    one_function: PhaseMemory | None = None
 
     @property
     def state_bytes(self) -> int:
@@ -67,13 +71,23 @@ class MemoryEstimate:
         return max(at_switch, *(phase.total_bytes for phase in self.phases))
 
     @property
+    def peak_of_one_function(self) -> int:
+        """The most held at once if that is found out: then too both states, for a moment."""
+        found = self.one_function
+        if found is None:
+            return self.peak_bytes
+        grows = self.phases[-1].total_bytes + found.state_bytes
+        return max(self.peak_bytes, grows, found.total_bytes)
+
+    @property
     def bytes_per_parameter(self) -> float:
         """``state_bytes`` over ``numel``."""
         return self.state_bytes / self.numel
 
     def __str__(self) -> str:
         rows = [("phase", "state", "workspace", "bytes a parameter")]
-        for phase in self.phases:
+        more = () if self.one_function is None else (self.one_function,)
+        for phase in (*self.phases, *more):
             rows.append(
                 (
                     phase.phase,
@@ -92,6 +106,8 @@ class MemoryEstimate:
         ]
         title = f"{self.optimizer}, {self.numel:,} parameters"
         end = f"at most {_readable(self.peak_bytes)} at once"
+        if more:
+            end += f", {_readable(self.peak_of_one_function)} if the closure is one function"
         if self.host_bytes:
             end += f", and {_readable(self.host_bytes)} on the host"
         return "\n".join([title, *lines, end])

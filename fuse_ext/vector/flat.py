@@ -18,7 +18,7 @@ from fuse_ext.vector.checks import check_grads, check_params
 from fuse_ext.vector.measures import Measures
 from fuse_ext.vector.ranks import find_ranks, measures_of, unsaid
 from fuse_ext.vector.rows.rows import Rows
-from fuse_ext.vector.shards import is_dtensor, lay_out, like, local
+from fuse_ext.vector.shards import Stretch, is_dtensor, lay_out, like, local
 
 ParamGroup: TypeAlias = dict[str, Any]
 Closure: TypeAlias = Callable[[], Any]
@@ -82,7 +82,7 @@ class FlatParams:
         total, usual: Elements of all parameters, and of those that lie on a rank on average.
         unsaid: Whether other ranks may step with this one, and nobody has said so.
         together: The ranks that hold it; None for this process alone.
-        stretches: What of it equally many of them hold.
+        stretches: What of it is divided among them in one way.
         order, permuted: The parameters by their places, and whether that is another order: those
             that equally many ranks hold lie together.
         group_slices: For each group, its slice of ``params``.
@@ -318,13 +318,13 @@ class FlatParams:
             if is_missing and count < self.measures.ranks:
                 param.grad = torch.zeros_like(param)
 
-    def alike(self, members: list[int]) -> list[tuple[list[int], float]]:
-        """These parameters by the ranks that hold them, in flat order, and what they count."""
-        if self.together is None:
-            return [(members, 1.0)]
+    def alike(self, members: list[int]) -> list[tuple[list[int], Stretch]]:
+        """These parameters, in flat order, by the stretches that they lie in."""
+        if len(self.stretches) == 1:
+            return [(members, self.stretches[0])]
         chosen = set(members)
-        found = [([i for i in s.members if i in chosen], s.share) for s in self.stretches]
-        return [(some, share) for some, share in found if some]
+        found = [([i for i in s.members if i in chosen], s) for s in self.stretches]
+        return [(some, stretch) for some, stretch in found if some]
 
     def part(self, absent: tuple[int, ...]) -> Part:
         """All parameters but these."""

@@ -1,7 +1,7 @@
 """What of a parameter lies on this rank, and where in the flat vector.
 
 Plain tensors lie here whole. Of a DTensor (``fully_shard``, tensor parallelism) a shard does, or a
-replica. Parameters that equally many ranks hold lie side by side in the flat vector, so that a pass
+replica. Parameters that are divided in one way lie side by side in the flat vector, so that a pass
 over one stretch of it counts the same in every sum.
 """
 
@@ -18,9 +18,16 @@ from torch import Tensor
 
 from fuse_ext.kernels.reference.memory import SCALE_BLOCK
 
+# What torch.distributed.fsdp sets on the parameters of FSDP1, flat ones and views of them alike.
+FSDP1_MARK = "_fsdp_flattened"
+
 
 class Stretch(NamedTuple):
-    """A part of the flat vector whose elements are held by equally many ranks.
+    """A part of the flat vector that is divided among the ranks in one way.
+
+    Ranks that hold the same shard of one of its parameters hold the same of all, so that an
+    element's place in the stretch is the same on all of them; its place in the flat vector need
+    not be, behind shards of different lengths.
 
     Attributes:
         place: Where it lies.
@@ -133,6 +140,15 @@ def shards_of(param: Tensor) -> int:
     return math.prod(mesh.size(i) for i, at in enumerate(placements) if not at.is_replicate())
 
 
+def way_of(param: Tensor) -> tuple[int, tuple[Any, ...]]:
+    """In how many shards a parameter lies, and the mesh and those of its dimensions that cut it."""
+    if not is_dtensor(param):
+        return 1, ()
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    cut = [i for i, at in enumerate(placements) if not at.is_replicate() and mesh.size(i) > 1]
+    return shards_of(param), (mesh, *cut) if cut else ()
+
+
 def largest_here(param: Tensor) -> Tensor:
     """A plain parameter itself; of a DTensor one without memory in the largest shard's shape."""
     if not is_dtensor(param):
@@ -147,7 +163,7 @@ def largest_here(param: Tensor) -> Tensor:
 def check_spread(params: Sequence[Tensor]) -> None:
     """Raises TypeError for parameters that are spread in ways that are not supported."""
     for i, param in enumerate(params):
-        if getattr(param, "_is_fsdp_flattened", False):
+        if getattr(param, FSDP1_MARK, False):
             raise TypeError(
                 f"params[{i}] belongs to torch.distributed.fsdp.FullyShardedDataParallel (FSDP1), "
                 "whose flat parameters do not say which of their elements lie on which rank; use "
@@ -162,21 +178,30 @@ def check_spread(params: Sequence[Tensor]) -> None:
             )
 
 
-def lay_out(params: Sequence[Tensor], sizes: list[int], ranks: int) -> Places:
+def lay_out(
+    params: Sequence[Tensor],
+    sizes: list[int],
+    ranks: int,
+    ways: list[tuple[int, tuple[Any, ...]]] | None = None,
+) -> Places:
     """Gives every parameter its place.
 
     Args:
         params: The parameters.
         sizes: Real numbers of each that lie here.
         ranks: How many hold them, together; 1 for this process alone.
+        ways: Of each parameter, if it does not say so itself, :func:`way_of`.
     """
-    shards = [shards_of(param) for param in params]
+    ways = [way_of(param) for param in params] if ways is None else ways
+    shards = [n for n, _ in ways]
+    # Those of most shards first, and those of equally many as they come.
+    keys = [(-way[0], ways.index(way)) for way in ways]
     order = list(range(len(params)))
     if ranks > 1:
-        order.sort(key=shards.__getitem__, reverse=True)
+        order.sort(key=keys.__getitem__)
     offsets, numel = [0] * len(params), 0
     stretches: list[Stretch] = []
-    for n, alike in groupby(order, key=shards.__getitem__):
+    for (n, _), alike in groupby(order, key=keys.__getitem__):
         members = list(alike)
         if stretches:  # no two of them share a block of int8 rows
             numel = -(-numel // SCALE_BLOCK) * SCALE_BLOCK
@@ -184,7 +209,7 @@ def lay_out(params: Sequence[Tensor], sizes: list[int], ranks: int) -> Places:
         for i in members:
             offsets[i] = numel + (numel % 2 if params[i].is_complex() else 0)
             numel = offsets[i] + sizes[i]
-        stretches.append(Stretch(slice(begin, numel), members, n / ranks))
+        stretches.append(Stretch(slice(begin, numel), members, -n / ranks))
     total = usual = numel
     if ranks > 1:
         whole = [p.numel() * (2 if p.is_complex() else 1) for p in params]

@@ -7,7 +7,8 @@ the same functions train in one process on all data (``rank`` None).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 
 from benchmarks.harness.ranks import leave
 from fuse_ext import LBFGS, Adam, Fuse, FusePV
+from fuse_ext.vector.ranks import Ranks
 
 ROWS, BATCH = 48, 12  # both divisible by the ranks
 STEPS = 30
@@ -247,6 +249,23 @@ def work(rank: int, size: int, folder: str, job: str, arguments: tuple[Any, ...]
     found = getattr(importlib.import_module(module), name)(rank, folder, *arguments)
     torch.save(found, f"{folder}/{rank}.pt")
     leave()
+
+
+@contextmanager
+def imagined(rank: int, size: int) -> Iterator[None]:
+    """This process as one of so many, who all have the same numbers; nothing is sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    def add(self: Ranks, sums: Tensor, largest: Tensor | None = None) -> Any:
+        return sums * self.size, largest
+
+    dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
+    over_others, Ranks.add = Ranks.add, add  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Ranks.add = over_others  # type: ignore[method-assign]
+        dist.destroy_process_group()
 
 
 def on_ranks(size: int, folder: Path, job: str, *arguments: Any) -> list[Any]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import collectives
 import pytest
 import rank_cases
 import torch
@@ -238,6 +239,44 @@ def test_data_parallel_steps_on_two_processes() -> None:
     assert done.returncode == 0, done.stderr
     assert "2 ranks, gloo: phase lbfgs" in done.stdout
     assert "largest difference 0\n" in done.stdout
+    lines = done.stdout.splitlines()
+    for name, case in gpu_ranks.CASES.items():
+        (line,) = [line for line in lines if f"phase lbfgs, {name}, loss" in line]
+        assert line.endswith("largest difference 0")
+        # Through torch.distributed.checkpoint into a fresh model and optimizer.
+        assert ("resumed to 0," in line) == case.sharded
+
+
+def test_several_ranks_talk_in_every_case_that_is_checked(tmp_path: Path) -> None:
+    """Our own collectives run over nccl only where something asks for them."""
+    for heard in rank_cases.on_ranks(2, tmp_path, "test_cuda_check:talk"):
+        for name, calls in heard.items():
+            assert "allreduce_" in calls, name
+            # With state in shards the rows are gathered besides.
+            gathers = any("allgather" in call for call in calls)
+            assert gathers == ("shards" in name), name
+
+
+def talk(rank: int, folder: str) -> dict[str, list[str]]:
+    """Collective calls of a step in the second phase, but for those of the closure."""
+    found = {}
+    for name, case in gpu_ranks.CASES.items():
+        run = gpu_ranks.Run(case, torch.device("cpu"))
+        for number in range(gpu_ranks.SWITCH + 2):
+            run.step(number)
+        calls, evaluate = collectives.Calls(), run.evaluate
+
+        def unheard(x: Any, calls: Any = calls, evaluate: Any = evaluate) -> Any:
+            calls.listens = False
+            loss = evaluate(x)
+            calls.listens = True
+            return loss
+
+        run.evaluate = unheard
+        with calls:
+            run.step(gpu_ranks.SWITCH + 2)
+        found[name] = [call.name for call in calls.heard]
+    return found
 
 
 def test_what_is_wrong_on_several_gpus_is_said() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,13 @@ def fit(model: nn.Module, search: str, rank: int | None = None) -> FusePV:
 
 def work(rank: int, search: str, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=RANKS)
+    dist.init_process_group(
+        "gloo",
+        f"file://{folder}/meet",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=60),
+    )
     model = nn.parallel.DistributedDataParallel(make())
     optimizer = fit(model, search, rank)
     found = torch.nn.utils.parameters_to_vector(model.parameters()).detach()

@@ -488,6 +488,13 @@ def test_who_gets_a_basis() -> None:
     assert sides(10, 784) == (True, False)
     assert sides(10, 784, limited=False) == (True, True)
     assert sides(16, 8, 3, 3) == (True, True)
+    # A longer side's basis costs 8 a / b bytes a parameter.
+    assert sides(512, 2) == (False, True) and sides(2, 512) == (True, False)
+    assert sides(128, 10) == sides(512, 32) == sides(32, 2) == (True, True)
+    assert sides(33, 2) == (False, True) and sides(33, 2, limited=False) == (True, True)
+    gpu = torch.device("cuda")
+    adapter = rotated_sides(torch.empty(2048, 8), False, False, True, gpu)
+    assert adapter == (False, True)
     assert sides(50_000, 64) == sides(50_000, 64, limited=False) == (False, False)
     assert sides(7) == sides(1, 7) == sides(7, 1) == sides() == (False, False)
     assert sides(4, 4, amsgrad=True) == sides(4, 4, narrow=True) == (False, False)

@@ -12,6 +12,8 @@ import torch
 from fuse_pv_cases import Fit, assert_same, saved_state, snapshot
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fuse_ext.phase import succession
+
 SWITCH = 6
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "device": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -126,3 +128,85 @@ def test_other_errors_and_a_switch_at_once_are_raised() -> None:
     error = pytest.raises(torch.OutOfMemoryError, match="nothing left")
     with full_at_switches(fit, torch.OutOfMemoryError("nothing left"), 1), error:
         fit.step(1)
+
+
+# --- a closure that is found to be one function after the switch ----------------------------
+
+GROWING: dict[str, tuple[dict[str, Any], str, str]] = {
+    "from batches to a matrix": ({}, "kronecker", "dense"),
+    "from batches to pairs": ({"curvature": "pairs"}, "kronecker", "pairs"),
+    "from pairs to a matrix": ({"line_search": "strong_wolfe"}, "pairs", "dense"),
+    "to more pairs": ({"line_search": "strong_wolfe", "curvature": "pairs"}, "pairs", "pairs"),
+}
+
+
+@contextmanager
+def full_at_growth(fit: Fit, error: BaseException, fails: int) -> Iterator[Full]:
+    """Memory is short while the optimizer takes its closure for one function."""
+    optimizer, grow = fit.optimizer, fit.optimizer._grow
+    mode = Full(error, fails)
+
+    def short(follows: Any) -> Any:
+        mode.left = fails
+        with mode:
+            return grow(follows)
+
+    optimizer._grow = short
+    try:
+        yield mode
+    finally:
+        del optimizer._grow
+
+
+def kept(fit: Fit) -> tuple[str, int]:
+    """What is known of H, and the pairs that there are to be."""
+    phase = fit.optimizer._phase
+    return phase.history.kind, fit.optimizer.param_groups[0]["history_size"]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("kind", GROWING)
+def test_the_phase_at_hand_goes_on_and_tries_again(
+    kind: str, error: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, before, after = GROWING[kind]
+    monkeypatch.setattr(succession, "STAY", 4)
+    fit = Fit(switch=SWITCH, **options)
+    with full_at_growth(fit, MemoryError(), 10**6) as mode:
+        fit.step(SWITCH + 5)
+    count, larger = 10**6 - mode.left, kept(fit)
+    assert count >= 2 and larger[0] == after and larger[1] > 10
+    for fails in range(1, count + 1):  # whichever of them it is
+        fit = Fit(switch=SWITCH, **options)
+        with full_at_growth(fit, ERRORS[error](), fails), pytest.warns(RuntimeWarning) as said:
+            losses = fit.step(SWITCH + 12)
+        assert sum("no memory for the phase of one function" in str(w.message) for w in said) == 1
+        assert kept(fit) == (before, 10) and fit.optimizer.phase == "lbfgs"
+        assert losses[-1] < losses[SWITCH + 4]
+        resumed = Fit(switch=SWITCH, **options)
+        resumed.load(fit.flat)
+        resumed.optimizer.load_state_dict(copy.deepcopy(fit.optimizer.state_dict()))
+        for each in (fit, resumed):
+            each.step(10)  # now there is memory
+            assert kept(each) == larger
+
+
+def test_state_is_as_it_was_where_growing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    for options, before, _ in GROWING.values():
+        fit = Fit(switch=SWITCH, **options)
+        held: list[Any] = []
+
+        def note(follows: Any, optimizer: Any = fit.optimizer, held: list[Any] = held) -> Any:
+            held.append((snapshot(optimizer), [*map(id, optimizer.state.values())]))
+            with Full(MemoryError("no more"), 2):
+                found = type(optimizer)._grow(optimizer, follows)
+            held.append((snapshot(optimizer), [*map(id, optimizer.state.values())]))
+            return found
+
+        monkeypatch.setattr(fit.optimizer, "_grow", note, raising=False)
+        with pytest.warns(RuntimeWarning, match="no memory for the phase of one function"):
+            fit.step(SWITCH + 5)
+        (then, entries), (now, same) = held[:2]
+        assert now["state"][0]["fuse_pv"].pop("grows_at") > 0
+        assert_same(now, then)
+        assert entries == same, before

@@ -288,8 +288,6 @@ def test_estimates_count_what_lies_on_a_rank(ranks: Any) -> None:
 
 def refusals(rank: int) -> dict[str, str]:
     """What the optimizers say of what they cannot do, or must not guess."""
-    from torch.distributed.fsdp import FlatParameter
-
     found = {}
 
     def note(name: str, attempt: Callable[[], Any]) -> None:
@@ -315,12 +313,18 @@ def refusals(rank: int) -> dict[str, str]:
     note("kind", lambda: Adam(plain.parameters(), process_group=3))
     optimizer = Adam(sharded.parameters())
     note("dtype", lambda: optimizer.continue_in(torch.float64))
-    flat = nn.Parameter(torch.ones(3))
-    flat._is_fsdp_flattened = True  # type: ignore[attr-defined]
-    assert hasattr(FlatParameter, "_init_metadata")  # FSDP1 needs a device: its mark alone is here
-    note("fsdp1", lambda: Adam([flat]))
+    note("fsdp1", lambda: Adam(first_fsdp(False).parameters()))
+    note("fsdp1, views", lambda: FusePV(first_fsdp(True).parameters()))
     note("guess", lambda: watch_alone(plain))
     return found
+
+
+def first_fsdp(views: bool) -> nn.Module:
+    """A model in FSDP1, whose parameters are flat ones, or views of them."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    device = torch.device("cpu")
+    return FullyShardedDataParallel(nn.Linear(3, 3), use_orig_params=views, device_id=device)
 
 
 def watch_alone(model: nn.Module) -> None:
@@ -354,5 +358,5 @@ def test_what_cannot_be_done_is_said(ranks: Any) -> None:
     assert "got 'all'" in first["name"]
     assert first["kind"].startswith("TypeError: process_group")
     assert "DTensors" in first["dtype"]
-    assert "FSDP1" in first["fsdp1"]
+    assert "FSDP1" in first["fsdp1"] and "FSDP1" in first["fsdp1, views"]
     assert first["guess"] == "RuntimeError: stayed in kronecker"

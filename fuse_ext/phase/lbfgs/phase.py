@@ -51,9 +51,7 @@ class LbfgsPhase:
         iteration, closure, options = self.iteration, call.closure, call.options
         assert options is not None
         function = iteration.objective.function
-        # What returns to Adam where it errs need not be sure to keep more pairs.
-        name = "known" if finds_out(call.groups[0]) else "undisputed"
-        before = getattr(function, name)
+        before = self.believes(call.groups)
         if self._finds_out and function.sure:
             options = options.promised
         seen, rescued = iteration.entry["non_finite"], False
@@ -69,7 +67,7 @@ class LbfgsPhase:
         if not call.rescues:
             return Outcome(loss, None, refused)
         one = call.groups[0]["max_iter"] == 1  # else these are steps on batches, more likely
-        believed = one and self._finds_out and getattr(function, name) and not before
+        believed = one and self._finds_out and self.believes(call.groups) and not before
         if self._finds_out and function.looks_like_batches:
             unscale(self.history, call.groups[0])
         failing = iteration.setbacks.failing >= FAILING
@@ -77,6 +75,12 @@ class LbfgsPhase:
             return Outcome(loss, None, refused, rescued, believed=believed)
         others = function.contradicted
         return Outcome(loss, None, refused, rescued, failing, others, believed=believed)
+
+    def believes(self, groups: list[ParamGroup]) -> bool:
+        """Whether the closure is taken for one function by now."""
+        function = self.iteration.objective.function
+        # What returns to Adam where it errs need not be sure to keep more pairs.
+        return function.known if finds_out(groups[0]) else function.undisputed
 
     def refuse(self) -> None:
         """Counts a step that was not taken for an infinite gradient."""

@@ -112,7 +112,7 @@ class KroneckerMetric:
         state: ``Optimizer.state``; what it holds is taken over.
         moments: Adam's, whose averages go on.
         groups: ``Optimizer.param_groups``.
-        limited: Whether long sides get no basis.
+        limited: Whether sides that are long, or much longer than the other, get no basis.
 
     Attributes:
         sides: Of each parameter that has a metric here, which sides have a basis.

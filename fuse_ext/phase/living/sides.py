@@ -16,6 +16,11 @@ from fuse_ext.vector.shards import largest_here, shards_of
 # inputs always: KMNIST's 784 cost accuracy. On a GPU, which multiplies matrices best, nothing has
 # been measured yet.
 LONGEST_SIDE = {"cpu": 512, "cuda": 2048}
+# Nor does one that is so many times as long as the other. A matrix of a x b has a b parameters, and
+# the longer side's covariance and basis 8 a^2 bytes, 8 a / b a parameter, and 10 a operations an
+# element: 2,048 bytes of a weight of 512 x 2, and as many of an adapter of 2,048 x 8 (LoRA) on a
+# GPU. So it is at most 128 bytes. The head of an image network, 128 x 10, keeps its own.
+MOST_TIMES_LONGER = 16
 # A matrix with a side beyond it is taken for an embedding, few of whose rows have a gradient.
 EMBEDDING_SIDE = 8192
 
@@ -32,7 +37,8 @@ def rotated_sides(
     """Which sides of a parameter get a basis.
 
     None do of vectors, complex numbers, with AMSGrad, whose largest moment is of one basis, and
-    with moments that are stored ``narrow``.
+    with moments that are stored ``narrow``; ``limited`` leaves out sides that cost more than they
+    bring.
     """
     if param.ndim < 2 or param.is_complex() or amsgrad or narrow:
         return False, False
@@ -42,6 +48,7 @@ def rotated_sides(
     most = EMBEDDING_SIDE
     if limited:
         most = LONGEST_SIDE.get(device.type, LONGEST_SIDE["cpu"])
+        most = min(most, MOST_TIMES_LONGER * min(rows, columns))
     return rows <= most, columns <= most
 
 
