@@ -25,9 +25,9 @@ class FusePV(FlatOptimizer):
     r"""Adam first, then L-BFGS, in one optimizer (FUSE-PV, Algorithm 4).
 
     Each call of ``step`` is an Adam step (Eq. 2) until ``switch`` says that Adam has done its part;
-    from then on it is ``max_iter`` iterations of L-BFGS (Algorithms 1 and 2), and Adam's moments
-    are released. As in torch, a parameter whose gradient is None is not touched by a step, by
-    weight decay or otherwise; nor is, in the L-BFGS phase, one whose group has lr = 0.
+    then it is ``max_iter`` iterations of L-BFGS (Algorithms 1 and 2), with Adam's moments released,
+    or on minibatches one step of Adam's averages in ``metric``. As in torch, a parameter whose
+    gradient is None is not touched by a step; nor, after Adam, one whose group has lr = 0.
 
     ::
 
@@ -100,7 +100,7 @@ class FusePV(FlatOptimizer):
         metric: On minibatches without pairs: "diagonal", Adam's, or "kronecker" for matrices
             (:mod:`~fuse_ext.phase.living`), "auto": sides to 512 (GPU 2,048), 16 times the other.
         step_cap: Longest step on minibatches, in Adam's steps (above lr = 1e-3 in those of 1e-3,
-            but not below Adam's own). It falls as steps go by, and halves where g jumps.
+            but not below Adam's own). It falls, below that only where known losses do not fall.
         check_finite: Before an Adam step, check loss and gradient, and skip the step if either is
             not finite: one more read of the gradients (4 bytes beside 28). L-BFGS always checks.
         capturable: Steps read nothing from the device, which decides instead, so that a CUDA graph
