@@ -6,7 +6,6 @@ import contextlib
 import gc
 import math
 import statistics
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks import cuda_model
+from benchmarks.harness import gpu_waits
 from benchmarks.harness.gpu_model import H100, RTX4090, Gpu
 from benchmarks.harness.gpu_steps import (
     LIVING,
@@ -107,17 +107,11 @@ def observe(run: Callable[[], object], steps: int = 3) -> Observed | None:
         return None
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as waits:
-            warnings.simplefilter("always")
-            for _ in range(steps):
-                run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with gpu_waits.noted() as waits:
+        for _ in range(steps):
+            run()
     made = torch.cuda.memory_stats()["allocation.all.allocated"] - before
-    count = sum("synchronizing" in str(wait.message) for wait in waits)
-    return Observed(count / steps, made / steps)
+    return Observed(len(waits) / steps, made / steps)
 
 
 def captured(step: Callable[[], object]) -> Callable[[], object]:
