@@ -127,6 +127,25 @@ def test_no_kernel_on_vectors_divides_by_a_number_that_it_is_told() -> None:
             assert kernels(architecture)[name].count(r"MUFU\.RCP.*|I2F\.U64.*") == 0, name
 
 
+# Accesses of 32 bits for an element of float32, where a tensor's place and address disagree.
+ONE_BY_ONE = {
+    "adam<float, f32, no>": 7,
+    "stats<float>": 1,  # of the gradient; 2 with a direction
+    "move<float>": 3,
+    "copy<float, yes>": 2,
+    "copy<float, no>": 2,
+}
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+def test_light_kernels_go_from_element_to_element_without_the_table(name: str) -> None:
+    """There is a loop over elements that reads and writes these and nothing else."""
+    for architecture in cuda_static.architectures():
+        kernel = kernels(architecture)[name]
+        assert cuda_static.slots_of_round(kernel, (0, 0, ONE_BY_ONE[name], 0)) < 250, architecture
+
+
 @needs_cuobjdump
 @pytest.mark.parametrize("name", [*WIDE, "update<float, i8>", "direction<float, i8>"])
 def test_no_loop_divides_integers_of_64_bits_by_a_number_that_it_is_told(name: str) -> None:
