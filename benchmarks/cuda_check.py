@@ -6,8 +6,9 @@ Runs the tests marked cuda, the same under NVIDIA's compute-sanitizer where it i
 on every GPU together where there are several; and measures each step of the table in docs/cuda.md:
 its time by CUDA events beside the model's prediction for this GPU, torch.optim's and a triad's in
 the same run, and its waits and allocations beside those that were counted. What fails says so in
-the report, and the rest goes on; the report is written anew after every part. Control-C ends a part
-that hangs, and the next one begins.
+the report, and the rest goes on; the report is written anew after every part and every row of the
+table, whose rows are measured in a new process after one that fails. Control-C ends a part or a row
+that hangs, and the next one begins; twice in two seconds it ends all rows.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 import fuse_ext
 from benchmarks import cuda_model
-from benchmarks.harness import gpu_table
+from benchmarks.harness import gpu_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "cuda"]
@@ -128,17 +129,23 @@ class Report:
         self.parts.append(f"## {name}: {'passed' if good else 'FAILED'}\n\n{body}")
         self.write()
 
+    def follow(self, name: str, lines: Iterable[tuple[bool, str]]) -> None:
+        """A part that is written anew with every line: whether it is well, and the line."""
+        good, text = True, ""
+        self.parts.append("")
 
-def measured(quick: bool) -> tuple[bool, str]:
-    """The table, for as far as it could be measured."""
-    lines: list[str] = []
-    try:
-        failed = gpu_table.measure(quick, lines)
-        lines += ["", f"{failed} rows FAILED."] if failed else []
-    except (Exception, KeyboardInterrupt):
-        failed = 1
-        lines += ["", f"```\n{traceback.format_exc()[-3000:]}\n```"]
-    return failed == 0, "\n".join(lines)
+        def write(state: str) -> None:
+            self.parts[-1] = f"## {name}: {state}\n\n{text.rstrip()}"
+            self.write()
+
+        try:
+            for well, line in lines:
+                good, text = good and well, f"{text}{line}\n"
+                write("under way")
+        except (Exception, KeyboardInterrupt):
+            good, text = False, f"{text}\n```\n{traceback.format_exc()[-3000:]}\n```"
+        self.good = self.good and good
+        write("passed" if good else "FAILED")
 
 
 def main() -> int:
@@ -155,7 +162,7 @@ def main() -> int:
         report.add(f"compute-sanitizer {tool}", lambda tool=tool: sanitized(tool))
     report.add("Several GPUs", several_gpus)
     heading = "Steps, measured beside their predictions"
-    report.add(heading, lambda: measured(options.quick), fenced=False)
+    report.follow(heading, gpu_rows.measure(options.quick))
     heading = "What the model predicts for other GPUs"
     report.add(heading, lambda: (True, cuda_model.table()), fenced=False)
     print(f"Report: {options.output}\nPlease send it back; its first lines say how.")

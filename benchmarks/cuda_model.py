@@ -30,13 +30,21 @@ from benchmarks.harness.gpu_model import (
     Time,
     blocks_at_once,
     flight_of,
+    matrix_pass,
     pass_time,
+    products,
     recursion,
     slices,
     whole,
 )
+from fuse_ext.curvature.dense import terms_apart
+from fuse_ext.phase.living.sides import matrix_shape, rotated_sides
 
 ROOT = Path(__file__).resolve().parents[1]
+# Square matrices of weights on which the living metric's rows are predicted and measured, and their
+# side: as of a transformer's layers. Those that are counted are as many.
+WEIGHTS = (24, 1024)
+RENEWED = "living metric, bases renewed"
 ROWS = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0 + 4.0 / 128}
 KINDS = {"float32": "f32", "bfloat16": "bf16", "int8": "i8"}
 
@@ -126,25 +134,102 @@ def passes(gpu: Gpu, step: str, numel: int, pairs: int) -> list[Time] | None:
     return parts if "capturable" in step else [*parts, look]
 
 
-def predicted(gpu: Gpu, step: str, cost: Cost, numel: int, pairs: int) -> Time:
+def predicted(
+    gpu: Gpu,
+    step: str,
+    cost: Cost,
+    numel: int,
+    pairs: int,
+    shapes: list[tuple[int, ...]] | None = None,
+) -> Time:
     """A step's time.
 
-    Where torch's ops do it, from its bytes alone: products of matrices take longer.
+    Where torch's ops do it, from its bytes and its products of matrices, one after the other.
+
+    Args:
+        gpu: Where.
+        step: As the table has it.
+        cost: Of it.
+        numel: Parameters.
+        pairs: Of the history.
+        shapes: Of the parameters, for products; one vector if not given.
     """
     parts = passes(gpu, step, numel, pairs)
     if parts is None:
-        size = numel**2 if "matrix" in step else numel
-        parts = [Time(cost.bytes * size / gpu.bandwidth, "bandwidth")]
+        moved = bytes_of(step, cost, numel)
+        if "matrix" in step:
+            parts = [matrix_pass(gpu, moved, float64_of(step, numel))]
+        else:
+            parts = [Time(moved / gpu.bandwidth, "bandwidth")]
+            parts.append(products(gpu, product_operations(step, shapes or [])))
     return whole(parts, cost.launches, cost.syncs, "capturable" in step)
 
 
-def matrix_bytes(numel: int) -> float:
-    """Of an iteration with a dense matrix that takes no terms in; its vectors are left out.
+def bytes_of(step: str, cost: Cost, numel: int) -> float:
+    """Bytes that a step moves; those of a matrix with as many terms as it has on average."""
+    if step in (MATRIX_STEP, TAKING_IN):
+        terms = terms_apart(numel)
+        if step == MATRIX_STEP:
+            return matrix_bytes(numel, terms // 2)
+        return matrix_bytes(numel, terms - 1) + 8 * numel**2
+    return cost.bytes * (numel**2 if "matrix" in step else numel)
+
+
+MATRIX_STEP, TAKING_IN = "search with matrix, one trial", "search with matrix, terms taken in"
+
+
+def matrix_bytes(numel: int, terms: int = 0) -> float:
+    """Of an iteration with a dense matrix that takes no terms in.
 
     The lower triangle in float64, and what the blocks leave of their products: a number for every
-    64 of the square, written and read.
+    64 of the square, written and read. Of vectors each term's two, twice, and the gradient; and
+    those of the step around it.
     """
-    return (4 + 2 * 8 / 64) * numel**2
+    return (4 + 2 * 8 / 64) * numel**2 + (156 + 36 * terms) * numel
+
+
+def float64_of(step: str, numel: int) -> float:
+    """Instructions in float64 of a dense step, as csrc/cuda/dense.cu makes them.
+
+    For each number of the triangle two of the product and its mirror image, and what the warps add
+    up of 8 x 8 tiles (1.6); two for each term that is taken in.
+    """
+    half = numel**2 / 2
+    if step == MATRIX_STEP:
+        return 3.6 * half
+    if step == TAKING_IN:
+        return (3.6 + 2 * terms_apart(numel)) * half
+    return 0.0
+
+
+# Products of a matrix with a factor, a side, in a step of the living metric: covariances, the
+# gradient into the basis, the step out of it. A renewal takes the moment out of the old basis and
+# into the new one besides, takes covariances, and turns the step that measures the stretch.
+PRODUCTS = {
+    "living metric, gathering": 1,
+    "living metric, measuring": 2,
+    "living metric": 2,
+    "living metric, GradScaler": 2,
+    "living metric, taking covariances": 3,
+    RENEWED: 6,
+}
+
+
+def product_operations(step: str, shapes: list[tuple[int, ...]]) -> float:
+    """Of the products of a step, for the sides that have a basis; QR decompositions are not in it.
+
+    Covariances are counted whole, as torch makes them.
+    """
+    operations = 0.0
+    for shape in shapes:
+        param = torch.empty(shape, device="meta")
+        has = rotated_sides(param, False, False, True, torch.device("cuda"))
+        for side, one in zip(matrix_shape(param), has, strict=True):
+            if one:
+                operations += 2 * PRODUCTS.get(step, 0) * param.numel() * side
+                # The basis is multiplied by the covariance.
+                operations += 2 * side**3 if step == RENEWED else 0
+    return operations
 
 
 class _Counter(TorchDispatchMode):
@@ -207,15 +292,19 @@ def table(numel: int = NUMEL, pairs: int = PAIRS) -> str:
     """The predictions as a Markdown table."""
     costs = counted()
     lines = [
-        f"d = {numel:,} float32 parameters in one tensor (with a matrix {MATRIX:,}), m = {pairs}, "
-        "steps captured where the row says capturable",
+        f"d = {numel:,} float32 parameters in one tensor (with a matrix {MATRIX:,}, with a living "
+        f"metric of matrices {WEIGHTS[0]} of {WEIGHTS[1]:,} x {WEIGHTS[1]:,}), m = {pairs}, steps "
+        "captured where the row says capturable",
         "",
         "| step | " + " | ".join(gpu.name for gpu in GPUS) + " |",
         "|---" * (len(GPUS) + 1) + "|",
     ]
+    count, side = WEIGHTS
     for name, cost in costs.items():
-        of = MATRIX if "matrix" in name else numel
-        cells = [cell(predicted(gpu, name, cost, of, pairs)) for gpu in GPUS]
+        of, shapes = MATRIX if "matrix" in name else numel, [(numel,)]
+        if "living metric" in name and "diagonal" not in name:
+            of, shapes = count * side**2, [(side, side)] * count
+        cells = [cell(predicted(gpu, name, cost, of, pairs, shapes)) for gpu in GPUS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     fused = [cell(whole([torch_fused_adam(gpu, numel)], 1, 0, False)) for gpu in GPUS]
     lines.append("| torch.optim.Adam(fused=True) | " + " | ".join(fused) + " |")

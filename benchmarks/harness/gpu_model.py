@@ -40,7 +40,8 @@ class Gpu:
         in_flight: Bytes that a multiprocessor must have under way for that (about: CUB's tuning has
             32 KiB for an H100 and 12 KiB where it knows nothing better).
         threads: That fit onto a multiprocessor.
-        float64_lanes: Of a multiprocessor.
+        float32_lanes: Of a multiprocessor; each multiplies and adds once a clock.
+        float64_lanes: Likewise.
     """
 
     name: str
@@ -50,11 +51,12 @@ class Gpu:
     bandwidth: float
     in_flight: float
     threads: int
+    float32_lanes: int
     float64_lanes: int
 
 
-H100 = Gpu("H100 SXM", "sm_90", 132, 1.755e9, 3.0e12, 32 * 1024, 2048, 64)
-RTX4090 = Gpu("RTX 4090", "sm_80", 128, 2.52e9, 0.93e12, 12 * 1024, 1536, 2)
+H100 = Gpu("H100 SXM", "sm_90", 132, 1.755e9, 3.0e12, 32 * 1024, 2048, 128, 64)
+RTX4090 = Gpu("RTX 4090", "sm_80", 128, 2.52e9, 0.93e12, 12 * 1024, 1536, 128, 2)
 GPUS = (H100, RTX4090)
 
 # Seconds: a launch by the host (captured ones cost the device LAUNCH_GAP), a wait with its copy,
@@ -88,20 +90,20 @@ class Kernel:
 # The keys are those of cuda_static.py; ACCESSES of a round are what its instructions are found by.
 KERNELS = {
     "adam<float, f32, no>": Kernel(
-        128, 64, {"sm_80": 66, "sm_90": 74}, {"sm_80": 284, "sm_90": 315}, 2
+        128, 64, {"sm_80": 68, "sm_90": 74}, {"sm_80": 278, "sm_90": 311}, 2
     ),
     "adam<float, bf16, no>": Kernel(
-        128, 48, {"sm_80": 66, "sm_90": 74}, {"sm_80": 384, "sm_90": 418}, 2
+        128, 48, {"sm_80": 66, "sm_90": 74}, {"sm_80": 369, "sm_90": 401}, 2
     ),
-    "stats<float>": Kernel(512, 64, {"sm_80": 90, "sm_90": 84}, {"sm_80": 228, "sm_90": 237}, 4),
-    "move<float>": Kernel(512, 128, {"sm_80": 80, "sm_90": 80}, {"sm_80": 120, "sm_90": 130}, 0),
-    "copy<float, yes>": Kernel(512, 64, {"sm_80": 52, "sm_90": 52}, {"sm_80": 84, "sm_90": 88}, 0),
+    "stats<float>": Kernel(512, 64, {"sm_80": 90, "sm_90": 84}, {"sm_80": 224, "sm_90": 234}, 4),
+    "move<float>": Kernel(512, 128, {"sm_80": 80, "sm_90": 78}, {"sm_80": 115, "sm_90": 120}, 0),
+    "copy<float, yes>": Kernel(512, 64, {"sm_80": 56, "sm_90": 56}, {"sm_80": 79, "sm_90": 84}, 0),
     # Of the passes over the history: a round over one pair (narrow rows: two).
     "update<float, f32>": Kernel(
         512, 128, {"sm_80": 168, "sm_90": 165}, {"sm_80": 189, "sm_90": 181}, 2, MOST_BLOCKS
     ),
     "update<float, bf16>": Kernel(
-        512, 128, {"sm_80": 159, "sm_90": 158}, {"sm_80": 231, "sm_90": 236}, 4, MOST_BLOCKS
+        512, 128, {"sm_80": 159, "sm_90": 158}, {"sm_80": 225, "sm_90": 230}, 4, MOST_BLOCKS
     ),
     "update<float, i8>": Kernel(
         512, 64, {"sm_80": 168, "sm_90": 167}, {"sm_80": 370, "sm_90": 370}, 4, MOST_BLOCKS
@@ -110,7 +112,7 @@ KERNELS = {
         512, 128, {"sm_80": 168, "sm_90": 164}, {"sm_80": 131, "sm_90": 168}, 0, MOST_BLOCKS
     ),
     "direction<float, bf16>": Kernel(
-        512, 128, {"sm_80": 153, "sm_90": 168}, {"sm_80": 153, "sm_90": 183}, 0, MOST_BLOCKS
+        512, 128, {"sm_80": 168, "sm_90": 168}, {"sm_80": 149, "sm_90": 183}, 0, MOST_BLOCKS
     ),
     "direction<float, i8>": Kernel(
         512, 64, {"sm_80": 168, "sm_90": 168}, {"sm_80": 305, "sm_90": 314}, 0, MOST_BLOCKS
@@ -202,6 +204,18 @@ def slices(pairs: int, numel: int) -> tuple[int, int]:
     columns = max(1, min(MOST_BLOCKS, ceil(tiles / WARPS)))
     count = max(1, min(FILL // columns, pairs // LEAST_PAIRS, MOST_SLICES))
     return count, columns
+
+
+def products(gpu: Gpu, operations: float) -> Time:
+    """Products of matrices in float32, a multiplication and an addition being two operations."""
+    return Time(operations / (2 * gpu.processors * gpu.float32_lanes * gpu.clock), "products")
+
+
+def matrix_pass(gpu: Gpu, bytes_moved: float, float64: float) -> Time:
+    """A pass over a dense matrix: its bytes, or its instructions in float64."""
+    plain = Time(bytes_moved / gpu.bandwidth, "bandwidth")
+    issue = Time(float64 / (gpu.processors * gpu.float64_lanes * gpu.clock), "float64")
+    return max(plain, issue, key=lambda time: time.seconds)
 
 
 def recursion(pairs: int) -> Time:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuse_ext import LBFGS, Adam, FusePV, Never
+from fuse_ext import LBFGS, Adam, Fuse, FusePV, Never
+from fuse_ext.kernels.scalars import matrix_place
 
 PAIRS = 10
 FIXED = {"lr": 0.5, "max_iter": 1, "history_size": PAIRS}
@@ -141,10 +142,13 @@ STEPS = {
     ),
     "fixed step, capturable, int8": Step(lbfgs(torch.int8, capturable=True), FULL, captured=True),
     "fixed step": Step(lbfgs(), FULL),
+    "Fuse": Step(lambda p: Fuse(p.params), FULL),
     PEERS[0]: Step(theirs(), closure=False),
     PEERS[1]: Step(theirs(capturable=True), closure=False, captured=True),
     TORCH_LBFGS: Step(lambda p: torch.optim.LBFGS(p.params, **FIXED), FULL),
 }
+# Where most places in the flat vector and addresses disagree, so that elements go one by one.
+OF_ODD = {name: STEPS[name] for name in ("Adam", "FusePV, Adam phase", "fixed step, capturable")}
 # On matrices: beside what the living metric costs there.
 OF_MATRICES = {PEERS[0]: STEPS[PEERS[0]]}
 # A long history of few parameters, with as many pairs as it has room for.
@@ -167,25 +171,35 @@ class Passage:
     Attributes:
         make: The optimizer of a problem.
         steps: That each optimizer takes.
-        rows: Which of them make a row: takes a step's number, from 0, and the calls of the closure
-            in it.
+        rows: Which of them make a row: takes a step's number, from 0, the calls of the closure in
+            it, and the optimizer after it.
         batches: Whether the closure is another function at every call.
+        closure: Whether the step calls it; else it was called just before, as under GradScaler.
         more: A row for what one row takes more than another: its name, and theirs.
     """
 
     make: Callable[[Problem], Any]
     steps: int
-    rows: dict[str, Callable[[int, int], bool]]
+    rows: dict[str, Callable[[int, int, Any], bool]]
     batches: bool = False
+    closure: bool = True
     more: tuple[str, str, str] | None = None
 
     def names(self) -> list[str]:
         """Of all rows."""
         return [*self.rows, *([self.more[0]] if self.more else [])]
 
-    def row_of(self, number: int, calls: int) -> str | None:
+    def row_of(self, number: int, calls: int, optimizer: Any) -> str | None:
         """The row that a step belongs to."""
-        return next((name for name, is_of in self.rows.items() if is_of(number, calls)), None)
+        found = (name for name, is_of in self.rows.items() if is_of(number, calls, optimizer))
+        return next(found, None)
+
+    def step(self, optimizer: Any, problem: Problem) -> object:
+        """One step."""
+        if self.closure:
+            return optimizer.step(problem.closure)
+        problem.closure()
+        return optimizer.step()
 
 
 # The switch ends step 2, and step 3 looks at the closure. Then ten steps gather covariances, of
@@ -196,35 +210,61 @@ LIVING = Passage(
     lambda p: FusePV(p.params, 1e-3, switch=3, metric="kronecker"),
     43,
     {
-        "the switch, to a living metric": lambda number, _: number == 2,
-        "living metric, gathering": lambda number, _: 5 <= number <= 12,
-        EIGH: lambda number, _: number == 13,
-        "living metric, measuring": lambda number, _: 14 <= number <= 21,
-        "living metric, bases renewed": lambda number, _: number in (32, 42),
-        "living metric, taking covariances": lambda number, _: number > 22 and number % 2 == 1,
-        "living metric": lambda number, _: number > 22,
+        "the switch, to a living metric": lambda number, *_: number == 2,
+        "living metric, watching the closure": lambda number, *_: number == 3,
+        "living metric, gathering": lambda number, *_: 5 <= number <= 12,
+        EIGH: lambda number, *_: number == 13,
+        "living metric, measuring": lambda number, *_: 14 <= number <= 21,
+        "living metric, bases renewed": lambda number, *_: number in (32, 42),
+        "living metric, taking covariances": lambda number, *_: number > 22 and number % 2 == 1,
+        "living metric": lambda number, *_: number > 22,
     },
     batches=True,
 )
+# Without the look at the closure all comes a step sooner.
+LIVING_SCALED = Passage(
+    lambda p: scaled(FusePV(p.params, 1e-3, switch=3, metric="kronecker"), p),
+    42,
+    {
+        "living metric, GradScaler": lambda number, *_: (
+            number > 21 and number % 2 == 1 and number not in (31, 41)
+        )
+    },
+    batches=True,
+    closure=False,
+)
+
+
+def took_terms_in(optimizer: Any) -> bool:
+    """Whether the dense matrix has just done so: no term is left. Reads the device."""
+    entry = optimizer.state[optimizer.param_groups[0]["params"][0]]
+    return float(entry["matrix_scalars"][matrix_place("terms")]) == 0.0
 
 
 def search(curvature: str) -> Passage:
     """On one function; the history is full where trials are told apart."""
     name = {"pairs": "pairs", "dense": "matrix"}[curvature]
     one, two = (f"search with {name}, {count}" for count in ("one trial", "two trials"))
+    rows: dict[str, Callable[[int, int, Any], bool]] = {
+        f"the switch, to a search with {name}": lambda number, *_: number == 1,
+        f"search with {name}, first step": lambda number, *_: number == 2,
+    }
+    if curvature == "dense":
+        rows["search with matrix, terms taken in"] = lambda number, calls, optimizer: (
+            number >= FULL - 1 and calls == 1 and took_terms_in(optimizer)
+        )
+    rows[one] = lambda number, calls, _: number >= FULL - 1 and calls == 1
+    rows[two] = lambda number, calls, _: number >= FULL - 1 and calls == 2
     return Passage(
         lambda p: FusePV(p.params, curvature=curvature, history_size=PAIRS, **SEARCH),
-        FULL + 20,
-        {
-            f"the switch, to a search with {name}": lambda number, _: number == 1,
-            one: lambda number, calls: number >= FULL - 1 and calls == 1,
-            two: lambda number, calls: number >= FULL - 1 and calls == 2,
-        },
+        # Up to 32 pairs are kept as terms before the matrix takes them in.
+        FULL + (40 if curvature == "dense" else 20),
+        rows,
         more=(f"search with {name}, each trial more", two, one),
     )
 
 
 WITH_PAIRS, WITH_MATRIX = search("pairs"), search("dense")
-PASSAGES = (LIVING, WITH_PAIRS, WITH_MATRIX)
+PASSAGES = (LIVING, LIVING_SCALED, WITH_PAIRS, WITH_MATRIX)
 # Rows that docs/cuda.md has no counts for.
 UNCOUNTED = (EIGH, WITH_PAIRS.more[1], WITH_MATRIX.more[1])

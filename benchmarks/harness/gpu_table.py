@@ -6,7 +6,6 @@ import contextlib
 import gc
 import math
 import statistics
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,32 +13,28 @@ from typing import Any
 import torch
 
 from benchmarks import cuda_model
+from benchmarks.harness import gpu_waits
 from benchmarks.harness.gpu_model import H100, RTX4090, Gpu
-from benchmarks.harness.gpu_steps import (
-    LIVING,
-    LONG_PAIRS,
-    OF_MATRICES,
-    PAIRS,
-    STEPS,
-    WITH_MATRIX,
-    WITH_PAIRS,
-    Passage,
-    Problem,
-    Step,
-)
-from benchmarks.harness.gpu_steps import LONG as LONG_STEPS
+from benchmarks.harness.gpu_steps import PAIRS, Passage, Problem, Step
 from fuse_ext.curvature.dense import terms_apart
 from fuse_ext.kernels import ops, scalars
 
 DEVICE = torch.device("cuda")
-# Parameters, and the tensors they are spread over.
-CASES = ((10_000_000, 1), (10_000_000, 300), (100_000_000, 1), (10_000, 8))
-# Matrices of weights, of so many rows and columns.
-WEIGHTS = ((24, 1024),)
+# Elements of a tensor, and tensors. Of multiples of 4 elements, so that all packs are whole; and
+# of an odd number, so that most tensors have places in the flat vector that their addresses do not
+# agree with.
+CASES = ((10_000_000, 1), (33_332, 300), (100_000_000, 1), (1_252, 8))
+ODD_CASES = ((33_333, 300),)
+ODD = ", odd sizes: mostly element by element"
+# Square matrices of weights, and their sides.
+WEIGHTS = (cuda_model.WEIGHTS,)
 # Parameters of dense matrices, and of long histories.
 MATRICES = (300, 2_000, 16_000)
 LONG = (16_000,)
 COPIED = 1 << 28  # float32 elements
+# A multiprocessor's, by compute capability: A100, H100 and B200. All others, whatever their
+# number (8.6 and 8.9, 10.3, 12.0), have a consumer GPU's two.
+FLOAT64_LANES = {(8, 0): 32, (9, 0): 64, (10, 0): 64}
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -71,8 +66,8 @@ def this_gpu(bandwidth: float) -> Gpu:
     if DEVICE.type != "cuda":
         return RTX4090
     facts = torch.cuda.get_device_properties(DEVICE)
-    capability = facts.major * 10 + facts.minor
-    like = H100 if facts.major >= 9 or capability == 80 else RTX4090
+    float64_lanes = FLOAT64_LANES.get((facts.major, facts.minor), RTX4090.float64_lanes)
+    like = RTX4090 if float64_lanes == RTX4090.float64_lanes else H100
     clock = 1e3 * getattr(facts, "clock_rate", 0) or like.clock
     return replace(
         like,
@@ -81,6 +76,9 @@ def this_gpu(bandwidth: float) -> Gpu:
         clock=clock,
         bandwidth=bandwidth,
         threads=getattr(facts, "max_threads_per_multi_processor", like.threads),
+        float32_lanes=64 if (facts.major, facts.minor) == (8, 0) else like.float32_lanes,
+        float64_lanes=float64_lanes,
+        # What the model knows of; other machine code is much alike.
         code="sm_90" if facts.major >= 9 else "sm_80",
     )
 
@@ -91,6 +89,14 @@ class Observed:
 
     waits: float
     allocations: float
+
+    def less(self, other: Observed | None, times: float = 1.0) -> Observed:
+        """Without what came so many times within."""
+        if other is None:
+            return self
+        return Observed(
+            self.waits - times * other.waits, self.allocations - times * other.allocations
+        )
 
     @staticmethod
     def mean(of: list[Observed]) -> Observed | None:
@@ -107,17 +113,11 @@ def observe(run: Callable[[], object], steps: int = 3) -> Observed | None:
         return None
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as waits:
-            warnings.simplefilter("always")
-            for _ in range(steps):
-                run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with gpu_waits.noted() as waits:
+        for _ in range(steps):
+            run()
     made = torch.cuda.memory_stats()["allocation.all.allocated"] - before
-    count = sum("synchronizing" in str(wait.message) for wait in waits)
-    return Observed(count / steps, made / steps)
+    return Observed(len(waits) / steps, made / steps)
 
 
 def captured(step: Callable[[], object]) -> Callable[[], object]:
@@ -150,7 +150,7 @@ HEADINGS = (
 
 @dataclass(frozen=True)
 class Measured:
-    """A step: its time, that of the closure in it, and what torch saw of it."""
+    """A step: its time, that of the closure in it, and what torch saw of it without the closure."""
 
     ms: float
     closure: float
@@ -171,35 +171,46 @@ class Table:
     costs: dict[str, cuda_model.Cost]
     repeats: int
 
-    def line(self, name: str, shapes: list[tuple[int, ...]], pairs: int, measured: Measured) -> str:
+    def line(
+        self,
+        name: str,
+        shapes: list[tuple[int, ...]],
+        pairs: int,
+        measured: Measured,
+        note: str = "",
+    ) -> str:
         """One line, with what was predicted."""
         numel, seen = sum(map(math.prod, shapes)), measured.seen
-        cells = [f"{numel:,}", str(len(shapes)), name]
+        cells = [f"{numel:,}", str(len(shapes)), name + note]
         cells += [f"{measured.ms:.3f}", f"{measured.closure:.3f}"]
         waits, made = (f"{seen.waits:.1f}", f"{seen.allocations:.1f}") if seen else ("-", "-")
         cost = self.costs.get(name)
         if cost is None:
             cells += ["", "", waits, made]
             return "| " + " | ".join(cells) + " |"
-        expected = cuda_model.predicted(self.gpu, name, cost, numel, pairs)
-        size = numel**2 if "matrix" in name else numel
-        bytes_moved = cost.bytes * size
+        expected = cuda_model.predicted(self.gpu, name, cost, numel, pairs, shapes)
+        bytes_moved = cuda_model.bytes_of(name, cost, numel)
         if "fixed step" in name and pairs != cuda_model.PAIRS:
             bytes_moved = cuda_model.iteration_bytes(pairs) * numel
         cells += [cuda_model.cell(expected), f"{1e3 * bytes_moved / self.gpu.bandwidth:.3f}"]
         cells += [f"{waits} ({cost.syncs})", f"{made} ({cost.allocations})"]
         return "| " + " | ".join(cells) + " |"
 
-    def step(self, name: str, step: Step, shapes: list[tuple[int, ...]], pairs: int) -> str:
+    def step(
+        self, name: str, step: Step, shapes: list[tuple[int, ...]], pairs: int, note: str = ""
+    ) -> str:
         """The line of a step that is repeated as it is."""
         problem = Problem(shapes, DEVICE, step.batches)
         run = step.build(problem)
-        seen, before = observe(run), problem.calls
+        before = problem.calls
         run()
         calls = problem.calls - before
+        seen = observe(run)
+        if seen is not None and calls:
+            seen = seen.less(observe(problem.closure), calls)
         ms = milliseconds(captured(run) if step.captured else run, self.repeats)
         closure = milliseconds(problem.closure, self.repeats) if calls else 0.0
-        return self.line(name, shapes, pairs, Measured(ms, calls * closure, seen))
+        return self.line(name, shapes, pairs, Measured(ms, calls * closure, seen), note)
 
     def passage(self, passage: Passage, shapes: list[tuple[int, ...]]) -> tuple[list[str], int]:
         """The lines of a passage, and how many failed. The first optimizer is watched, not timed.
@@ -212,11 +223,16 @@ class Table:
         for _ in range(max(2, self.repeats // 5)):
             release()
             later += lead_through(passage, shapes, watch=False)
-        closure = milliseconds(Problem(shapes, DEVICE, passage.batches).closure, self.repeats)
+        alone = Problem(shapes, DEVICE, passage.batches)
+        closure, asks = milliseconds(alone.closure, self.repeats), observe(alone.closure)
         found: dict[str, Measured] = {}
         for name in passage.rows:
             of = [led for led in later if led.row == name]
-            seen = [led.seen for led in first if led.row == name and led.seen is not None]
+            seen = [
+                led.seen.less(asks, led.calls)
+                for led in first
+                if led.row == name and led.seen is not None
+            ]
             if of:
                 ms = statistics.median(led.ms for led in of)
                 calls = statistics.median(led.calls for led in of)
@@ -251,14 +267,14 @@ def lead_through(passage: Passage, shapes: list[tuple[int, ...]], watch: bool) -
     optimizer = passage.make(problem)
 
     def run() -> object:
-        return optimizer.step(problem.closure)
+        return passage.step(optimizer, problem)
 
     for number in range(passage.steps):
         before = problem.calls
         seen = observe(run, 1) if watch else None
         ms = 0.0 if watch else timed(run)
         calls = problem.calls - before
-        row = passage.row_of(number, calls)
+        row = passage.row_of(number, calls, optimizer)
         if row is not None:
             found.append(Led(row, ms, calls, seen))
     return found
@@ -268,8 +284,7 @@ def difference(more: Measured, less: Measured) -> Measured:
     """What one step takes more than another."""
     seen = None
     if more.seen is not None and less.seen is not None:
-        waits = more.seen.waits - less.seen.waits
-        seen = Observed(waits, more.seen.allocations - less.seen.allocations)
+        seen = more.seen.less(less.seen)
     return Measured(more.ms - less.ms, more.closure - less.closure, seen)
 
 
@@ -291,57 +306,6 @@ def release() -> None:
         # After an error of the device everything raises: the rows that follow will say so.
         with contextlib.suppress(RuntimeError):
             torch.cuda.empty_cache()
-
-
-def measure(quick: bool, lines: list[str]) -> int:
-    """Appends the table's lines one by one; returns how many rows failed."""
-    repeats, failed = 5 if quick else 30, 0
-    bandwidth = triad_bandwidth(repeats)
-    of = Table(this_gpu(bandwidth), cuda_model.counted(), repeats)
-    plain = [[(numel // tensors,)] * tensors for numel, tensors in CASES]
-    matrices = [[(side, side)] * count for count, side in WEIGHTS]
-    few = [[(numel,)] for numel in MATRICES]
-    plans: list[tuple[dict[str, Step], list[tuple[int, ...]], int]]
-    plans = [(STEPS, shapes, PAIRS) for shapes in plain]
-    plans += [(OF_MATRICES, shapes, PAIRS) for shapes in matrices]
-    plans += [(LONG_STEPS, [(numel,)], LONG_PAIRS) for numel in LONG]
-    passages = [(WITH_PAIRS, shapes) for shapes in plain]
-    passages += [(LIVING, shapes) for shapes in matrices]
-    passages += [(WITH_MATRIX, shapes) for shapes in few]
-    lines += [f"Triad: {bandwidth / 1e12:.3f} TB/s. The model takes this GPU for: {of.gpu}.", ""]
-    lines += ["| " + " | ".join(HEADINGS) + " |", "|---" * len(HEADINGS) + "|"]
-    for steps, shapes, pairs in plans:
-        for name, step in steps.items():
-            print(f"{name}, {len(shapes)} of {shapes[0]}", flush=True)
-            try:
-                lines.append(of.step(name, step, shapes, pairs))
-            except Exception as error:  # the next row may still work
-                failed += 1
-                lines.append(failure(name, shapes, brief(error)))
-            release()
-    for passage, shapes in passages:
-        print(f"{passage.names()[0]}, {len(shapes)} of {shapes[0]}", flush=True)
-        try:
-            more, fell = of.passage(passage, shapes)
-        except Exception as error:
-            more = [failure(name, shapes, brief(error)) for name in passage.names()]
-            fell = len(more)
-        lines += more
-        failed += fell
-        release()
-    for numel in MATRICES:
-        try:
-            ms = matrix_time(numel, repeats)
-            share = cuda_model.matrix_bytes(numel) / (1e-3 * ms) / bandwidth
-            lines.append(
-                f"| {numel:,} | 1 | dense_direction alone, of the triad {share:.0%} "
-                f"| {ms:.3f} |" + " |" * 5
-            )
-        except Exception as error:
-            failed += 1
-            lines.append(failure("dense_direction alone", [(numel,)], brief(error)))
-        release()
-    return failed
 
 
 def matrix_time(numel: int, repeats: int) -> float:
@@ -377,3 +341,12 @@ def matrix_time(numel: int, repeats: int) -> float:
         )
 
     return milliseconds(iterate, repeats)
+
+
+def matrix_line(of: Table, numel: int) -> str:
+    """The line of dense_direction alone."""
+    ms = matrix_time(numel, of.repeats)
+    share = cuda_model.matrix_bytes(numel) / (1e-3 * ms) / of.gpu.bandwidth
+    return (
+        f"| {numel:,} | 1 | dense_direction alone, of the triad {share:.0%} | {ms:.3f} |" + " |" * 5
+    )

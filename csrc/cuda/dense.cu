@@ -75,10 +75,10 @@ __device__ __forceinline__ void square_product(const Iteration<T>& a, const Squa
   for (int at = static_cast<int>(threadIdx.x); at < kSquare; at += kThreads) {
     double column = 0;
     for (int w = 0; w < kWarps; ++w) column += columns[w * kSquare + at];
-    if (!diagonal) partial[square.row * a.length + first_column + at] = column;
+    if (!diagonal) store_global(partial + square.row * a.length + first_column + at, column);
     if (first_row + at < a.length) {
-      partial[square.column * a.length + first_row + at] =
-          diagonal ? shared[at] + column : shared[at];
+      store_global(partial + square.column * a.length + first_row + at,
+                   diagonal ? shared[at] + column : shared[at]);
     }
   }
   __syncthreads();
@@ -111,7 +111,7 @@ __device__ __forceinline__ void weigh_term(const Iteration<T>& a, int term, doub
   double s_g = 0, w_g = 0, s_prev = 0, w_prev = 0;
 #pragma unroll 4
   for (Index i = threadIdx.x; i < a.numel; i += kThreads) {
-    const double g = a.g(i), s = s_row[i], w = w_row[i];
+    const double g = a.g(i), s = load_global<double>(s_row + i), w = load_global<double>(w_row + i);
     s_g = fma(s, g, s_g), w_g = fma(w, g, w_g);
     if (both) {
       const double g_prev = a.g_prev(i);
@@ -145,10 +145,10 @@ __global__ void __launch_bounds__(kThreads, 4) dense_product_kernel(const Iterat
   const bool both = a.is_unknown();
   for (Index number = block - a.most_terms; number < squares; number += blocks) {
     const Square square(number);
-    const auto g = [&](Index i) { return a.g(i); };
+    const auto g = [&](Index i) { return a.common_element(a.grad, i); };
     square_product(a, square, g, a.partial, shared);
     if (both) {
-      const auto g_prev = [&](Index i) { return a.g_prev(i); };
+      const auto g_prev = [&](Index i) { return a.common_element(a.grad_prev, i); };
       square_product(a, square, g_prev, a.partial + rows * a.length, shared);
     }
   }
@@ -162,10 +162,12 @@ __device__ __forceinline__ double product_at(const Iteration<T>& a, const Held& 
   const double* const partial = a.partial + which * rows * a.length + i;
   double sum = 0;
 #pragma unroll 8
-  for (Index column = 0; column < rows; ++column) sum += partial[column * a.length];
+  for (Index column = 0; column < rows; ++column) {
+    sum += load_global<double>(partial + column * a.length);
+  }
 #pragma unroll 4
   for (int q = 0; q < 2 * held.terms; ++q) {
-    sum = fma(a.plan->coefs[which][q], a.row(q)[i], sum);
+    sum = fma(a.plan->coefs[which][q], load_global<double>(a.row(q) + i), sum);
   }
   return held.scale * sum;
 }
@@ -237,13 +239,13 @@ __global__ void __launch_bounds__(kThreads, 4) dense_join_kernel(const Iteration
       const double y = g - a.g_prev(i);
       yg = fma(y, g, yg);
       if (!identity) {
-        const double before = unknown ? product_at(a, held, 1, i) : known[i];
+        const double before = unknown ? product_at(a, held, 1, i) : load_global<double>(known + i);
         const double w = i < a.numel ? product - before : 0.0;
         y_h_y = fma(w, y, y_h_y), wg = fma(w, g, wg);
-        w_row[i] = w;
+        store_global(w_row + i, w);
       }
     }
-    known[i] = product;
+    store_global(known + i, product);
   }
   const double sum = warp_sum_of_four(y_h_y, wg, yg, 0.0);
   const int lane = lane_of_thread();
@@ -269,27 +271,27 @@ __global__ void __launch_bounds__(kThreads, 4) dense_finish_kernel(const Iterati
     const Index i = tile * kWarp + lane_of_thread();
     if (i >= a.length) continue;
     const double g = a.g(i);
-    double product = known[i];
+    double product = load_global<double>(known + i);
     if (term >= 0) {
       const double s = a.s(i);
       double w;
       if (begins) {
         w = gamma * (g - a.g_prev(i));
         product = gamma * g;
-        w_row[i] = w;
+        store_global(w_row + i, w);
       } else {
-        w = w_row[i];
+        w = load_global<double>(w_row + i);
       }
-      s_row[i] = s;
+      store_global(s_row + i, s);
       product = product / tau + of_s * s + of_w * w;
-      known[i] = product;
+      store_global(known + i, product);
     }
     if (i >= a.numel) continue;
     const double share =
         a.lr_scale == nullptr ? 1.0 : static_cast<double>(load_global<T>(a.lr_scale + i));
     const T rounded = static_cast<T>(-share * product);
-    a.direction[i] = rounded;
-    a.grad_prev[i] = a.grad[i];
+    store_global(a.direction + i, rounded);
+    store_global(a.grad_prev + i, a.grad[i]);
     const double p = static_cast<double>(rounded);
     slope = fma(p, g, slope), square = fma(p, p, square);
     largest = larger(largest, magnitude_of(p));
@@ -323,15 +325,16 @@ __global__ void __launch_bounds__(kThreads, 4) dense_take_in_kernel(const Iterat
     for (int term = 0; term < terms; ++term) {
       const double *const s_row = a.row(2 * term), *const w_row = s_row + a.stride;
       const double* const a_of = a.a_of(term);
-      const double s = s_row[tile_row * kTile + r], w = w_row[tile_row * kTile + r];
+      const double s = load_common<double>(s_row + tile_row * kTile + r);
+      const double w = load_common<double>(w_row + tile_row * kTile + r);
       const double of_s = a_of[0] * s + a_of[1] * w, of_w = a_of[1] * s + a_of[2] * w;
 #pragma unroll
       for (int j = 0; j < kSide; ++j) {
         if (j >= tiles) break;
         const Index at = square.tile_column(j) * kTile + c;
         double other_s[2], other_w[2];
-        load_two(s_row + at, a.aligned, other_s);
-        load_two(w_row + at, a.aligned, other_w);
+        load_common_two(s_row + at, a.aligned, other_s);
+        load_common_two(w_row + at, a.aligned, other_w);
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           sums[j][k] = fma(of_w, other_w[k], fma(of_s, other_s[k], sums[j][k]));

@@ -61,15 +61,9 @@ struct Iteration {
   bool aligned;  // two neighbours of a tile or of a term's vectors may be moved together
   Workspace workspace;
 
-  __device__ __forceinline__ double g(Index i) const {
-    return i < numel ? static_cast<double>(grad[i]) : 0.0;
-  }
-  __device__ __forceinline__ double g_prev(Index i) const {
-    return i < numel ? static_cast<double>(grad_prev[i]) : 0.0;
-  }
-  __device__ __forceinline__ double s(Index i) const {
-    return i < numel ? pair.step * static_cast<double>(direction[i]) : 0.0;
-  }
+  __device__ __forceinline__ double g(Index i) const { return element(grad, i); }
+  __device__ __forceinline__ double g_prev(Index i) const { return element(grad_prev, i); }
+  __device__ __forceinline__ double s(Index i) const { return pair.step * element(direction, i); }
   __device__ __forceinline__ double* row(Index i) const { return vectors + i * stride; }
   __device__ __forceinline__ double* known_product() const { return row(2 * most_terms); }
   __device__ __forceinline__ double* a_of(Index term) const {
@@ -79,6 +73,15 @@ struct Iteration {
   // Whether H g_prev would have to be computed for a pair.
   __device__ __forceinline__ bool is_unknown() const {
     return pair.offered && !is_identity() && numbers[kKnown] == 0.0;
+  }
+
+  // A vector's element, or the zero that stands behind its end.
+  __device__ __forceinline__ double element(const T* vector, Index i) const {
+    return i < numel ? static_cast<double>(load_global<T>(vector + i)) : 0.0;
+  }
+  // The same where the lanes of a column, and other warps, ask for it too.
+  __device__ __forceinline__ double common_element(const T* vector, Index i) const {
+    return i < numel ? static_cast<double>(load_common<T>(vector + i)) : 0.0;
   }
 };
 
@@ -108,14 +111,24 @@ __device__ __forceinline__ void load_two(const double* from, bool aligned, doubl
     const double2 both = load_global<double2>(from);
     out[0] = both.x, out[1] = both.y;
   } else {
-    out[0] = from[0], out[1] = from[1];
+    out[0] = load_global<double>(from), out[1] = load_global<double>(from + 1);
+  }
+}
+// The same of a vector, of which all rows of a tile ask for the same.
+__device__ __forceinline__ void load_common_two(const double* from, bool aligned,
+                                                double (&out)[2]) {
+  if (aligned) {
+    const double2 both = load_common<double2>(from);
+    out[0] = both.x, out[1] = both.y;
+  } else {
+    out[0] = load_common<double>(from), out[1] = load_common<double>(from + 1);
   }
 }
 __device__ __forceinline__ void store_two(double* to, bool aligned, const double (&values)[2]) {
   if (aligned) {
     store_global(to, make_double2(values[0], values[1]));
   } else {
-    to[0] = values[0], to[1] = values[1];
+    store_global(to, values[0]), store_global(to + 1, values[1]);
   }
 }
 

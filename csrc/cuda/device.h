@@ -11,7 +11,8 @@
 
 namespace fuse_ext::cuda {
 
-// One op call. Makes the device current for its lifetime.
+// One op call. Makes the device current for its lifetime, and holds what its launch reads: another
+// thread may put a larger workspace, or another table, in the place of either at any time.
 class DeviceCall {
  public:
   explicit DeviceCall(const at::Device& device);
@@ -35,6 +36,7 @@ class DeviceCall {
   c10::DeviceGuard guard_;
   at::Device device_;
   void* stream_;
+  mutable std::vector<at::Tensor> held_;
 };
 
 // Adds the kernels of every op to a library.

@@ -257,6 +257,46 @@ __device__ __forceinline__ bool moves_whole(const Segment& s, Index first) {
 template <int W>
 using Width = std::integral_constant<int, W>;
 
+// Where a thread stands in the table; what it finds there it reads again for every pack or element.
+struct SegmentPlace {
+  Index index;  // the first segment that ends after the place; perhaps none does
+
+  // Goes on to a later place, few steps away.
+  __device__ __forceinline__ void advance(const SegmentTable& table, Index place) {
+    while (index < table.count &&
+           table.segments[index].offset + table.segments[index].numel <= place) {
+      ++index;
+    }
+  }
+  __device__ __forceinline__ Segment found(const SegmentTable& table) const {
+    return table.segments[index];
+  }
+};
+
+// The same with what it finds there in registers, for kernels that have some to spare: the table
+// is read where a segment ends.
+struct CurrentSegment {
+  int index;        // a register fewer than an Index
+  Segment segment;  // where there is one
+
+  __device__ __forceinline__ void advance(const SegmentTable& table, Index place) {
+    if (index >= table.count || segment.offset + segment.numel > place) return;
+    SegmentPlace next{index + 1};
+    next.advance(table, place);
+    index = static_cast<int>(next.index);
+    if (index < table.count) segment = table.segments[index];
+  }
+  __device__ __forceinline__ const Segment& found(const SegmentTable&) const { return segment; }
+};
+
+// Whether `length` elements from a flat place on lie in a segment, and packs of N of them may be
+// moved together.
+template <class T, int N>
+__device__ __forceinline__ bool holds_packs(const Segment& s, Index place, Index length) {
+  return s.offset <= place && place + length <= s.offset + s.numel &&
+         moves_whole<T, N>(s, place - s.offset);
+}
+
 // The segment in which a warp's tile begins: looked up once a tile. To be used by all lanes of a
 // warp together, for tiles in ascending order.
 template <class T, int N>
@@ -272,36 +312,33 @@ struct TileSegment {
       index = table.first_ending_after(first, index + 1);
       if (index < table.count) segment = table.segments[index];
     }
-    whole = together && index < table.count && segment.offset <= first &&
-            first + length <= segment.offset + segment.numel &&
-            moves_whole<T, N>(segment, first - segment.offset);
+    whole = together && index < table.count && holds_packs<T, N>(segment, first, length);
   }
 };
 
 // Calls body(Width<W>, segment, first element inside it, flat index) for the parts of segments in
 // the pack [flat, flat + N): once with W = N where the pack lies in one segment and every address
-// is aligned for it, else with W = 1 for each element that a segment covers. `i`, a segment that
-// begins no later than all that end after `flat`, becomes the first of these: neighbours are few
-// steps apart. `together`: the flat vectors' own addresses allow whole packs.
-template <class T, int N, class Body>
-__device__ __forceinline__ void visit_pack(const SegmentTable& table, Index& i, Index flat,
+// is aligned for it, else with W = 1 for each element that a segment covers. `at`, one of the two
+// above, stands at `flat` or before it. `together`: the flat vectors' own addresses allow whole
+// packs.
+template <class T, int N, class Place, class Body>
+__device__ __forceinline__ void visit_pack(const SegmentTable& table, Place& at, Index flat,
                                            Index end, bool together, Body&& body) {
-  while (i < table.count && table.segments[i].offset + table.segments[i].numel <= flat) ++i;
-  if (i >= table.count) return;
+  at.advance(table, flat);
+  if (at.index >= table.count) return;
   {
-    const Segment s = table.segments[i];
-    if (together && s.offset <= flat && flat + N <= s.offset + s.numel &&
-        moves_whole<T, N>(s, flat - s.offset)) {
+    const auto& s = at.found(table);
+    if (together && holds_packs<T, N>(s, flat, N)) {
       return body(Width<N>{}, s, flat - s.offset, flat);
     }
   }
   const Index stop = flat + N < end ? flat + N : end;
 #pragma unroll 1
-  for (Index at = flat; at < stop; ++at) {
-    while (i < table.count && table.segments[i].offset + table.segments[i].numel <= at) ++i;
-    if (i >= table.count) return;
-    const Segment s = table.segments[i];
-    if (s.offset <= at) body(Width<1>{}, s, at - s.offset, at);
+  for (Index place = flat; place < stop; ++place) {
+    at.advance(table, place);
+    if (at.index >= table.count) return;
+    const auto& s = at.found(table);
+    if (s.offset <= place) body(Width<1>{}, s, place - s.offset, place);
   }
 }
 
@@ -325,10 +362,10 @@ __device__ __forceinline__ void visit_tiles(const Segments& segments, bool toget
       body(Width<N>{}, Width<packs>{}, at.segment, flat - at.segment.offset, flat);
       continue;
     }
-    Index i = at.index;
+    CurrentSegment own{static_cast<int>(at.index), at.segment};
 #pragma unroll 1
     for (int u = 0; u < packs && flat + u * kPackStep<N> < segments.end; ++u) {
-      visit_pack<T, N>(segments.table, i, flat + u * kPackStep<N>, segments.end, together,
+      visit_pack<T, N>(segments.table, own, flat + u * kPackStep<N>, segments.end, together,
                        [&](auto width, const Segment& s, Index inside, Index place) {
         body(width, Width<1>{}, s, inside, place);
       });

@@ -180,7 +180,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
   for (Index tile = first_tile(); tile * kLength < numel; tile += tile_stride()) {
     const Index begin = tile * kLength + lane_of_thread() * kPack;
     in.enter(segments.table, tile * kLength, kLength, together);
-    Index i = in.index;
     T p[kPacks<T>][kPack], taken[kPacks<T>][kPack] = {};
     if (in.whole) {
       T x[kPacks<T>][kPack], from[kPacks<T>][kPack];
@@ -200,11 +199,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 3 : 2)
         for (int k = 0; k < kPack; ++k) taken[u][k] = x[u][k] - from[u][k];
       }
     } else {
+      CurrentSegment own{static_cast<int>(in.index), in.segment};
 #pragma unroll
       for (int u = 0; u < kPacks<T>; ++u) {
         const Index flat = begin + u * kScaleBlock;
         load_row_pack<kPack>(direction, flat, numel, together && flat + kPack <= numel, p[u]);
-        visit_pack<T, kPack>(segments.table, i, flat, numel, together,
+        visit_pack<T, kPack>(segments.table, own, flat, numel, together,
                              [&](auto width, const Segment& s, Index first, Index at) {
           constexpr int W = decltype(width)::value;
           T x[1][W], from[1][W];

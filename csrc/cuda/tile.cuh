@@ -127,13 +127,13 @@ struct Tile {
       return body(Width<kPack>{}, Width<kPacks>{}, place.segment,
                   pack(tile, 0) - place.segment.offset, 0, 0);
     }
-    Index i = place.index;
+    SegmentPlace at{place.index};
 #pragma unroll 1
     for (int u = 0; u < kPacks; ++u) {
       const Index flat = pack(tile, u);
-      visit_pack<T, kPack>(table, i, flat, numel, true,
-                           [&](auto width, const Segment& s, Index first, Index at) {
-        body(width, Width<1>{}, s, first, u, static_cast<int>(at - flat));
+      visit_pack<T, kPack>(table, at, flat, numel, true,
+                           [&](auto width, const Segment& s, Index inside, Index element) {
+        body(width, Width<1>{}, s, inside, u, static_cast<int>(element - flat));
       });
     }
   }

@@ -10,6 +10,7 @@ all others are taken for the device's. What the closure does is not counted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fuse_ext import LBFGS, Adam, FusePV, Never
+from fuse_ext import LBFGS, Adam, Fuse, FusePV, Never
 from fuse_ext.curvature import ring
 from fuse_ext.kernels import ops
 from fuse_ext.vector import gradients
@@ -31,6 +32,9 @@ from fuse_ext.vector import gradients
 NUMEL, PAIRS = 16_384, 10
 DENSE = 1_024  # parameters where there is a dense matrix
 SIDE = 64  # columns of the two matrices that are all parameters
+# What the living metric costs a parameter depends on the matrices' number and shapes, not on how
+# large they are: square ones, as many as gpu-check measures.
+WEIGHTS, WEIGHT_SIDE = 24, 16
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,14 @@ class Counts:
         """Bytes a parameter, in words; of a matrix a share of d, the number of parameters."""
         if "matrix" in name:
             return f"{self.bytes / DENSE**2:.1f} d"
+        if is_of_matrices(name):
+            return f"{self.bytes / (WEIGHTS * WEIGHT_SIDE**2):.0f}"
         return f"{self.bytes / NUMEL:.0f}"
+
+
+def is_of_matrices(name: str) -> bool:
+    """Whether a row is of the square matrices."""
+    return "living metric" in name and "diagonal" not in name
 
 
 # What only makes room, or another view of what is there.
@@ -195,21 +206,25 @@ def as_device(kernels: library.SimulatedOps) -> Iterator[Counter]:
 
 
 class Problem:
-    """A convex quadratic in two matrices.
+    """A convex quadratic in matrices.
 
     Args:
         counter: Is paused while the closure runs.
         batches: Whether every call is another function, as on minibatches.
-        numel: Parameters.
+        shape: Number of the matrices, rows and columns of each.
     """
 
-    def __init__(self, counter: Counter, batches: bool = False, numel: int = NUMEL) -> None:
+    def __init__(
+        self,
+        counter: Counter,
+        batches: bool = False,
+        shape: tuple[int, int, int] = (2, NUMEL // SIDE // 2, SIDE),
+    ) -> None:
         self.counter, self.calls = counter, 0
         with counter.pause():
             torch.manual_seed(0)
-            shape = (2, numel // SIDE // 2, SIDE)
             self.params = [x.clone().requires_grad_() for x in torch.randn(shape)]
-            self.curvatures = torch.logspace(0.0, 3.0, numel).view(shape)
+            self.curvatures = torch.logspace(0.0, 3.0, math.prod(shape)).view(shape)
             self.noise = torch.randn(7, *shape) * (1.0 if batches else 0.0)
 
     def closure(self) -> Tensor:
@@ -224,6 +239,12 @@ class Problem:
             return loss
 
 
+def as_scaled(counter: Counter, optimizer: Any) -> None:
+    """As GradScaler leaves it."""
+    with counter.pause():
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+
+
 def adam_counts(counter: Counter) -> dict[str, Counts]:
     """Steps of Adam, alone and as FusePV's first phase."""
     found = {}
@@ -233,9 +254,8 @@ def adam_counts(counter: Counter) -> dict[str, Counts]:
     ) -> Counts:
         problem = Problem(counter)
         optimizer = make(problem)
-        if scaled:  # as GradScaler does
-            with counter.pause():
-                optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+        if scaled:
+            as_scaled(counter, optimizer)
         for _ in range(2):
             problem.closure()
             step = (lambda: optimizer.step(problem.closure)) if closure else optimizer.step
@@ -267,24 +287,33 @@ def minibatch_counts(counter: Counter) -> dict[str, Counts]:
     """FusePV on minibatches: the switch, and the phases after it."""
     found = {}
 
-    def follow(steps: int, **options: Any) -> tuple[Any, list[Counts]]:
-        problem = Problem(counter, batches=True)
+    def follow(steps: int, scaled: bool = False, **options: Any) -> list[Counts]:
+        shape = (WEIGHTS, WEIGHT_SIDE, WEIGHT_SIDE)
+        plain = options.get("metric") == "diagonal"
+        problem = Problem(counter, True) if plain else Problem(counter, True, shape)
         optimizer = FusePV(problem.params, 1e-3, switch=3, **options)
-        return optimizer, [
-            counter.of(lambda: optimizer.step(problem.closure)) for _ in range(steps)
-        ]
+        if not scaled:
+            return [counter.of(lambda: optimizer.step(problem.closure)) for _ in range(steps)]
+        counts = []
+        for _ in range(steps):
+            as_scaled(counter, optimizer)
+            problem.closure()
+            counts.append(counter.of(optimizer.step))
+        return counts
 
     # Step 3 switches, step 4 looks at the closure, ten gather covariances and ten measure; then
     # every other step takes covariances, and every tenth renews the bases.
-    _, steps = follow(43)
+    steps = follow(43)
     found["the switch, to a living metric"] = steps[2]
+    found["living metric, watching the closure"] = steps[3]
     found["living metric, gathering"] = steps[8]
     found["living metric, measuring"] = steps[17]
     kinds = sorted(set(steps[33:43]), key=lambda counts: counts.launches)
     names = "living metric", "living metric, taking covariances", "living metric, bases renewed"
     found |= dict(zip(names, kinds, strict=True))
-    _, steps = follow(8, metric="diagonal")
-    found["living metric, diagonal"] = steps[-1]
+    scaled = sorted(set(follow(43, scaled=True)[33:43]), key=lambda counts: counts.launches)
+    found["living metric, GradScaler"] = scaled[0]
+    found["living metric, diagonal"] = follow(8, metric="diagonal")[-1]
     return found
 
 
@@ -293,9 +322,9 @@ def one_function_counts(counter: Counter) -> dict[str, Counts]:
     found = {}
 
     def filled(
-        make: Callable[[Problem], Any], steps: int = PAIRS + 20, numel: int = NUMEL
+        make: Callable[[Problem], Any], steps: int = PAIRS + 25, numel: int = NUMEL
     ) -> list[tuple[Counts, int]]:
-        problem = Problem(counter, numel=numel)
+        problem = Problem(counter, shape=(2, numel // SIDE // 2, SIDE))
         optimizer, counts = make(problem), []
         for _ in range(steps):
             before = problem.calls
@@ -311,6 +340,7 @@ def one_function_counts(counter: Counter) -> dict[str, Counts]:
             lambda p, dtype=dtype: LBFGS(p.params, history_dtype=dtype, capturable=True, **fixed)
         )[-1][0]
     found["fixed step"] = filled(lambda p: LBFGS(p.params, **fixed))[-1][0]
+    found["Fuse"] = filled(lambda p: Fuse(p.params))[-1][0]
     for name, options in (
         ("pairs", {"curvature": "pairs", "history_size": PAIRS, "self_scaling": False}),
         ("matrix", {"curvature": "dense"}),
@@ -322,11 +352,18 @@ def one_function_counts(counter: Counter) -> dict[str, Counts]:
             numel=DENSE if name == "matrix" else NUMEL,
         )
         found[f"the switch, to a search with {name}"] = steps[1][0]
+        found[f"search with {name}, first step"] = steps[2][0]
         later = steps[PAIRS + 2 :]
-        one = next(counts for counts, trials in reversed(later) if trials == 1)
+        ones = [counts for counts, trials in later if trials == 1]
         two = next(counts for counts, trials in reversed(later) if trials == 2)
-        found[f"search with {name}, one trial"] = one
-        found[f"search with {name}, each trial more"] = two.less(one)
+        like = min(ones, key=lambda counts: abs(counts.bytes - two.bytes))
+        if name == "matrix":  # each step adds a term, until the matrix takes them in
+            ones.sort(key=lambda counts: counts.bytes)
+            ones, taking_in = ones[: len(ones) // 2 + 1], ones[-1]
+        found[f"search with {name}, one trial"] = ones[-1]
+        found[f"search with {name}, each trial more"] = two.less(like)
+        if name == "matrix":
+            found["search with matrix, terms taken in"] = taking_in
     return found
 
 

@@ -129,6 +129,37 @@ def slots_of_round(kernel: Kernel, target: Accesses) -> int:
     return min(counts)
 
 
+def in_loops(kernel: Kernel, pattern: str) -> list[str]:
+    """Instructions whose whole name matches and which are gone through more than once.
+
+    Those of a subroutine are if a call of it is.
+    """
+    following = _control_flow(kernel.code)
+
+    def reached(starts: list[int]) -> set[int]:
+        found, left = set(starts), list(starts)
+        while left:
+            for after in following[left.pop()]:
+                if after not in found:
+                    found.add(after)
+                    left.append(after)
+        return found
+
+    def repeats(i: int) -> bool:
+        return i in reached(following[i])
+
+    place = {address: i for i, (address, *_) in enumerate(kernel.code)}
+    called: set[int] = set()
+    for i, (_, _, name, operands) in enumerate(kernel.code):
+        if name.startswith("CALL") and repeats(i):
+            called |= reached([place[int(re.findall(r"0x([0-9a-f]+)", operands)[-1], 16)]])
+    return [
+        name
+        for i, (_, _, name, _) in enumerate(kernel.code)
+        if re.fullmatch(pattern, name) and (i in called or repeats(i))
+    ]
+
+
 def _control_flow(code: list[tuple[int, bool, str, str]]) -> list[list[int]]:
     """The instructions that may follow each one."""
     place = {address: i for i, (address, *_) in enumerate(code)}
@@ -236,12 +267,17 @@ def kernels(architecture: str) -> dict[str, Kernel]:
 
 
 def table() -> str:
-    """Registers a thread, and 128-bit loads and stores, of every kernel on every architecture."""
+    """Registers a thread, and 128-bit loads and stores, of every kernel on every architecture.
+
+    But for those on float64 arithmetic, of which the page says only the most.
+    """
     archs = architectures()
     all_kernels = {arch: kernels(arch) for arch in archs}
     lines = ["| kernel | " + " | ".join(f"{a}: registers, loads, stores" for a in archs) + " |"]
     lines.append("|---" * (len(archs) + 1) + "|")
     for name in sorted(all_kernels[archs[0]]):
+        if "<double" in name:
+            continue
         cells = []
         for arch in archs:
             k = all_kernels[arch][name]

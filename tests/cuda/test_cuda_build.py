@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from pathlib import Path
 
 import cuda_static
 import pytest
@@ -124,3 +125,76 @@ def test_no_kernel_on_vectors_divides_by_a_number_that_it_is_told() -> None:
     for architecture in cuda_static.architectures():
         for name in ("copy<float, yes>", "copy<float, no>", "move<float>"):
             assert kernels(architecture)[name].count(r"MUFU\.RCP.*|I2F\.U64.*") == 0, name
+
+
+# Accesses of 32 bits for an element of float32, where a tensor's place and address disagree.
+ONE_BY_ONE = {
+    "adam<float, f32, no>": 7,
+    "stats<float>": 1,  # of the gradient; 2 with a direction
+    "move<float>": 3,
+    "copy<float, yes>": 2,
+    "copy<float, no>": 2,
+}
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+def test_light_kernels_go_from_element_to_element_without_the_table(name: str) -> None:
+    """There is a loop over elements that reads and writes these and nothing else."""
+    for architecture in cuda_static.architectures():
+        kernel = kernels(architecture)[name]
+        assert cuda_static.slots_of_round(kernel, (0, 0, ONE_BY_ONE[name], 0)) < 250, architecture
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("name", [*WIDE, "update<float, i8>", "direction<float, i8>"])
+def test_no_loop_divides_integers_of_64_bits_by_a_number_that_it_is_told(name: str) -> None:
+    """Adam and Fuse divide numbers, and a block its share of the pairs, once."""
+    if name.startswith("dense"):
+        pytest.skip("a square of tiles is found by one")
+    for architecture in cuda_static.architectures():
+        kernel = kernels(architecture)[name]
+        assert cuda_static.in_loops(kernel, r"I2F\.U64.*") == [], architecture
+
+
+def test_what_is_in_a_loop_is_told() -> None:
+    """Before a loop, in it, behind it, and in a subroutine that it calls; and in one that it does
+    not."""
+    code = [
+        (0x00, False, "I2F.U64.RP", " R0, R2"),
+        (0x10, False, "I2F.U64", " R0, R2"),
+        (0x20, False, "CALL.REL.NOINC", " 0x70"),
+        (0x30, True, "BRA", " 0x10"),
+        (0x40, False, "I2F.U64.RZ", " R0, R2"),
+        (0x50, False, "CALL.REL.NOINC", " 0x90"),
+        (0x60, False, "EXIT", " "),
+        (0x70, False, "I2F.U64.RM", " R0, R2"),
+        (0x80, False, "RET.REL.NODEC", " R2 0x0"),
+        (0x90, False, "I2F.U64.RN", " R0, R2"),
+        (0xA0, False, "RET.REL.NODEC", " R2 0x0"),
+    ]
+    kernel = cuda_static.Kernel("made up", code=code)
+    assert cuda_static.in_loops(kernel, r"I2F.*") == ["I2F.U64", "I2F.U64.RM"]
+
+
+@needs_cuobjdump
+def test_the_documented_registers_are_those_of_the_machine_code() -> None:
+    """Within a tenth, and accesses by two: compilers differ."""
+    text = (Path(__file__).parents[2] / "docs" / "cuda.md").read_text()
+    rows = dict(re.findall(r"^\| `([^`]+)` \| (\d+, \d+, \d+ \|.*) \|$", text, re.MULTILINE))
+    head = re.search(r"^\| kernel \| (sm_\d+: registers.*) \|$", text, re.MULTILINE)
+    assert head is not None
+    for i, named in enumerate(re.findall(r"sm_\d+", head[1])):
+        if named not in cuda_static.architectures():
+            continue
+        found = {n: k for n, k in kernels(named).items() if "<double" not in n}
+        assert set(rows) == set(found), named
+        for name, kernel in found.items():
+            registers, loads, stores = map(int, rows[name].split(" | ")[i].split(", "))
+            where = f"{name} on {named}: write python tests/cuda/cuda_static.py into docs/cuda.md"
+            assert kernel.registers == pytest.approx(registers, rel=0.1), where
+            assert kernel.wide_loads == pytest.approx(loads, abs=2), where
+            assert kernel.wide_stores == pytest.approx(stores, abs=2), where
+        most = max(k.registers for n, k in kernels(named).items() if "<double" in n)
+        told = re.search(r"on float64 arithmetic take up to (\d+) registers", text)
+        assert told is not None and most <= 1.1 * int(told[1]), named

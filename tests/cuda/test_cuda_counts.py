@@ -31,17 +31,38 @@ def test_the_documented_table_is_what_is_counted(
 def test_no_step_in_a_row_of_adam_or_of_a_search_allocates(
     counts: dict[str, cuda_counts.Counts],
 ) -> None:
+    """But for the first step of a search, which takes the memory for all that follow."""
+    rows = ("Adam", "FusePV, Adam phase", "fixed step", "Fuse", "search with pairs")
     for name, count in counts.items():
-        if name.startswith(("Adam", "FusePV, Adam phase", "fixed step", "search with pairs")):
-            assert count.allocations == 0, name
+        if name.startswith(rows):
+            first = name == "search with pairs, first step"
+            assert (count.allocations > 0) == first, name
         if "capturable" in name:
             assert count.waits == 0, name
 
 
 def test_the_host_waits_once_before_an_adam_step(counts: dict[str, cuda_counts.Counts]) -> None:
+    """Under GradScaler a living metric reads its verdict by itself."""
     for name, count in counts.items():
         if name.startswith("FusePV, Adam phase") or name.startswith("living metric"):
-            assert count.waits <= 1, name
+            assert count.waits <= (2 if name == "living metric, GradScaler" else 1), name
+
+
+def test_the_model_has_the_bytes_of_a_matrix_that_are_counted(
+    counts: dict[str, cuda_counts.Counts],
+) -> None:
+    """With as many terms as on average, and where it takes all of them in."""
+    for name in (cuda_model.MATRIX_STEP, cuda_model.TAKING_IN):
+        modelled = cuda_model.bytes_of(name, cuda_model.Cost(0.0, 0, 0), cuda_counts.DENSE)
+        assert counts[name].bytes == pytest.approx(modelled, rel=0.01), name
+
+
+def test_a_matrix_that_takes_its_terms_in_is_read_and_written_besides(
+    counts: dict[str, cuda_counts.Counts],
+) -> None:
+    """The triangle, in float64: 8 d^2 bytes."""
+    more = counts[cuda_model.TAKING_IN].less(counts[cuda_model.MATRIX_STEP]).bytes
+    assert 8.0 < more / cuda_counts.DENSE**2 < 8.6
 
 
 @pytest.mark.parametrize("rows", cuda_model.ROWS)

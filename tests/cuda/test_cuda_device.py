@@ -6,9 +6,6 @@ the comparisons on the CPU (test_the_comparisons_themselves).
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -39,6 +36,8 @@ from torch import Tensor
 
 from fuse_ext import _C, LBFGS, Adam
 from fuse_ext.kernels import ops
+
+gpu_waits = pytest.importorskip("benchmarks.harness.gpu_waits")
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -192,23 +191,13 @@ def test_a_run_with_a_matrix_itself() -> None:
     check_run(CPU, 65, F32, 40)
 
 
-@contextmanager
-def no_synchronisation() -> Iterator[None]:
-    """Makes every wait of the host for the device an error."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @cuda_only
 def test_no_op_waits_for_the_device() -> None:
     arguments = [(name, moved(a, CUDA)) for name, a in every_op(True).items()]
     arguments += [(name, moved(a, CUDA)) for name, a in every_op(True, decided=True).items()]
     dict(arguments)["lbfgs_two_loop"]["commit"] = True
     torch.cuda.synchronize()
-    with no_synchronisation():
+    with gpu_waits.forbidden():
         for _ in range(2):
             for name, a in arguments:
                 getattr(NATIVE, name)(**a)
@@ -331,14 +320,9 @@ def test_a_trial_waits_once(line_search: str) -> None:
     for _ in range(5):  # the first has more to find out
         instance.step(closure)
     evaluations = instance.report().evaluations
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as waits:
-            warnings.simplefilter("always")
-            for _ in range(5):
-                instance.step(closure)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with gpu_waits.noted() as waits:
+        for _ in range(5):
+            instance.step(closure)
     trials = instance.report().evaluations - evaluations
     assert len(waits) <= trials + 5
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from capture_cases import NEVER, Bowl
-from test_cuda_device import cuda_only, no_synchronisation
+from test_cuda_device import cuda_only, gpu_waits
 from torch import Tensor
 
 from fuse_ext import LBFGS, Adam, AfterSteps, FusePV, Never
@@ -225,7 +225,7 @@ def test_eager_steps_wait_for_nothing(kind: str) -> None:
     for _ in range(2):
         optimizer.step(problem.closure)
     torch.cuda.synchronize()
-    with no_synchronisation():
+    with gpu_waits.forbidden():
         for _ in range(3):
             optimizer.step(problem.closure)
     torch.cuda.synchronize()
