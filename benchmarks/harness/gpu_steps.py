@@ -53,6 +53,8 @@ class Problem:
                 slope = 0.1 * (self.calls % 7 - 3)
                 x.grad.add_(slope)
                 loss += slope * at.sum()
+        if self.batches:  # else they would go down as those of one function
+            loss *= 1.0 + self.calls * 3 % 7 / 7
         return loss
 
 

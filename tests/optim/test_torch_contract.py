@@ -183,7 +183,11 @@ def test_a_closure_may_return_none_where_nothing_needs_the_loss(name: str, backe
 
     for _ in range(30):
         assert ours.step(closure) is None
-        assert theirs.step(telling.closure) is not None
+        if name == "minibatches":  # by known losses lengths are judged: the same without a closure
+            telling.closure()
+            theirs.step()
+        else:
+            assert theirs.step(telling.closure) is not None
         assert torch.equal(silent.flat, telling.flat)
     if isinstance(ours, FusePV):
         assert ours.phase == ("adam" if name in ("adam phase", "never", "unchecked") else "lbfgs")
@@ -196,7 +200,8 @@ def test_without_a_loss_they_stay_minibatches() -> None:
     for k in range(20):
         # A loss now and then comes too late: the steps are taken.
         ours.step(lambda k=k: silent.closure() if k == 9 else silent.closure() and None)
-        theirs.step(other.closure)
+        loss = other.closure()
+        theirs.step(loss=loss if k == 9 else None)
         assert torch.equal(silent.flat, other.flat)
     assert ours.report().line_search == "fixed"
 

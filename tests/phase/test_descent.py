@@ -84,6 +84,15 @@ def test_losses_of_one_function_are_smooth() -> None:
     assert not any(smooth)
 
 
+def test_a_loss_now_and_then_tells_nothing() -> None:
+    descent, _ = feed([3.0, 2.0, 1.0])
+    assert descent.falling
+    descent.forget()
+    assert not descent.falling
+    descent.forget()
+    assert not descent.falling
+
+
 def test_lengths_wait_at_adams_own() -> None:
     lengths = Lengths({})
     lengths.begin(scheduled=False)

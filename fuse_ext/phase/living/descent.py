@@ -35,6 +35,11 @@ class Descent:
         """What was seen says nothing of the losses to come, which fall until that is seen."""
         self._entry.update(falling=1, means=[], last_loss=math.nan, last_change=0.0, turns=0)
 
+    def forget(self) -> None:
+        """A step whose loss nobody told: those of before are not followed by the next ones."""
+        if not math.isnan(self._entry.get("last_loss", math.nan)):
+            self.restart()
+
     @property
     def falling(self) -> bool:
         """Whether losses fall beyond noise; False while none is known."""

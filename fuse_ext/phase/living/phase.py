@@ -220,6 +220,7 @@ class LivingPhase:
         and so do those of one rank, by which each would go its own way.
         """
         if loss is None or self._flat.unsaid or mixed_signs(call.groups):
+            self._descent.forget()
             return False
         loss = -loss if call.groups[0]["maximize"] else loss
         worse = self._trend.worse(loss)
