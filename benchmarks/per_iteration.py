@@ -328,16 +328,18 @@ def _draw_targets(axes: Axes, targets: list[Target]) -> None:
         right = max(ends[1], condition.bound)
         axes.text(right, at, f"  {number(condition.value)}x", va="center")
     axes.axvline(1, color=COLORS["torch"], lw=1.2)
-    axes.set_yticks(range(len(lines)), [_short(work) for work, _ in lines])
+    axes.set_yticks(range(len(lines)), [_short(*line) for line in lines])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.16)
     axes.set_xlim(left=0)
-    axes.set_xlabel("times as fast as torch's (blue line); black: the target")
+    axes.set_xlabel("times as fast as torch's, or as whom it says (blue line); black: the target")
     axes.set_title("Targets")
 
 
-def _short(work: str) -> str:
+def _short(work: str, condition: Condition) -> str:
+    _, _, peer = condition.name.partition("times as fast as ")
+    work = f"{work}, beside {peer}" if peer else work
     work = work.replace("strong Wolfe, outside closures, an iteration", "L-BFGS, strong Wolfe")
     return work.replace(" iteration", "").replace(" step", "").replace(", m = 10", "")
 

@@ -44,8 +44,10 @@ def draw(played: Played) -> Figure:
             lines, columns, figsize=size, layout="constrained", squeeze=False, sharey=True
         )
         flat = list(panels.flat)
+        there = {entry.method for _, standings in played for entry in standings}
+        names = [name for name in METHODS if name in there]
         for panel, (spec, standings) in zip(flat, played, strict=False):
-            _panel(panel, standings)
+            _panel(panel, standings, names)
             panel.set_title(spec.title, fontsize=9)
             loss = spec.measure == "loss"
             panel.set_xlabel("validation loss, nats" if loss else "test accuracy, %")
@@ -61,8 +63,7 @@ def draw(played: Played) -> Figure:
     return figure
 
 
-def _panel(panel: Axes, standings: dict[Entry, Standing]) -> None:
-    names = [*METHODS]
+def _panel(panel: Axes, standings: dict[Entry, Standing], names: list[str]) -> None:
     for entry, standing in standings.items():
         loss = standing.measure == "loss"
         sample = standing.sample().negated if loss else standing.sample()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 
 import pytest
 import torch
+from rank_cases import on_ranks
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from benchmarks.harness.ranks import leave
 from fuse_ext import FusePV
 
 RANKS, BATCH, STEPS = 2, 8, 90
@@ -52,27 +51,17 @@ def fit(model: nn.Module, search: str, rank: int | None = None) -> FusePV:
     return optimizer
 
 
-def work(rank: int, search: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        f"file://{folder}/meet",
-        rank=rank,
-        world_size=RANKS,
-        timeout=datetime.timedelta(seconds=60),
-    )
+def job(rank: int, folder: str, search: str) -> tuple[Tensor, int]:
     model = nn.parallel.DistributedDataParallel(make())
     optimizer = fit(model, search, rank)
     found = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-    torch.save((found, optimizer.report().pairs_accepted), f"{folder}/{rank}.pt")
-    leave()
+    return found, optimizer.report().pairs_accepted
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 @pytest.mark.parametrize("search", ["living metric", "full batch"])
 def test_ranks_agree_with_each_other_and_with_one(search: str, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (search, str(tmp_path)), RANKS)
-    (first, pairs), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
+    (first, pairs), (second, _) = on_ranks(RANKS, tmp_path, "test_ddp:job", search)
     assert torch.equal(first, second)
     assert pairs >= 5 or search == "living metric"
     model = make()

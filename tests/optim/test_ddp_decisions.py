@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from rank_cases import on_ranks
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from benchmarks.harness.ranks import leave
 from fuse_ext import FusePV
 
 RANKS, STEPS, HARDER = 2, 420, 60
@@ -45,16 +45,13 @@ def train(rank: int, group: Any, told: str, event: str) -> tuple[Tensor, Any]:
     return torch.nn.utils.parameters_to_vector(model.parameters()).detach(), optimizer.report()
 
 
-def work(rank: int, folder: str, cases: list[tuple[bool, str, str]]) -> None:
-    torch.set_num_threads(1)
+def job(rank: int, folder: str, cases: list[tuple[bool, str, str]]) -> list[Any]:
     warnings.simplefilter("ignore")  # of steps that were not taken
-    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=RANKS)
     found = []
     for says, told, event in cases:
         flat, report = train(rank, dist.group.WORLD if says else None, told, event)
         found.append((flat, report.phase, report.setbacks, report.non_finite))
-    torch.save(found, f"{folder}/{rank}.pt")
-    leave()
+    return found
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
@@ -65,8 +62,7 @@ def test_ranks_go_one_way(tmp_path: Path) -> None:
         for told in ("closure", "loss")
         for event in ("harder", "infinite")
     ]
-    torch.multiprocessing.spawn(work, (str(tmp_path), cases), RANKS)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
+    ranks = on_ranks(RANKS, tmp_path, "test_ddp_decisions:job", cases)
     for (says, _, event), first, second in zip(cases, *ranks, strict=True):
         assert torch.equal(first[0], second[0])
         assert first[1:] == second[1:]
