@@ -172,6 +172,13 @@ LbfgsScalars lbfgs_scalars(const at::Tensor& scalars, std::int64_t slots, Reader
   return {data, slots};
 }
 
+BroydenScalars broyden_scalars(const at::Tensor& broyden, std::int64_t slots, at::Device device) {
+  check_flat(broyden, "broyden", broyden_offset(kBroydenArrays, slots), at::kDouble);
+  TORCH_CHECK_VALUE(broyden.device() == device, "broyden is on ", broyden.device(),
+                    " but scalars are on ", device);
+  return {broyden.data_ptr<double>(), slots};
+}
+
 History::History(const at::Tensor& history, const std::optional<at::Tensor>& scales,
                  const at::Tensor& scalars, Reader reader)
     : data_(nullptr),

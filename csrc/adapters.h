@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "broyden.h"
+#include "broyden_pairs.h"
 #include "fixed_step.h"
 #include "row.h"
 #include "segments.h"
@@ -93,6 +94,9 @@ enum class Reader { host, kernels };
 // outside of the ring. Kernels see to that themselves.
 LbfgsScalars lbfgs_scalars(const at::Tensor& scalars, std::int64_t slots,
                            Reader reader = Reader::host);
+
+// What lies beside them with the Broyden update (broyden_pairs.h); indices in it are not trusted.
+BroydenScalars broyden_scalars(const at::Tensor& broyden, std::int64_t slots, at::Device device);
 
 // The ring of curvature pairs: history [2, slots, numel] (S rows, then Y rows) with contiguous
 // rows, and scalars as in two_loop.h. An int8 history has scales, float32 [2, slots, blocks] with

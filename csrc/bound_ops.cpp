@@ -206,18 +206,20 @@ struct RingCall {
   const MaybeTensor& history_scale;
   Tensors params = layout.params();
 
-  // Pass 1 and the recursion; to be called in an InOp, as what follows.
-  void update(std::optional<double> pair_step, double curvature_tol) const {
+  // Pass 1 and the recursion; to be called in an InOp, as what follows. `scaled`: the direction to
+  // come will be multiplied by shares.
+  void update(std::optional<double> pair_step, double curvature_tol, const MaybeTensor& broyden,
+              bool scaled) const {
     static const auto pass =
         find<void(at::TensorList, at::TensorList, at::IntArrayRef, at::ArrayRef<double>, bool,
                   at::Tensor, const MaybeTensor&, at::Tensor, bool, const MaybeTensor&,
                   const MaybeTensor&)>("fuse_ext::lbfgs_update");
-    static const auto two_loop =
-        find<void(at::Tensor, std::int64_t, bool, double, double)>("fuse_ext::lbfgs_two_loop");
+    static const auto two_loop = find<void(at::Tensor, std::int64_t, bool, double, double,
+                                           const MaybeTensor&, bool)>("fuse_ext::lbfgs_two_loop");
     pass.call(params, grads, layout.offsets(), weight_decay, maximize, history, grad_prev, scalars,
               pair_step.has_value(), history_scale, std::nullopt);
     two_loop.call(scalars, history.size(1), pair_step.has_value(), pair_step.value_or(0.0),
-                  curvature_tol);
+                  curvature_tol, broyden, scaled);
   }
 
   // Pass 2; the numbers of the scalars' head.
@@ -255,11 +257,12 @@ struct RingCall {
 void lbfgs_update(const Layout& layout, const Tensors& grads, const Numbers& weight_decay,
                   bool maximize, const at::Tensor& history, const MaybeTensor& grad_prev,
                   const at::Tensor& scalars, const MaybeTensor& history_scale,
-                  std::optional<double> pair_step, double curvature_tol) {
+                  std::optional<double> pair_step, double curvature_tol,
+                  const MaybeTensor& broyden, bool scaled) {
   const RingCall ring{layout,  grads,     weight_decay, maximize,
                       history, grad_prev, scalars,      history_scale};
   const InOp scope;
-  ring.update(pair_step, curvature_tol);
+  ring.update(pair_step, curvature_tol, broyden, scaled);
 }
 
 std::array<double, kHead> lbfgs_direction(const Layout& layout, const Tensors& grads,
@@ -280,11 +283,13 @@ std::array<double, kHead + 1> lbfgs_update_direction(
     const Layout& layout, const Tensors& grads, const Numbers& weight_decay,
     const Numbers& lr_scale, bool maximize, const at::Tensor& history, const MaybeTensor& grad_prev,
     const at::Tensor& scalars, const MaybeTensor& history_scale, std::optional<double> pair_step,
-    double curvature_tol, const MaybeTensor& origin, double step, double least_slope) {
+    double curvature_tol, const MaybeTensor& origin, double step, double least_slope,
+    const MaybeTensor& broyden) {
   const RingCall ring{layout,  grads,     weight_decay, maximize,
                       history, grad_prev, scalars,      history_scale};
+  const bool scaled = std::ranges::any_of(lr_scale, [](double share) { return share != 1.0; });
   const InOp scope;
-  ring.update(pair_step, curvature_tol);
+  ring.update(pair_step, curvature_tol, broyden, scaled);
   // What is on a device is not waited for: the move follows the head that comes with the direction.
   const bool early = origin && scalars.is_cpu() && scalars.const_data_ptr<double>()[kUsable] > 0;
   const auto head = early ? ring.set_out(lr_scale, *origin, step) : ring.direction(lr_scale);

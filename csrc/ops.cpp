@@ -4,6 +4,7 @@
 
 #include "bound_ops.h"
 #include "broyden.h"
+#include "broyden_pairs.h"
 #include "cpu/kernels.h"
 #include "fixed_step.h"
 
@@ -43,7 +44,7 @@ TORCH_LIBRARY(fuse_ext, m) {
   m.def(
       "lbfgs_two_loop(Tensor(a!) scalars, int slots, bool commit, float "
       "step_length, "
-      "float curvature_tol) -> ()");
+      "float curvature_tol, *, Tensor(b!)? broyden=None, bool scaled=False) -> ()");
   m.def(
       "lbfgs_decide(Tensor(a!) scalars, int slots, Tensor(b!) control, *, "
       "float lr, float lr_unit, Tensor? lr_tensor, Tensor? loss, float curvature_tol, "
@@ -132,6 +133,26 @@ py::dict scalar_layout(std::int64_t slots) {
   return layout;
 }
 
+// The same of broyden_pairs.h.
+py::dict broyden_layout(std::int64_t slots) {
+  py::dict layout;
+  const char* headers[] = {"taking_part", "runs",    "made_by",      "held",
+                           "held_run",    "initial", "inverse_unit", "direct_unit"};
+  static_assert(sizeof headers / sizeof *headers == kDirectUnit + 1);
+  for (int i = 0; i <= kDirectUnit; ++i) layout[headers[i]] = i;
+  const char* arrays[] = {"run",         "along_s",       "along_y",     "member",
+                          "inverse_terms", "direct_terms", "scratch",     "gram_ss",
+                          "inverse_own", "inverse_other", "direct_own", "direct_other"};
+  static_assert(sizeof arrays / sizeof *arrays == kBroydenArrays);
+  for (int i = 0; i < kBroydenArrays; ++i) {
+    const auto array = static_cast<BroydenArray>(i);
+    layout[arrays[i]] =
+        py::make_tuple(broyden_offset(array, slots), broyden_array_size(array, slots));
+  }
+  layout["size"] = broyden_offset(kBroydenArrays, slots);
+  return layout;
+}
+
 // Where the named scalars of broyden.h lie for so many parameters, and the sizes around them.
 py::dict matrix_layout(std::int64_t numel) {
   py::dict layout;
@@ -179,6 +200,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Build facts of fuse_ext; importing it registers torch.ops.fuse_ext.";
   m.def("build_info", &build_info);
   m.def("scalar_layout", &scalar_layout, py::arg("slots"));
+  m.def("broyden_layout", &broyden_layout, py::arg("slots"));
   m.def("control_layout", &control_layout);
   m.def("matrix_layout", &matrix_layout, py::arg("numel"));
   m.def("advise_large_pages", &advise_large_pages, py::arg("address"), py::arg("bytes"));

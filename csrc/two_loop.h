@@ -113,10 +113,11 @@ FUSE_INLINE bool fits_as_pair(double sy, double yy, double norms, double curvatu
   return sy > curvature_tol * norms && yy > 0.0 && is_finite(norms) && is_finite(sy);
 }
 
-// Closes the open slot into a pair of the ring where it fits; else the slot stays open.
+// Closes the open slot into a pair of the ring where it fits; else the slot stays open. A full ring
+// drops its `dropped` oldest pairs.
 template <class Team = Alone>
 FUSE_INLINE bool commit_pair(LbfgsScalars state, double step_length, double curvature_tol,
-                             const Team& team = {}) {
+                             const Team& team = {}, std::int64_t dropped = 1) {
   const std::int64_t open = state.open(), count = state.count(), slots = state.slots;
   double *row_scale = state.array(kRowScale), *gram_sy = state.array(kGramSY),
          *gram_yy = state.array(kGramYY), *growth = state.array(kGrowth);
@@ -143,7 +144,7 @@ FUSE_INLINE bool commit_pair(LbfgsScalars state, double step_length, double curv
       growth[open] = scaling && s_b_s > sy && is_finite(s_b_s / sy) ? s_b_s / sy - 1.0 : 0.0;
       gram_sy[open * slots + open] = sy;
       gram_yy[open * slots + open] = yy;
-      state[kCount] = static_cast<double>(count + 1 < slots ? count + 1 : slots - 1);
+      state[kCount] = static_cast<double>(count + 1 < slots ? count + 1 : count + 1 - dropped);
       state[kOpen] = static_cast<double>((open + 1) % slots);
       const std::int64_t first = scaling ? state.slot(state.count() - 1) : open;
       state[kGamma] = gram_sy[first * slots + first] / gram_yy[first * slots + first];
@@ -153,22 +154,14 @@ FUSE_INLINE bool commit_pair(LbfgsScalars state, double step_length, double curv
   return accepted;
 }
 
-// Algorithm 2 with the second loop running from the oldest pair to the newest (Nocedal and
-// Wright, Algorithm 7.4), on dot products instead of vectors: p = -H g as coefficients of
-// g and of the rows. Each step of a loop updates the dot products of all pairs to come, which
-// are independent of each other. Ages count the usable pairs only; where all are usable, results
-// are those of a ring without sets to the bit.
+// Notes the usable pairs, newest first, and gives their number; of the others nothing will be read.
 template <class Team = Alone>
-FUSE_INLINE void two_loop(LbfgsScalars state, const Team& team = {}) {
-  const std::int64_t slots = state.slots, held = state.count();
-  const std::int64_t rank = team.rank(), size = team.size();
-  const double *row_scale = state.array(kRowScale), *grad_s = state.array(kGradS),
-               *grad_y = state.array(kGradY), *gram_sy = state.array(kGramSY),
-               *gram_yy = state.array(kGramYY), *growth = state.array(kGrowth);
+FUSE_INLINE std::int64_t choose_pairs(LbfgsScalars state, const Team& team = {}) {
+  const std::int64_t held = state.count();
+  const double *growth = state.array(kGrowth), *pair_set = state.array(kPairSet), set = state[kSet];
   double *coef_s = state.array(kCoefS), *coef_y = state.array(kCoefY), *grown = state.array(kGrown),
          *chosen = state.array(kChosen);
-  const double *pair_set = state.array(kPairSet), set = state[kSet];
-  if (rank == 0) {
+  if (team.rank() == 0) {
     std::int64_t found = 0;
     double product = 1.0;
     for (std::int64_t age = 0; age < held; ++age) {
@@ -181,12 +174,29 @@ FUSE_INLINE void two_loop(LbfgsScalars state, const Team& team = {}) {
     state[kUsable] = static_cast<double>(found);
   }
   // Pass 2 reads the rows of all pairs.
-  for (std::int64_t age = rank; age < held; age += size) {
+  for (std::int64_t age = team.rank(); age < held; age += team.size()) {
     const std::int64_t i = state.slot(age);
     if (pair_set[i] != set) coef_s[i] = coef_y[i] = 0.0;
   }
   team.sync();
-  const std::int64_t count = static_cast<std::int64_t>(state[kUsable]);
+  return static_cast<std::int64_t>(state[kUsable]);
+}
+
+// Algorithm 2 with the second loop running from the oldest pair to the newest (Nocedal and
+// Wright, Algorithm 7.4), on dot products instead of vectors: p = -H g as coefficients of
+// g and of the rows. Each step of a loop updates the dot products of all pairs to come, which
+// are independent of each other. Ages count the usable pairs only; where all are usable, results
+// are those of a ring without sets to the bit.
+template <class Team = Alone>
+FUSE_INLINE void recursion_of_chosen(LbfgsScalars state, std::int64_t count,
+                                     const Team& team = {}) {
+  const std::int64_t slots = state.slots, held = state.count();
+  const std::int64_t rank = team.rank(), size = team.size();
+  const double *row_scale = state.array(kRowScale), *grad_s = state.array(kGradS),
+               *grad_y = state.array(kGradY), *gram_sy = state.array(kGramSY),
+               *gram_yy = state.array(kGramYY), *growth = state.array(kGrowth),
+               *grown = state.array(kGrown), *chosen = state.array(kChosen);
+  double *coef_s = state.array(kCoefS), *coef_y = state.array(kCoefY);
   const auto slot = [chosen](std::int64_t age) { return static_cast<std::int64_t>(chosen[age]); };
   double gamma = count > 0 ? state[kGamma] : 1.0;
   if (count > 0 && count < held) {
@@ -242,6 +252,11 @@ FUSE_INLINE void two_loop(LbfgsScalars state, const Team& team = {}) {
     coef_y[i] *= initial;
   }
   if (rank == 0) *state.array(kCoefG) = initial;
+}
+
+template <class Team = Alone>
+FUSE_INLINE void two_loop(LbfgsScalars state, const Team& team = {}) {
+  recursion_of_chosen(state, choose_pairs(state, team), team);
 }
 
 }  // namespace fuse_ext

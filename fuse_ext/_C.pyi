@@ -10,6 +10,9 @@ def build_info() -> dict[str, str | None]:
 def scalar_layout(slots: int) -> dict[str, Any]:
     """Where csrc/two_loop.h keeps each scalar (index) and array (offset, length)."""
 
+def broyden_layout(slots: int) -> dict[str, Any]:
+    """Where the named scalars and arrays of csrc/broyden_pairs.h lie."""
+
 def matrix_layout(numel: int) -> dict[str, int]:
     """Where the scalars of csrc/broyden.h lie, and the sizes around them."""
 

@@ -182,10 +182,17 @@ void lbfgs_update(at::TensorList params, at::TensorList grads, at::IntArrayRef o
 
 // Scalars only: the recursion on the Gram matrix, after closing the open pair if asked to.
 void lbfgs_two_loop(at::Tensor scalars, std::int64_t slots, bool commit, double step_length,
-                    double curvature_tol) {
+                    double curvature_tol, const std::optional<at::Tensor>& broyden, bool scaled) {
   const LbfgsScalars state = lbfgs_scalars(scalars, slots);
-  if (commit) commit_pair(state, step_length, curvature_tol);
-  two_loop(state);
+  if (broyden) {
+    const BroydenScalars of = broyden_scalars(*broyden, slots, scalars.device());
+    const bool fresh = commit && commit_broyden_pair(state, of, step_length, curvature_tol);
+    broyden_recursion(state, of, step_length, fresh, scaled);
+    bump_version(*broyden);
+  } else {
+    if (commit) commit_pair(state, step_length, curvature_tol);
+    two_loop(state);
+  }
   bump_version(scalars);
 }
 

@@ -7,6 +7,7 @@
 
 #include "../adam.h"
 #include "../broyden.h"
+#include "../broyden_pairs.h"
 #include "../fixed_step.h"
 #include "../row.h"
 #include "../segments.h"
@@ -82,8 +83,9 @@ void launch_lbfgs_update(const Segments& segments, DType dtype, bool maximize, c
                          const void* grad_prev, bool form_pair, double* control,
                          Workspace workspace, void* stream);
 
-void launch_lbfgs_two_loop(LbfgsScalars scalars, bool commit, double step_length,
-                           double curvature_tol, void* stream);
+// With broyden.data the recursion of broyden_pairs.h.
+void launch_lbfgs_two_loop(LbfgsScalars scalars, BroydenScalars broyden, bool commit,
+                           double step_length, double curvature_tol, bool scaled, void* stream);
 
 // told.lr counts in units of lr_unit of `lr`, and told.loss is `loss`, where they are given.
 void launch_lbfgs_decide(LbfgsScalars scalars, double* control, const FixedStep& told, Number lr,

@@ -204,11 +204,14 @@ void lbfgs_update(at::TensorList params, at::TensorList grads, at::IntArrayRef o
 }
 
 void lbfgs_two_loop(at::Tensor scalars, std::int64_t slots, bool commit, double step_length,
-                    double curvature_tol) {
+                    double curvature_tol, const std::optional<at::Tensor>& broyden, bool scaled) {
   const LbfgsScalars state = lbfgs_scalars(scalars, slots, Reader::kernels);
+  BroydenScalars of{nullptr, slots};
+  if (broyden) of = broyden_scalars(*broyden, slots, scalars.device());
   const DeviceCall call(scalars.device());
-  launch_lbfgs_two_loop(state, commit, step_length, curvature_tol, call.stream());
+  launch_lbfgs_two_loop(state, of, commit, step_length, curvature_tol, scaled, call.stream());
   call.check_launch();
+  if (broyden) bump_version(*broyden);
   bump_version(scalars);
 }
 

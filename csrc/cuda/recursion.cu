@@ -46,6 +46,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   });
 }
 
+// The matrices of `of` stay where they are: only the scalars can be staged.
+template <bool staged>
+__global__ void __launch_bounds__(kThreads, 1)
+    broyden_kernel(LbfgsScalars scalars, BroydenScalars of, bool commit, double step_length,
+                   double curvature_tol, bool scaled) {
+  FUSE_SHARED(double, shared);
+  on_scalars<staged>(scalars, shared, [&](LbfgsScalars state, const Block& block) {
+    const bool fresh =
+        commit && commit_broyden_pair(state, of, step_length, curvature_tol, block);
+    broyden_recursion(state, of, step_length, fresh, scaled, block);
+  });
+}
+
 template <bool staged>
 __global__ void __launch_bounds__(kThreads, 1)
     decide_kernel(LbfgsScalars scalars, double* control, FixedStep told, Number lr, double lr_unit,
@@ -67,10 +80,16 @@ Index staged_bytes(LbfgsScalars scalars) {
 
 }  // namespace
 
-void launch_lbfgs_two_loop(LbfgsScalars scalars, bool commit, double step_length,
-                           double curvature_tol, void* stream) {
+void launch_lbfgs_two_loop(LbfgsScalars scalars, BroydenScalars broyden, bool commit,
+                           double step_length, double curvature_tol, bool scaled, void* stream) {
   const Index bytes = staged_bytes(scalars);
-  if (bytes > 0) {
+  if (broyden.data != nullptr && bytes > 0) {
+    FUSE_LAUNCH((broyden_kernel<true>), 1, bytes, stream, scalars, broyden, commit, step_length,
+                curvature_tol, scaled);
+  } else if (broyden.data != nullptr) {
+    FUSE_LAUNCH((broyden_kernel<false>), 1, 0, stream, scalars, broyden, commit, step_length,
+                curvature_tol, scaled);
+  } else if (bytes > 0) {
     FUSE_LAUNCH((two_loop_kernel<true>), 1, bytes, stream, scalars, commit, step_length,
                 curvature_tol);
   } else {

@@ -1,6 +1,7 @@
 """The ring of curvature pairs: its memory, and the passes over it.
 
-Memory, for m = history_size and d parameters: (2 m + 2) d elements. The slot being filled holds
+Memory, for m = history_size and d parameters: (2 m + 2) d elements, and with the Broyden update
+5 (m + 1)^2 float64 numbers. The slot being filled holds
 the direction in its S row and, where history and state share a dtype, the previous gradient in
 its Y row; a lower-precision history keeps the previous gradient apart, in the state's dtype.
 """
@@ -110,6 +111,9 @@ class History:
             tensors["grad_prev"] = self.grad_prev
         if self.scales is not None:
             tensors["history_scale"] = self.scales
+        if "broyden" in entry:
+            tensors["broyden"] = ring.new_broyden(self.slots, self.scalars.device)
+        self._broyden = tensors.get("broyden")
         if "scalars" in entry:
             entry["scalars"] = ring.with_sets(entry["scalars"], self.slots)
         for name, tensor in tensors.items():
@@ -132,6 +136,7 @@ class History:
         if known and part.absent == self.part.absent:
             return False
         self.part, self._bound = part, self._bound_to(part)
+        self._note_size()
         absent = list(part.absent)
         sets = self._entry.setdefault("sets", [])
         if absent not in sets:
@@ -162,6 +167,7 @@ class History:
     def nbytes(self) -> int:
         """Bytes held, padding included."""
         apart = sum(t.nbytes for t in (self.grad_prev, self.scales) if t is not None)
+        apart += 0 if self._broyden is None else self._broyden.nbytes
         return self.rows.untyped_storage().nbytes() + self.scalars.nbytes + apart
 
     @property
@@ -182,8 +188,26 @@ class History:
         """From now on each pair scales the inverse Hessian before it (csrc/two_loop.h)."""
         self.scalars[ring.index("self_scaling", self.slots)] = 1.0
 
+    def update_as_broyden(self) -> None:
+        """From now on H is that of the Broyden update (csrc/broyden_pairs.h); no pair is held."""
+        self._broyden = ring.new_broyden(self.slots, self.scalars.device)
+        self._entry["broyden"] = self._broyden
+        self._note_size()
+
+    def _note_size(self) -> None:
+        """Tells the update how many parameters pairs are of, the same on all ranks."""
+        if self._broyden is not None:
+            params = [self._flat.params[i] for i in self.part.indices]
+            numel = sum(p.numel() * (2 if p.is_complex() else 1) for p in params)
+            self._broyden[ring.broyden_index("taking_part", self.slots)] = numel
+
     def stop_scaling(self) -> None:
-        """From now on they do not, nor do those held; the newest one's scale is the initial one."""
+        """From now on they do not, nor do those held; the newest one's scale is the initial one.
+
+        And the update is BFGS.
+        """
+        self._broyden = None
+        self._entry.pop("broyden", None)
         scalars, slots = self.scalars, self.slots
         scalars[ring.index("self_scaling", slots)] = 0.0
         ring.array(scalars, "growth", slots).zero_()
@@ -277,6 +301,8 @@ class History:
             self.scales,
             pair_step,
             curvature_tol,
+            self._broyden,
+            False,
         )
 
     def direction(
@@ -317,6 +343,7 @@ class History:
             origin,
             step,
             least_slope,
+            self._broyden,
         )
         return Header(*numbers), moved != 0.0
 

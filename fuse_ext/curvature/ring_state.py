@@ -23,6 +23,7 @@ STATE_NAMES = (
     "history_scale",
     "grad_prev",
     "scalars",
+    "broyden",
     "strides",
     "control",
     "sets",
@@ -44,6 +45,8 @@ def check_ring_state(entry: dict[str, Any], slots: int, flat: FlatParams) -> Non
     older = (ring.layout(slots)["size_without_sets"],)
     if isinstance(scalars, Tensor) and tuple(scalars.shape) == older:
         shapes["scalars"] = older  # History completes them
+    if "broyden" in entry:
+        shapes["broyden"] = (ring.broyden_layout(slots)["size"],)
     if isinstance(history, Tensor) and history.element_size() < 4:
         shapes["grad_prev"] = (numel,)
     if "control" in entry:  # with capturable=True

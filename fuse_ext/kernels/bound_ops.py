@@ -102,9 +102,14 @@ class BoundOps(Protocol):
         history_scale: Tensor | None,
         pair_step: float | None,
         curvature_tol: float,
+        broyden: Tensor | None,
+        scaled: bool,
         /,
     ) -> None:
-        """Pass 1 and the recursion; with ``pair_step`` the open slot becomes a pair first."""
+        """Pass 1 and the recursion; with ``pair_step`` the open slot becomes a pair first.
+
+        ``broyden`` and ``scaled`` as in :meth:`fuse_ext.kernels.ops.Ops.lbfgs_two_loop`.
+        """
 
     def lbfgs_direction(
         self,
@@ -135,6 +140,7 @@ class BoundOps(Protocol):
         origin: Tensor | None,
         step: float,
         least_slope: float,
+        broyden: Tensor | None,
         /,
     ) -> list[float]:
         """Both of them in one call, and with ``origin`` perhaps the move too.
@@ -195,7 +201,7 @@ class _Listed:
         return with_loss.tolist()
 
     def lbfgs_update(self, grads: list[Tensor], *rest: Any) -> None:
-        *arguments, history, grad_prev, scalars, scale, pair_step, curvature_tol = rest
+        *arguments, history, grad_prev, scalars, scale, pair_step, tol, broyden, scaled = rest
         commit = pair_step is not None
         ring = history, grad_prev, scalars
         self._ops.lbfgs_update(
@@ -208,7 +214,9 @@ class _Listed:
             history_scale=scale,
         )
         step_length = pair_step if commit else 0.0
-        self._ops.lbfgs_two_loop(scalars, history.size(1), commit, step_length, curvature_tol)
+        self._ops.lbfgs_two_loop(
+            scalars, history.size(1), commit, step_length, tol, broyden=broyden, scaled=scaled
+        )
 
     def lbfgs_direction(self, grads: list[Tensor], *rest: Any) -> list[float]:
         *arguments, scalars, scale = rest
@@ -229,11 +237,11 @@ class _Listed:
 
 def one_after_another(ops: BoundOps, grads: list[Tensor], *rest: Any) -> list[float]:
     """:meth:`BoundOps.lbfgs_update_direction` by the other ops."""
-    decay, lr_scale, *ring, pair_step, curvature_tol, origin, step, least_slope = rest
+    decay, lr_scale, *ring, pair_step, curvature_tol, origin, step, least_slope, broyden = rest
     maximize, history, grad_prev, scalars, scale = ring
-    ops.lbfgs_update(
-        grads, decay, maximize, history, grad_prev, scalars, scale, pair_step, curvature_tol
-    )
+    scaled = any(share != 1.0 for share in lr_scale)
+    pair = pair_step, curvature_tol, broyden, scaled
+    ops.lbfgs_update(grads, decay, maximize, history, grad_prev, scalars, scale, *pair)
     numbers = ops.lbfgs_direction(
         grads, decay, lr_scale, maximize, history, grad_prev, scalars, scale
     )

@@ -120,9 +120,22 @@ class Ops(Protocol):
         """
 
     def lbfgs_two_loop(
-        self, scalars: Tensor, slots: int, commit: bool, step_length: float, curvature_tol: float
+        self,
+        scalars: Tensor,
+        slots: int,
+        commit: bool,
+        step_length: float,
+        curvature_tol: float,
+        *,
+        broyden: Tensor | None = None,
+        scaled: bool = False,
     ) -> None:
-        """Algorithm 2 on the Gram matrix; with ``commit`` the open slot becomes a pair first."""
+        """Algorithm 2 on the Gram matrix; with ``commit`` the open slot becomes a pair first.
+
+        With ``broyden`` (csrc/broyden_pairs.h) the self-scaled Broyden update instead, half of the
+        pairs being dropped where there is room for no more. ``scaled`` says that the direction to
+        come is multiplied by shares that are not all 1.
+        """
 
     def lbfgs_decide(
         self,

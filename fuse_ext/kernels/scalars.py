@@ -137,6 +137,64 @@ def usable_slots(scalars: Tensor, slots: int) -> list[int]:
     return [i for i in held_slots(scalars, slots) if sets[i] == present]
 
 
+# Arrays of broyden_pairs.h by slot; the others are by member, but for scratch.
+_BY_SLOT = ("run", "along_s", "along_y", "gram_ss")
+_BY_MEMBER = (
+    *("inverse_terms", "direct_terms"),
+    *("inverse_own", "inverse_other", "direct_own", "direct_other"),
+)
+
+
+@cache
+def broyden_layout(slots: int) -> dict[str, int | tuple[int, int]]:
+    """As :func:`layout`, of what lies beside the scalars with the Broyden update."""
+    return dict(_C.broyden_layout(slots))
+
+
+def new_broyden(slots: int, device: torch.device) -> Tensor:
+    """Zeroed: no pair has a run."""
+    size = broyden_layout(slots)["size"]
+    assert isinstance(size, int)
+    return torch.zeros(size, dtype=torch.float64, device=device)
+
+
+def broyden_index(name: str, slots: int) -> int:
+    """Where a scalar of it lies."""
+    place = broyden_layout(slots)[name]
+    assert isinstance(place, int)
+    return place
+
+
+def broyden_array(broyden: Tensor, name: str, slots: int) -> Tensor:
+    """A view of an array of it: [slots], [n, slots] or [slots, slots]."""
+    place = broyden_layout(slots)[name]
+    assert isinstance(place, tuple)
+    offset, length = place
+    view = broyden[offset : offset + length]
+    return view if length == slots else view.view(-1, slots)
+
+
+def broyden_with_more_slots(broyden: Tensor, scalars: Tensor, slots: int, more: int) -> Tensor:
+    """For a ring of ``more`` slots, as :func:`with_more_slots`; ``scalars`` as they were before."""
+    kept, wider = in_order(scalars, slots), new_broyden(more, broyden.device)
+    first = broyden_layout(slots)["run"]
+    assert isinstance(first, tuple)
+    wider[: first[0]] = broyden[: first[0]]
+    for name in (*_BY_SLOT, *_BY_MEMBER):
+        old, new = broyden_array(broyden, name, slots), broyden_array(wider, name, more)
+        if name == "gram_ss":
+            new[: len(kept), : len(kept)] = old[kept][:, kept]
+        elif name in _BY_SLOT:
+            new[: len(kept)] = old[kept]
+        else:
+            new[: len(old), :slots] = old
+    members = broyden_array(broyden, "member", slots).long().tolist()
+    place = {slot: float(i) for i, slot in enumerate(kept)}
+    moved = [place.get(slot, 0.0) for slot in members]
+    broyden_array(wider, "member", more)[:slots] = torch.tensor(moved, dtype=torch.float64)
+    return wider
+
+
 _MATRIX = dict(_C.matrix_layout(0))
 # Side of a matrix's tiles; numbers of a term; terms that can be held apart from the matrix.
 TILE = int(_MATRIX["tile"])

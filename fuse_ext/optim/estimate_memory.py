@@ -22,7 +22,14 @@ from fuse_ext.optim.fuse import Fuse
 from fuse_ext.optim.fuse_pv import FusePV
 from fuse_ext.optim.lbfgs import LBFGS
 from fuse_ext.phase.living.kronecker import kronecker_nbytes
-from fuse_ext.phase.modes import AUTO, IN_PAIRS, living, takes_matrix
+from fuse_ext.phase.modes import (
+    AUTO,
+    IN_PAIRS,
+    living,
+    self_scales,
+    takes_matrix,
+    updates_as_broyden,
+)
 from fuse_ext.switch.steps import Never
 from fuse_ext.tell.memory import MemoryEstimate, PhaseMemory
 from fuse_ext.vector.checks import check_params
@@ -174,7 +181,12 @@ def estimate_memory(
         else:
             apart = history_device is not None
             graph = capturable and optimizer != "Fuse"
-            held = History(flat, ops, {}, size, history_dtype, grad_prev_apart=graph, apart=apart)
+            held = ring = History(
+                flat, ops, {}, size, history_dtype, grad_prev_apart=graph, apart=apart
+            )
+            group = opt.param_groups[0]
+            if own and self_scales(group) and updates_as_broyden(group, flat):
+                ring.update_as_broyden()
             host = held.host_nbytes
         vectors = 1 + (line_search in SAVING_SEARCHES)
         vectors += optimizer == "Fuse" and line_search is not None  # g at x, for Adam's half

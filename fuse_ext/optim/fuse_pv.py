@@ -58,9 +58,9 @@ class FusePV(FlatOptimizer):
             (:mod:`~fuse_ext.curvature.dense`), "pairs" for L-BFGS, "auto" for a matrix up to
             512 MiB (11,576 parameters; on a GPU 1 GiB, 16,376) on one function with a line search,
             where nothing is said of pairs, and for pairs elsewhere.
-        dense_update: The matrix's: "broyden", the self-scaled Broyden update, or "bfgs".
+        update: "broyden" (of the matrix, or of pairs that scale themselves), or "bfgs".
         history_size: m, the curvature pairs kept; None for 10 or, on one function, as many as fit
-            64 MiB, at most 500 and at most d, but at least 10. They cost 4 m d reads an iteration.
+            64 MiB, at most 200 (BFGS: 500) and d, but at least 10. They cost 4 m d reads an iteration.
         history_dtype: Storage of the pairs: torch.bfloat16 halves it, torch.int8 quarters it.
         history_device: "cpu": of parameters on a device, pairs in the host's (pinned) memory and
             dots there; a gradient and a direction cross in an iteration. None: beside them.
@@ -160,7 +160,7 @@ class FusePV(FlatOptimizer):
         curvature_tol: float | None = None,
         self_scaling: bool | None = None,
         curvature: str = AUTO,
-        dense_update: str = "broyden",
+        update: str = "broyden",
         deterministic: bool | None = None,
         trial_errors: tuple[type[Exception], ...] = (),
         pairs: str = AUTO,

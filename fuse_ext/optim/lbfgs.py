@@ -67,6 +67,7 @@ class LBFGS(FlatOptimizer):
         curvature_tol: r above; 1e-8 for full batches, about 1e-4 for minibatches.
         self_scaling: Scale the inverse Hessian before each pair (see ``FusePV``): for long runs on
             one function with a large ``history_size``.
+        update: "bfgs", or with ``self_scaling`` "broyden", which takes far fewer iterations there.
         deterministic: Promise that the closure is the same function at every call (no minibatch,
             no dropout): a step then starts from the last evaluation instead of repeating it,
             unless parameters or gradients were touched in between (``p.data.add_(1)`` goes
@@ -115,6 +116,7 @@ class LBFGS(FlatOptimizer):
         history_device: str | None = None,
         curvature_tol: float = 1e-8,
         self_scaling: bool = False,
+        update: str = "bfgs",
         deterministic: bool = False,
         trial_errors: tuple[type[Exception], ...] = (),
         capturable: bool = False,

@@ -199,7 +199,7 @@ _OPTIONS = (
     Option("deterministic", "True, False or None", _SECOND, _yes_no_or_none, shared=True),
     Option("self_scaling", "True, False or None", _SECOND, _yes_no_or_none, shared=True),
     Option("curvature", _any_of(CURVATURES), _SECOND, _one_of(*CURVATURES), shared=True),
-    Option("dense_update", '"broyden" or "bfgs"', _SECOND, _one_of(BROYDEN, BFGS), shared=True),
+    Option("update", '"broyden" or "bfgs"', _SECOND, _one_of(BROYDEN, BFGS), shared=True),
     Option("trial_errors", "a tuple of exception classes", _SECOND, _errors, True, True),
     Option("same_batch_pairs", "a bool", _SECOND, shared=True),
     Option("step_cap", "a number >= 0", _SECOND, _at_least(0.0), shared=True),
@@ -334,8 +334,8 @@ ADAM_TABLE = Table(
 )
 LBFGS_TABLE = Table(
     "lr max_iter max_eval tolerance_grad tolerance_change rtol history_size line_search_fn "
-    "maximize weight_decay history_dtype history_device curvature_tol self_scaling deterministic "
-    "trial_errors capturable shard_state",
+    "maximize weight_decay history_dtype history_device curvature_tol self_scaling update "
+    "deterministic trial_errors capturable shard_state",
     required="lr history_size",
     rules=(
         Rule(
@@ -368,7 +368,7 @@ FUSE_PV_TABLE = Table(
     "lr betas eps weight_decay amsgrad maximize differentiable decoupled_weight_decay "
     "eps_inside_root moment_dtype master_weights lbfgs_lr history_size history_dtype "
     "history_device line_search max_iter max_eval tolerance_grad tolerance_change rtol "
-    "curvature_tol self_scaling curvature dense_update deterministic trial_errors pairs metric "
+    "curvature_tol self_scaling curvature update deterministic trial_errors pairs metric "
     "step_cap check_finite capturable shard_state phase "
     "lr_at_switch",
     required="lr betas",

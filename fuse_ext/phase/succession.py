@@ -297,8 +297,13 @@ def drop_ring(entry: dict[str, Any]) -> None:
 def enlarge(entry: dict[str, Any], slots: int) -> None:
     """Makes room for more pairs in a state entry that holds a ring; the pairs stay."""
     entry.pop(SET_ASIDE, None)  # of other slots
-    kept = scalars.in_order(entry["scalars"], entry["history"].shape[1])
-    entry["scalars"] = scalars.with_more_slots(entry["scalars"], entry["history"].shape[1], slots)
+    before = entry["history"].shape[1]
+    kept = scalars.in_order(entry["scalars"], before)
+    if "broyden" in entry:
+        entry["broyden"] = scalars.broyden_with_more_slots(
+            entry["broyden"], entry["scalars"], before, slots
+        )
+    entry["scalars"] = scalars.with_more_slots(entry["scalars"], before, slots)
     for name in ("history", "history_scale"):
         if name in entry:
             old = entry[name]

@@ -40,7 +40,7 @@ class MemoryEstimate:
         numel: Real numbers in the parameters (a complex parameter is two).
         phases: In the order they come.
         one_function: What comes in the place of the last one if FusePV finds out that its closure
-            is one function: a matrix, or up to 500 pairs; None where it cannot find out, or holds
+            is one function: a matrix, or up to 200 pairs; None where it cannot find out, or holds
             as much. In no other figure than ``peak_of_one_function``.
     """
 

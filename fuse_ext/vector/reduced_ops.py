@@ -176,7 +176,8 @@ class ReducedOps:
 
     def lbfgs_update(self, grads: list[Tensor], *rest: Any) -> None:
         """Pass 1, the sums of its dots, and the recursion."""
-        decay, maximize, history, grad_prev, scalars, scales, pair_step, curvature_tol = rest
+        decay, maximize, history, grad_prev, scalars, scales, pair_step, *pair = rest
+        curvature_tol, broyden, scaled = pair
         slots, forms_pair = history.size(1), pair_step is not None
         names = ("grad_s", "grad_y", "y_s", "y_y")[: 4 if forms_pair else 2]
         dots = [ring.array(scalars, name, slots) for name in names]
@@ -207,7 +208,9 @@ class ReducedOps:
             opened = scalars[HEADER.index("open")].long()
             scalars[ring.index("y_dot_y", slots)] = dots[3][opened]
         step_length = pair_step if forms_pair else 0.0
-        self._ops.lbfgs_two_loop(scalars, slots, forms_pair, step_length, curvature_tol)
+        self._ops.lbfgs_two_loop(
+            scalars, slots, forms_pair, step_length, curvature_tol, broyden=broyden, scaled=scaled
+        )
 
     def lbfgs_direction(self, grads: list[Tensor], *rest: Any) -> list[float]:
         """Pass 2, and the sums of what the direction is judged by."""

@@ -551,6 +551,8 @@ def every_op(
             "commit": awkward,
             "step_length": 0.5,
             "curvature_tol": 1e-8,
+            "broyden": ring.new_broyden(history.slots, CPU) if awkward else None,
+            "scaled": False,
         },
         "lbfgs_decide": decide,
         "lbfgs_direction": direction_arguments(tensors, history, decay, lr_scale, awkward),

@@ -39,6 +39,14 @@ MODES: dict[str, tuple[Any, dict[str, Any], bool]] = {
         {"line_search_fn": "strong_wolfe", "max_iter": 1, "history_dtype": torch.int8},
         True,
     ),
+    "broyden": (
+        LBFGS,
+        {
+            **{"line_search_fn": "strong_wolfe", "max_iter": 1, "deterministic": True},
+            **{"history_size": 6, "self_scaling": True, "update": "broyden"},
+        },
+        True,
+    ),
     "pairs": (
         FusePV,
         {"lr": 1e-2, "switch": 5, "deterministic": True, "curvature": "pairs"},

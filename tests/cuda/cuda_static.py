@@ -29,7 +29,7 @@ INSTRUCTION = re.compile(
     r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.MULTILINE
 )
 KERNEL = re.compile(
-    r"(adam|update|direction|two_loop|decide|stats|move|blend|copy|dense_[a-z_]+?)_kernelI(.*?)EEv"
+    r"(adam|update|direction|two_loop|broyden|decide|stats|move|blend|copy|dense_[a-z_]+?)_kernelI(.*?)EEv"
 )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fuse_ext
 from fuse_ext import LBFGS, FusePV
 from fuse_ext.kernels import scalars as ring
-from fuse_ext.phase.modes import HISTORY_BYTES, LEAST_PAIRS, MOST_PAIRS
+from fuse_ext.phase.modes import BROYDEN_PAIRS, HISTORY_BYTES, LEAST_PAIRS, MOST_PAIRS
 
 Scaled = tuple[Tensor, Tensor, float]  # s, y, tau
 
@@ -123,7 +123,8 @@ def make(numel: int, **options: Any) -> FusePV:
     [
         ({}, 1000, LEAST_PAIRS),
         ({"deterministic": False}, 1000, LEAST_PAIRS),
-        ({"deterministic": True}, 1000, MOST_PAIRS),
+        ({"deterministic": True}, 1000, BROYDEN_PAIRS),
+        ({"deterministic": True, "update": "bfgs"}, 1000, MOST_PAIRS),
         ({"deterministic": True}, 200, 200),
         ({"deterministic": True}, 2, LEAST_PAIRS),
         ({"deterministic": True}, 100_000, HISTORY_BYTES // 800_000),

@@ -328,7 +328,7 @@ def iteration(bound: Any, parts: Parts, pair_step: float | None, origin: Tensor)
         grad.copy_(h * param.float())
     made = parts.ring
     at = made.history, made.grad_prev, made.scalars, made.history_scale
-    told = pair_step, TOL, origin, STEP, 0.0
+    told = pair_step, TOL, origin, STEP, 0.0, None
     *head, moved = bound.lbfgs_update_direction(parts.tensors.grads, [], [], False, *at, *told)
     header = ring.Header(*head)
     assert header.direction_dot_grad < 0.0
@@ -427,9 +427,9 @@ def test_no_parameters_at_all(backend: str, row: torch.dtype) -> None:
     at = made.history, made.grad_prev, made.scalars, made.history_scale
     numbers = layout.grad_stats([], [], False, None, None, stats, None, None, None)
     assert numbers == [0.0] * 6
-    layout.lbfgs_update([], [], False, *at, None, TOL)
+    layout.lbfgs_update([], [], False, *at, None, TOL, None, False)
     *head, moved = layout.lbfgs_update_direction(
-        [], [], [], False, *at, None, TOL, origin, STEP, 0.0
+        [], [], [], False, *at, None, TOL, origin, STEP, 0.0, None
     )
     assert ring.Header(*head).direction_dot_grad == 0.0 and not moved
     layout.lbfgs_move(origin, made.history, made.scalars, made.history_scale, STEP, True)

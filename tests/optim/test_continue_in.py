@@ -79,7 +79,7 @@ MAKERS: dict[str, Callable[[Any], Any]] = {
     "promised, pairs": lambda p: FusePV(p, 1e-2, deterministic=True, curvature="pairs"),
     "untold": lambda p: FusePV(p, 1e-2),
     "at once": lambda p: FusePV(p, switch=AtOnce()),
-    "bfgs": lambda p: FusePV(p, 1e-2, deterministic=True, dense_update="bfgs"),
+    "bfgs": lambda p: FusePV(p, 1e-2, deterministic=True, update="bfgs"),
     "reference": lambda p: FusePV(p, 1e-2, deterministic=True, backend="reference"),
     "bfloat16 moments": lambda p: FusePV(
         p, 1e-2, deterministic=True, moment_dtype=torch.bfloat16, switch=20

@@ -95,7 +95,7 @@ def test_largest_matrix(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
         ({"curvature": "dense", "capturable": True, "line_search": None}, "capturable=True"),
         ({"curvature": "matrix"}, "curvature"),
         ({"curvature": None}, "curvature"),
-        ({"dense_update": "dfp"}, "dense_update"),
+        ({"update": "dfp"}, "update"),
         ({"self_scaling": "yes"}, "self_scaling"),
     ],
     ids=str,
@@ -206,7 +206,7 @@ def test_estimate(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("update", ["broyden", "bfgs"])
 def test_maximize_is_the_same_run(update: str) -> None:
-    down, up = (Fit(dtype=F64, maximize=m, **DENSE, dense_update=update) for m in (False, True))
+    down, up = (Fit(dtype=F64, maximize=m, **DENSE, update=update) for m in (False, True))
     assert down.step(40) == [-loss for loss in up.step(40)]
     assert torch.equal(down.flat, up.flat)
 
@@ -248,7 +248,7 @@ def parameters(*sizes: int, dtype: torch.dtype = F64) -> list[nn.Parameter]:
 @pytest.mark.parametrize("self_scaling", [None, False])
 @pytest.mark.parametrize("case", ["plain", "decay", "groups", "complex"])
 def test_converges(case: str, self_scaling: bool | None, update: str, backend: str) -> None:
-    options = {"dense_update": update, "self_scaling": self_scaling, "backend": backend}
+    options = {"update": update, "self_scaling": self_scaling, "backend": backend}
     params, groups, decay = parameters(7, 8), None, 0.0
     if case == "decay":
         decay = options["weight_decay"] = 0.5

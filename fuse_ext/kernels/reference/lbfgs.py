@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fuse_ext.kernels import fixed_step
 from fuse_ext.kernels import scalars as ring
+from fuse_ext.kernels.reference import broyden_pairs
 from fuse_ext.kernels.reference.memory import (
     Rows,
     check,
@@ -68,7 +69,9 @@ def lbfgs_update(
         grad_s[slot], grad_y[slot] = dot(g, rows.read(0, slot)), dot(g, rows.read(1, slot))
 
 
-def _commit_pair(scalars: Tensor, slots: int, step_length: float, curvature_tol: float) -> None:
+def _commit_pair(
+    scalars: Tensor, slots: int, step_length: float, curvature_tol: float, dropped: int = 1
+) -> bool:
     """Closes the open slot when s.y > curvature_tol |s| |y|; else leaves it open."""
     header = ring.read_header(scalars)
     opened, count = int(header.open), int(header.count)
@@ -85,7 +88,7 @@ def _commit_pair(scalars: Tensor, slots: int, step_length: float, curvature_tol:
     scalars[ring.index("pair_cosine", slots)] = cosine
     if not (sy > curvature_tol * norms and yy > 0.0 and math.isfinite(norms + sy)):
         scalars[ring.index("skipped", slots)] += 1
-        return
+        return False
     row_scale[opened] = step_length
     ring.array(scalars, "pair_set", slots)[opened] = scalars[ring.index("set", slots)]
     for i in ring.held_slots(scalars, slots):
@@ -96,30 +99,59 @@ def _commit_pair(scalars: Tensor, slots: int, step_length: float, curvature_tol:
     grown = -step_length * step_length * header.direction_dot_grad / sy  # s.B s / s.y = 1 / tau
     growth = ring.array(scalars, "growth", slots)
     growth[opened] = grown - 1.0 if scaling and 1.0 < grown < math.inf else 0.0
-    held = min(count + 1, slots - 1)
+    held = count + 1 if count + 1 < slots else count + 1 - dropped
     first = (opened + 1 - held) % slots if scaling else opened
     scalars[ring.index("gamma", slots)] = gram_sy[first, first] / gram_yy[first, first]
     scalars[ring.index("accepted", slots)] += 1
     scalars[ring.index("count", slots)] = held
     scalars[ring.index("open", slots)] = (opened + 1) % slots
+    return True
 
 
 def lbfgs_two_loop(
-    scalars: Tensor, slots: int, commit: bool, step_length: float, curvature_tol: float
+    scalars: Tensor,
+    slots: int,
+    commit: bool,
+    step_length: float,
+    curvature_tol: float,
+    *,
+    broyden: Tensor | None = None,
+    scaled: bool = False,
 ) -> None:
     """See :class:`fuse_ext.kernels.ops.Ops`."""
+    opened, fresh = int(ring.read_header(scalars).open), False
     if commit:
-        _commit_pair(scalars, slots, step_length, curvature_tol)
-    _recursion(scalars, slots)
+        dropped = 1 if broyden is None else max(1, (slots - 1) // 2)
+        fresh = _commit_pair(scalars, slots, step_length, curvature_tol, dropped)
+    if broyden is None:
+        return _recursion(scalars, slots)
+    if fresh:
+        broyden_pairs.note_pair(scalars, broyden, slots, opened, step_length)
+    if broyden_pairs.newest_run(scalars, broyden, slots, scaled):
+        _choose(scalars, slots)
+        broyden_pairs.recursion(scalars, broyden, slots, step_length, fresh, scaled)
+    else:
+        _recursion(scalars, slots)
 
 
-def _recursion(scalars: Tensor, slots: int) -> None:
-    header, newest_first = ring.read_header(scalars), ring.usable_slots(scalars, slots)
+def _choose(scalars: Tensor, slots: int) -> list[int]:
+    """Notes the usable pairs, newest first, and what those before each have grown by."""
+    newest_first = ring.usable_slots(scalars, slots)
     scalars[ring.index("usable", slots)] = len(newest_first)
     chosen = ring.array(scalars, "chosen", slots)
     chosen[: len(newest_first)] = torch.tensor(
         newest_first, dtype=chosen.dtype, device=chosen.device
     )
+    grown, product = ring.array(scalars, "grown", slots), 1.0
+    growth = ring.array(scalars, "growth", slots).tolist()
+    for i in newest_first:
+        grown[i] = product
+        product *= 1.0 + growth[i]
+    return newest_first
+
+
+def _recursion(scalars: Tensor, slots: int) -> None:
+    header, newest_first = ring.read_header(scalars), _choose(scalars, slots)
     named = {
         name: ring.array(scalars, name, slots).tolist()
         for name in ("row_scale", "grad_s", "grad_y", "growth", "gram_sy", "gram_yy")
@@ -133,10 +165,6 @@ def _recursion(scalars: Tensor, slots: int) -> None:
     for i in newest_first:
         s_dot_p = -scale[i] * named["grad_s"][i] - sum(a * sy[i][j] for j, a in alpha.items())
         alpha[i] = s_dot_p / sy[i][i]
-    grown, product = ring.array(scalars, "grown", slots), 1.0
-    for i in newest_first:
-        grown[i] = product
-        product *= 1.0 + named["growth"][i]
     change: dict[int, float] = {}  # alpha_i - beta_i, and what has become of it
     initial = -gamma
     for i in reversed(newest_first):

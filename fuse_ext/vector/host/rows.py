@@ -137,11 +137,12 @@ class HostRows:
     def lbfgs_update_direction(self, grads: list[Tensor], *rest: Any) -> list[float]:
         """Both on one gradient; who calls moves."""
         decay, lr_scale, maximize, history, grad_prev, scalars, scales, *pair = rest
-        pair_step, curvature_tol, *_ = pair
+        pair_step, curvature_tol, *_, broyden = pair
         self._send(grads, decay, maximize)
         held = history, grad_prev, scalars, scales
+        stays = None, 0.0, 0.0
         numbers = self._here.lbfgs_update_direction(
-            self._sent, [], lr_scale, False, *held, pair_step, curvature_tol, None, 0.0, 0.0
+            self._sent, [], lr_scale, False, *held, pair_step, curvature_tol, *stays, broyden
         )
         self._bring(history, scalars, scales)
         return numbers
