@@ -125,9 +125,9 @@ class Precision:
         self._entry["loss_noise"] = min(max(2.0 * needed, NOISE_GROWTH * self.noise), LARGEST_NOISE)
         return True
 
-    def begin_step(self) -> None:
-        """Nothing is spent yet."""
-        self._spending = 0
+    def begin_step(self, spending: int) -> None:
+        """So much is spent by its first evaluation, made or remembered, and nothing else yet."""
+        self._spending = spending
 
     def spend(self) -> None:
         """Counts an evaluation."""

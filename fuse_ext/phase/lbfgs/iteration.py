@@ -26,7 +26,7 @@ from fuse_ext.objective.trials import Trials
 from fuse_ext.objective.usual_step import UsualStep
 from fuse_ext.search.line_search import LineSearchResult
 from fuse_ext.search.noise import PRECISION_NAMES
-from fuse_ext.vector.flat import Closure, FlatParams
+from fuse_ext.vector.flat import Closure, FlatParams, Part
 
 # So many starts in a row that are not finite may be the fault of batches.
 BAD_BATCHES = 3
@@ -50,6 +50,7 @@ class Iteration:
         self.progress = Progress(reason=entry["settled"] or Progress.reason)
         self.setbacks = Setbacks(entry, self.history, self.progress)
         self._direction_max = 0.0
+        self._part: Part | None = None  # that of the last direction
         # Where the parameters stand, None where it was not evaluated.
         self._stand: Point | None = None
 
@@ -73,9 +74,9 @@ class Iteration:
             self._refuse_start()
             return first_loss
         self.entry["bad_starts"] = 0
-        if objective.settled:
+        if settled := self.entry["settled"]:
             objective.stay_settled(options)
-            progress.reason = objective.settled
+            progress.reason = settled
         elif options.lr == 0.0:
             progress.reason = "lr"
         elif point.stats.abs_max <= options.tolerance_grad:
@@ -154,7 +155,8 @@ class Iteration:
         self, closure: Closure | None, options: StepOptions, point: Point, iteration: int
     ) -> Point | None:
         self.entry["n_iter"] += 1
-        header, moved = self._set_out(point, options, self.trials.origin())
+        usual = options.lr * self.trials.usual.share  # the first trial where curvature is known
+        header, moved = self._set_out(point, options, self.trials.origin(), usual)
         flat = not moved and header and -header.direction_dot_grad <= options.tolerance_change
         if header is None or flat:
             if self.objective.remembered:
@@ -167,7 +169,7 @@ class Iteration:
         self.objective.forget_point()
         point.grads.clear()
         self._direction_max = header.direction_max
-        step = self.trials.first_trial(header, point, options)
+        step = self.trials.first_trial(header, point, options, usual)
         if options.line_search is None:
             return self._fixed_step(closure, options, point, header, step, moved, iteration)
         assert closure is not None
@@ -191,12 +193,12 @@ class Iteration:
 
     def find_direction(self, point: Point, options: StepOptions) -> Header | None:
         """-H g at the point; -g, with the history forgotten, where that does not descend."""
-        return self._set_out(point, options, None)[0]
+        return self._set_out(point, options, None, 0.0)[0]
 
     def _set_out(
-        self, point: Point, options: StepOptions, origin: Tensor | None
+        self, point: Point, options: StepOptions, origin: Tensor | None, step: float
     ) -> tuple[Header | None, bool]:
-        """The direction, and with ``origin`` the first trial too where curvature is known.
+        """The direction; with ``origin`` the first trial ``step`` too where curvature is known.
 
         Returns:
             The direction's numbers, None where nothing descends; and whether the parameters are
@@ -204,9 +206,11 @@ class Iteration:
         """
         if not point.part.params:
             return None, False
-        if self.history.enter(point.part):
-            self.objective.drop_pair()  # it is of other parameters
-        part = self.history.part
+        part = point.part
+        if part is not self._part:  # nobody else lets the history enter one
+            self._part = part
+            if self.history.enter(part):
+                self.objective.drop_pair()  # it is of other parameters
         decay, lr_scale = part.pick(options.weight_decay), part.pick(options.lr_scale)
         while True:
             header, moved = self.history.update_direction(
@@ -217,7 +221,7 @@ class Iteration:
                 self.entry["pair_step"],
                 options.curvature_tol,
                 origin,
-                self.trials.known_trial(options),
+                step,
                 options.tolerance_change,
             )
             self.objective.drop_pair()
@@ -279,9 +283,9 @@ class Iteration:
         moved: bool,
         iteration: int,
     ) -> Point | None:
-        origin, before = self.trials.origin(), self._stand
+        before = self._stand
         if not moved:
-            self.history.move(origin, step, save=True)
+            self.history.move(self.trials.origin(), step, save=True)
         self.take_step(step)
         self._stand = None
         self.progress.line_search = "fixed"
@@ -316,7 +320,6 @@ class Iteration:
         moved: bool,
         iteration: int,
     ) -> Point | None:
-        origin = self.trials.origin()
         met, whole = self.entry["non_finite"], self.objective.left >= MAX_LINE_SEARCH_EVALUATIONS
         result, at, best = self.search(closure, options, point, header, step, moved)
         if not self.trials.lowers(result, point, options):
@@ -331,10 +334,10 @@ class Iteration:
                 return None
             return self._search_failed(closure, options, point, header, iteration, cut_short)
         if not result.is_last:
-            self.history.move(origin, result.step, save=False)
+            self.history.move(self.trials.origin(), result.step, save=False)
             at = self.trials.return_to(best, options)
         self.take_step(result.step)
-        self.setbacks.count_success(header, self.objective.is_one_function(options))
+        self.setbacks.count_success(header.usable == 0 and self.objective.is_one_function(options))
         if result.reason == "max_evaluations" and whole and self.setbacks.unlearn():
             self.objective.drop_pair()
         if at.part.absent != self.history.part.absent:
