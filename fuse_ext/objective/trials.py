@@ -127,8 +127,7 @@ class Trials:
                         self._save_grads(at.grads)
                     if trial is not None:
                         at.grads.clear()
-                    remembered = self.objective.remembered
-                    if remembered and self._doubts(point, header, here, at):
+                    if self.objective.remembered and self._doubts(point, header, here, at):
                         ended = trial is None and search.result.is_last
                         at = self._look_back(closure, options, here, at, ended)
             except BaseException:
@@ -149,6 +148,8 @@ class Trials:
         self, closure: Closure, options: StepOptions, start: Point, along_direction: bool
     ) -> Point:
         """A trial; of infinite loss where the closure raises what it is allowed to."""
+        if not options.trial_errors:
+            return self.objective.evaluate(closure, options, along_direction)
         self.objective.allowed = options.trial_errors
         try:
             return self.objective.evaluate(closure, options, along_direction)
@@ -300,6 +301,6 @@ class Trials:
 
 def _is_luck(search: LineSearch, start: Point) -> bool:
     """Whether a search that no step ended well found less than the noise that would explain it."""
-    if not isinstance(search, ApproximateWolfe) or search.result.reason in PASSED:
+    if search.result.reason in PASSED or not isinstance(search, ApproximateWolfe):
         return False
     return start.value - search.result.loss <= search.noise_needed * abs(start.value) < math.inf
