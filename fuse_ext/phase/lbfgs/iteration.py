@@ -51,8 +51,7 @@ class Iteration:
         self.setbacks = Setbacks(entry, self.history, self.progress)
         self._direction_max = 0.0
         self._part: Part | None = None  # that of the last direction
-        # Where the parameters stand, None where it was not evaluated.
-        self._stand: Point | None = None
+        self._stand: Point | None = None  # where parameters are, if that was evaluated
 
     # --- one optimizer step -----------------------------------------------------------------
 
@@ -69,10 +68,9 @@ class Iteration:
         self.flat.check_unchanged()
         objective, progress = self.objective, self.progress
         point = self._stand = objective.start(closure, options, evaluated)
-        first_loss = point.loss
         if not point.finite:
             self._refuse_start()
-            return first_loss
+            return point.loss
         self.entry["bad_starts"] = 0
         if settled := self.entry["settled"]:
             objective.stay_settled(options)
@@ -93,7 +91,7 @@ class Iteration:
                 raise
         objective.note_arrival(self._stand, options)
         self._stand = None
-        return first_loss
+        return point.loss
 
     def _note_interruption(self, start: Point, options: StepOptions) -> None:
         """The parameters are at the last iterate completed; if that is the start, nothing was."""
@@ -102,8 +100,9 @@ class Iteration:
         else:
             self.objective.note_arrival(self._stand, options)
 
-    def _iterations(self, closure: Closure | None, options: StepOptions, point: Point) -> None:
-        here: Point | None = point
+    def _iterations(
+        self, closure: Closure | None, options: StepOptions, here: Point | None
+    ) -> None:
         for iteration in range(options.max_iter):
             if iteration > 0 and self.objective.left <= 0:
                 self.progress.reason = "max_eval"
@@ -204,13 +203,11 @@ class Iteration:
             The direction's numbers, None where nothing descends; and whether the parameters are
             at it now, in which case the slope is below -tolerance_change.
         """
-        if not point.part.params:
+        if not (part := point.part).params:
             return None, False
-        part = point.part
-        if part is not self._part:  # nobody else lets the history enter one
-            self._part = part
-            if self.history.enter(part):
-                self.objective.drop_pair()  # it is of other parameters
+        if part is not self._part and self.history.enter(part):  # as nobody else lets it
+            self.objective.drop_pair()  # it is of other parameters
+        self._part = part
         decay, lr_scale = part.pick(options.weight_decay), part.pick(options.lr_scale)
         while True:
             header, moved = self.history.update_direction(
