@@ -1,8 +1,8 @@
 """How many functions of ours a step calls: on small problems Python is most of what it costs.
 
 Times depend on the machine and on who else is at work on it. Calls do not, and where they creep up
-so do microseconds, one feature at a time. Whoever needs more calls raises a bound knowingly, after a
-look at benchmarks.per_iteration.
+so do microseconds, one feature at a time. Whoever needs more calls raises a bound knowingly, after
+a look at benchmarks.per_iteration.
 """
 
 import sys
