@@ -6,7 +6,7 @@ import math
 import sys
 import warnings
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -53,10 +53,8 @@ def check_betas(betas: Any) -> tuple[float, float]:
     return float(betas[0]), float(betas[1])
 
 
-def check_closure(closure: Any) -> None:
-    """Raises TypeError unless this is a function, or None for no closure."""
-    if closure is None or callable(closure):
-        return
+def refuse_closure(closure: Any) -> NoReturn:
+    """Raises TypeError for what is no function."""
     got = "a tensor" if isinstance(closure, Tensor) else repr(closure)
     raise TypeError(
         f"closure must be a function, got {got}: pass the function itself, step(closure), not what "

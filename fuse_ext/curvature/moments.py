@@ -229,9 +229,8 @@ class Moments:
         flat.note_move()
         self._check_amsgrad(groups)
         shared, plain = counts.shared(), flat.layout.grads()
-        alike = shared is not None and len(groups) == 1 and not leave_out
-        if plain is not None and alike and self.masters is None:
-            assert shared is not None
+        whole = len(groups) == 1 and not leave_out and self.masters is None
+        if whole and plain is not None and shared is not None:
             self._step_all(counts, groups[0], shared + 1, plain, grad_scale, found_inf)
             return None
         grads = [None if i in leave_out else flat.grad(i) for i in range(len(flat.params))]

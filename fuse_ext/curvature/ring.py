@@ -24,7 +24,7 @@ from fuse_ext.kernels.ops import Ops
 from fuse_ext.kernels.reference.memory import SCALE_BLOCK, Rows
 from fuse_ext.kernels.scalars import Header
 from fuse_ext.vector.flat import MOST_PARTS, FlatParams, Part, memory_order
-from fuse_ext.vector.gradients import GradStats
+from fuse_ext.vector.gradients import STATS, GradStats
 from fuse_ext.vector.host.rows import HOST, HostRows, Staging, on_host
 from fuse_ext.vector.reduced_ops import ReducedOps, blend, bound_ops
 
@@ -103,7 +103,7 @@ class History:
             else None
         )
         # Norms of the gradient, and behind them the loss where it would be waited for alone.
-        with_loss = torch.zeros(len(GradStats._fields) + 1, dtype=torch.float64, device=there)
+        with_loss = torch.zeros(len(STATS) + 1, dtype=torch.float64, device=there)
         self._stats = with_loss[:-1]
         self._with_loss = with_loss if is_remote(flat.device) else None
         tensors = {"history": self.rows, "scalars": self.scalars}
@@ -261,7 +261,7 @@ class History:
             rows = self.rows if along_direction else None
             own = bound.norms(grads, decay, maximize, rows, self.scalars, self._stats, self.scales)
             *norms, value = self._flat.measures.point(own, loss, absent)
-            return GradStats._make(norms), value
+            return GradStats(*norms), value
         numbers = bound.grad_stats(
             grads,
             decay,
@@ -273,10 +273,10 @@ class History:
             loss if isinstance(loss, Tensor) else None,
             self._with_loss,
         )
-        *norms, value = numbers
+        value = numbers.pop()
         if not isinstance(loss, Tensor):
             value = math.nan if loss is None else float(loss)
-        return GradStats._make(norms), value
+        return GradStats(*numbers), value
 
     def update(
         self,
@@ -329,7 +329,7 @@ class History:
         With ``origin``, which becomes the parameters, also :meth:`move` by ``step``, where pairs
         are usable, p is finite and -g.p > ``least_slope``. Says whether it did.
         """
-        *numbers, moved = self._bound.lbfgs_update_direction(
+        numbers = self._bound.lbfgs_update_direction(
             grads,
             decay,
             lr_scale,
@@ -345,7 +345,8 @@ class History:
             least_slope,
             self._broyden,
         )
-        return Header(*numbers), moved != 0.0
+        moved = numbers.pop() != 0.0
+        return Header(*numbers), moved
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Copies of s and y of the usable pairs, oldest first, in the state's dtype."""

@@ -16,9 +16,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from fuse_ext import _C
-from fuse_ext.checks import check_closure
+from fuse_ext.checks import refuse_closure
 
 Step = TypeVar("Step", bound=Callable[..., Any])
+# What without_grad has been put around, by what came of that.
+_guarded: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def noticed(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,10 +36,14 @@ def noticed(func: Callable[..., Any]) -> Callable[..., Any]:
         return self.take_step(func, args, kwargs)
 
     watched = _disable_dynamo(Optimizer.profile_hook_step(within))
+    # Where without_grad stands around it, one wrapper does for both.
+    guarded = _guarded.get(func)
 
     @functools.wraps(func)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        check_closure(args[0] if args else kwargs.get("closure"))
+        closure = args[0] if args else kwargs.get("closure")
+        if closure is not None and not callable(closure):
+            refuse_closure(closure)
         if (
             torch.compiler.is_compiling()
             or self.shares_steps
@@ -48,7 +54,14 @@ def noticed(func: Callable[..., Any]) -> Callable[..., Any]:
             or _global_optimizer_post_hooks
         ):
             return watched(self, *args, **kwargs)
-        return func(self, *args, **kwargs)
+        if guarded is None:  # a subclass's own
+            return func(self, *args, **kwargs)
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            return guarded(self, *args, **kwargs)
+        finally:
+            torch._C._set_grad_enabled(before)
 
     return step
 
@@ -65,6 +78,7 @@ def without_grad(func: Step) -> Step:
         finally:
             torch._C._set_grad_enabled(before)
 
+    _guarded[inner] = func
     return inner  # type: ignore[return-value]
 
 

@@ -80,14 +80,14 @@ class Setbacks:
             self._entry["cuts"] = min(self._entry["cuts"] + 1, SHORTEST_CUT)
             self._entry["step_cuts"] += 1
 
-    def count_success(self, header: Header, one_function: bool) -> None:
-        """Notes a step. On one function curvature has another chance after one along -g.
+    def count_success(self, steepest_on_one: bool) -> None:
+        """Notes a step. After one along -g on one function curvature has another chance.
 
         Its search may have failed for rounding alone, as happens in long valleys, where what was
         learnt in thousands of iterations is worth much. It has no third chance soon after.
         """
         self.count_failing(False)
-        if header.usable > 0 or not one_function:
+        if not steepest_on_one:
             return
         now, last = self._entry["n_iter"], self._entry["chance"]
         if (not last or now - last > SECOND_CHANCE) and self.take_back():

@@ -61,10 +61,15 @@ class StepOptions:
         """The same for a closure that is known to be one function."""
         return replace(self, deterministic=True, seen=True)
 
-    @property
+    @cached_property
     def promises(self) -> bool:
         """Whether the user has said that the closure is one function."""
         return self.deterministic and not self.seen
+
+    @cached_property
+    def compares(self) -> bool:
+        """Whether steps are compared with each other; a fixed step goes on as torch's does."""
+        return self.deterministic or self.line_search is not None
 
     @cached_property
     def freezing(self) -> list[float] | None:
@@ -196,4 +201,5 @@ def _make_options(
 
 def mixed_signs(groups: list[ParamGroup]) -> bool:
     """Whether some groups ascend and others descend."""
-    return any(bool(group["maximize"]) != bool(groups[0]["maximize"]) for group in groups)
+    others = groups[1:]
+    return bool(others) and {bool(g["maximize"]) for g in others} != {bool(groups[0]["maximize"])}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class Trials:
         self._best_grads: Tensor | None = None
         self._searches: dict[tuple[str, int], LineSearch] = {}
         self._shortest = math.inf  # trial of the last search
-        self._usual = UsualStep(entry)
+        self.usual = UsualStep(entry)
         self._misfits = 0  # trials in a row that did not fit their start
 
     @property
@@ -64,15 +65,17 @@ class Trials:
             self._origin = self._flat.new_vector()
         return self._origin
 
-    def first_trial(self, header: Header, point: Point, options: StepOptions) -> float:
-        """:meth:`known_trial`; while nothing is known of the curvature a visible one of 1-norm lr.
+    def first_trial(
+        self, header: Header, point: Point, options: StepOptions, known: float
+    ) -> float:
+        """``known``, or while nothing is known of the curvature a visible one of 1-norm lr.
 
         Which is cut where there was none.
         """
         if header.usable > 0 or point.stats.abs_sum == 0.0:
             self._entry["cuts"] = 0
-            return self.known_trial(options)
-        self._usual.forget()
+            return known
+        self.usual.forget()
         visible = self.objective.precision.visible_step(
             self._largest_parameter(),
             point.stats.abs_max,
@@ -81,10 +84,6 @@ class Trials:
         )
         step = max(min(1.0, 1.0 / point.stats.abs_sum), visible)
         return step * CUT ** self._entry["cuts"] * options.lr
-
-    def known_trial(self, options: StepOptions) -> float:
-        """The first trial where curvature is known: lr, or less if steps are shorter as a rule."""
-        return options.lr * self._usual.share
 
     def _largest_parameter(self) -> float:
         """max |x| of the parameters that take part."""
@@ -107,7 +106,6 @@ class Trials:
         Returns:
             The result, the last trial and the best one.
         """
-        origin = self.origin()
         save = not moved
         self._shortest = math.inf
         while True:
@@ -117,20 +115,19 @@ class Trials:
             try:
                 while trial is not None:
                     if not (moved and trial == step):
-                        self._history.move(origin, trial, save)
+                        self._history.move(self.origin(), trial, save)
                     save = moved = False
                     self._shortest = min(self._shortest, trial)
                     at = self.attempt(closure, options, point, True)
-                    self._entry["non_finite"] += not at.finite
-                    here = trial
-                    trial = search.tell(at.value if at.finite else math.inf, at.stats.slope)
+                    here, finite = trial, at.finite
+                    self._entry["non_finite"] += not finite
+                    trial = search.tell(at.value if finite else math.inf, at.stats.slope)
                     if search.best_changed:
                         best = at
                         self._save_grads(at.grads)
                     if trial is not None:
                         at.grads.clear()
-                    remembered = self.objective.remembered
-                    if remembered and self._doubts(point, header, here, at):
+                    if self.objective.remembered and self._doubts(point, header, here, at):
                         ended = trial is None and search.result.is_last
                         at = self._look_back(closure, options, here, at, ended)
             except BaseException:
@@ -142,7 +139,7 @@ class Trials:
                 break
             at.grads.clear()
         if header.self_scaling:
-            self._usual.learn(result, header.direction_dot_grad, options.lr)
+            self.usual.learn(result, header.direction_dot_grad, options.lr)
         if self.objective.remembered and options.seen:
             self.objective.trust(result.step * -header.direction_dot_grad, point)
         return result, at, best
@@ -151,6 +148,8 @@ class Trials:
         self, closure: Closure, options: StepOptions, start: Point, along_direction: bool
     ) -> Point:
         """A trial; of infinite loss where the closure raises what it is allowed to."""
+        if not options.trial_errors:
+            return self.objective.evaluate(closure, options, along_direction)
         self.objective.allowed = options.trial_errors
         try:
             return self.objective.evaluate(closure, options, along_direction)
@@ -162,7 +161,7 @@ class Trials:
             if (param := self._flat.params[i]).grad is None:
                 param.grad = torch.zeros_like(param)
         common = self.objective.note_raised(options)
-        return common or start._replace(value=math.inf, grads=[])
+        return common or replace(start, value=math.inf, grads=[])
 
     def end(
         self, closure: Closure, options: StepOptions, point: Point, header: Header, step: float
@@ -199,9 +198,9 @@ class Trials:
         The loss at both ends and the slopes there have to go together: for a quadratic they do to
         the last digit, for others nearly. An offset between two functions is beyond that.
         """
-        rise, slopes = at.value - point.value, (header.direction_dot_grad, at.stats.slope)
-        expected = 0.5 * step * sum(slopes)
-        scale = max(abs(rise), *(abs(step * slope) for slope in slopes))
+        rise, here, there = at.value - point.value, header.direction_dot_grad, at.stats.slope
+        expected = 0.5 * step * (here + there)
+        scale = max(abs(rise), abs(step * here), abs(step * there))
         precision = self.objective.precision
         # A loss that is nothing but rounding may be any other; another function's has digits.
         share = 1.0 if precision.without_digits(point.value) else 2.0 * precision.noise
@@ -255,9 +254,9 @@ class Trials:
         part = self._history.part
         found, grads = self._flat.gradients(options.freezing)
         if found.absent != part.absent:  # the caller evaluates again
-            return best._replace(part=found)
+            return replace(best, part=found)
         self._ops.grad_scatter(part.reals(part.params), grads, part.offsets, self._best_grads)
-        return best._replace(grads=grads)
+        return replace(best, grads=grads)
 
     def undo(self) -> None:
         """Takes the step under way, or the last one, back."""
@@ -302,6 +301,6 @@ class Trials:
 
 def _is_luck(search: LineSearch, start: Point) -> bool:
     """Whether a search that no step ended well found less than the noise that would explain it."""
-    if not isinstance(search, ApproximateWolfe) or search.result.reason in PASSED:
+    if search.result.reason in PASSED or not isinstance(search, ApproximateWolfe):
         return False
     return start.value - search.result.loss <= search.noise_needed * abs(start.value) < math.inf

@@ -159,20 +159,21 @@ class Habits:
         entry: The optimizer's state entry: counts ``func_evals``.
 
     Attributes:
+        adds: Whether it adds to gradients; None while that is not known.
         doubles: Whether nothing was said yet of two calls at one point that differ.
     """
 
     def __init__(self, flat: FlatParams, entry: dict[str, Any]) -> None:
         self._flat, self._entry = flat, entry
-        self._adds: bool | None = None  # whether it adds to gradients; None while not known
+        self.adds: bool | None = None
         self._changes = 0.0
         self.doubles, self._said_changes = True, False
 
     def call(self, closure: Closure) -> Any:
         """Calls it, the first time where there are gradients with a mark on one of them."""
-        if self._adds:
+        if self.adds:
             self._clear()
-        if self._adds is not None:
+        if self.adds is not None:
             return with_grad(closure)
         mark = self._mark()
         marked, adds = self._flat.measures.any(mark is not None)[0], False
@@ -185,10 +186,10 @@ class Habits:
                 loss, adds = self._call_with(closure, mark)
         except Exception:
             if self._flat.together is not None:  # the others wait for an answer, and know then
-                self._adds = self._flat.measures.any(False)[0]
+                self.adds = self._flat.measures.any(False)[0]
             raise
-        self._adds = self._flat.measures.any(adds)[0]
-        if not self._adds:
+        self.adds = self._flat.measures.any(adds)[0]
+        if not self.adds:
             return loss
         warn_caller(
             "the closure adds to the gradients that it finds, so that at every trial of a step "
@@ -232,13 +233,11 @@ class Habits:
             param.grad = None
 
     def check_own(self, others: bool) -> None:
-        """To be asked where a step begins, on all ranks; ``others``: with gradients not ours.
+        """To be asked where a step begins if it ``adds``; ``others``: with gradients not ours.
 
         Raises:
-            RuntimeError: The closure adds to them: they are part of another sum, on some rank.
+            RuntimeError: They are part of another sum, on some rank.
         """
-        if not self._adds:
-            return
         own = others and any(param.grad is not None for param in self._flat.params)
         if self._flat.measures.any(own)[0]:
             raise RuntimeError(

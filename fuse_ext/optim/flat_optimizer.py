@@ -190,7 +190,7 @@ class FlatOptimizer(Optimizer, ABC):
 
     def _noted(self, loss: Any) -> Any:
         """A step's loss, of which the report will tell."""
-        self._loss = loss.detach() if isinstance(loss, Tensor) else loss
+        self._loss = loss.detach() if getattr(loss, "requires_grad", False) else loss
         return loss
 
     @property

@@ -272,7 +272,8 @@ class Fuse(FlatOptimizer):
             progress.reason = "no_descent" if header is None else "lr"
             return 0.0
         progress.reason = "max_iter"
-        first = self._lbfgs.trials.first_trial(header, point, options)
+        trials = self._lbfgs.trials
+        first = trials.first_trial(header, point, options, options.lr * trials.usual.share)
         if options.line_search is None or closure is None:
             return first
         flat, part = self.flat, self._lbfgs.history.part

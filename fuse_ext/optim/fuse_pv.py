@@ -11,12 +11,12 @@ from fuse_ext.kernels.hooks import without_grad
 from fuse_ext.optim.flat_optimizer import FlatOptimizer
 from fuse_ext.optim.options import FUSE_PV_TABLE, check_switch
 from fuse_ext.phase import modes, succession
-from fuse_ext.phase.modes import ADAM, AUTO, LBFGS
+from fuse_ext.phase.modes import ADAM, AUTO, LBFGS, finds_out
 from fuse_ext.phase.protocol import Call, Outcome, Scaling
 from fuse_ext.phase.told import ask, told_of
 from fuse_ext.switch.criterion import Observation, Switchover
 from fuse_ext.switch.when import as_switchover
-from fuse_ext.tell.log import LOG, NEW_LOG, criterion_in, falls_back, rested, warn_non_finite
+from fuse_ext.tell.log import LOG, criterion_in, falls_back, log_in, rested, warn_non_finite
 from fuse_ext.tell.report import Report, report_of_phases
 from fuse_ext.vector.flat import Closure, FlatParams, ParamGroup
 
@@ -196,7 +196,7 @@ class FusePV(FlatOptimizer):
     def _log(self) -> dict[str, Any]:
         """Counters and the criterion's state, saved with the rest."""
         self._began = True
-        return dict.setdefault(self._entry, LOG, dict(NEW_LOG))
+        return log_in(self._entry)
 
     @without_grad
     def step(
@@ -271,7 +271,7 @@ class FusePV(FlatOptimizer):
         observed = outcome.observed
         if observed and modes.agreed(self._switch, observed, self.flat) and rested(self._log):
             self.switch_now(self._switch.reason or modes.ON_ANOTHER_RANK)
-        if falls_back(self._log, outcome, modes.finds_out(self.param_groups[0])):
+        if outcome.troubled and falls_back(self._log, outcome, finds_out(self.param_groups[0])):
             self.switch_back()  # from where the last good step has led
         return self._noted(outcome.loss)
 

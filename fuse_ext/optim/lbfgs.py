@@ -185,8 +185,8 @@ class LBFGS(FlatOptimizer):
         if phase is None or phase.outdated(self.state):
             self._renew_layout()
             self._adopt_state()
-        lr = None
-        if groups[0]["capturable"]:
+        lr, capturable = None, groups[0]["capturable"]
+        if capturable:
             check_capturable(groups[0], "line_search_fn")
             lr = shared_lr(groups, self.flat.device)
         lrs = [float(group["lr"]) if lr is None else 1.0 for group in groups]
@@ -199,12 +199,13 @@ class LBFGS(FlatOptimizer):
                 f"closure=None needs line_search_fn=None and max_iter=1, got "
                 f"line_search_fn={options.line_search!r} and max_iter={options.max_iter}"
             )
-        asked_for = groups[0]["capturable"] and not isinstance(self._phase, DevicePhase)
-        if self._phase is None or asked_for:
-            self._phase = self._make_phase()
-        if isinstance(self._phase, LbfgsPhase):  # without what FusePV has to ask of it: 1 us
-            return self._noted(self._phase.iteration.run(closure, options))
-        return self._noted(self._phase.step(Call(closure, groups, options=options, lr=lr)).loss)
+        phase = self._phase
+        if phase is None or (capturable and not isinstance(phase, DevicePhase)):
+            phase = self._phase = self._make_phase()
+        if isinstance(phase, LbfgsPhase):  # without what FusePV has to ask of it: 1 us
+            self._loss = phase.iteration.run(closure, options)  # no graph hangs on it
+            return self._loss
+        return self._noted(phase.step(Call(closure, groups, options=options, lr=lr)).loss)
 
     def _settle(self) -> None:
         if self._phase is not None and not self._phase.outdated(self.state):

@@ -15,7 +15,7 @@ from fuse_ext.kernels.ops import Ops
 from fuse_ext.phase.protocol import Call, Outcome
 from fuse_ext.switch.criterion import Observation
 from fuse_ext.vector.flat import FlatParams, ParamGroup
-from fuse_ext.vector.gradients import GradStats, Readout, grad_stats_into
+from fuse_ext.vector.gradients import STATS, Readout, grad_stats_into
 
 
 def make_moments(
@@ -188,10 +188,8 @@ class AdamPhase:
         """g.g of all gradients at hand, on the device."""
         if self._stats is None:
             refuse_while_capturing(self._flat.device, "memory for the gradients' norms is taken")
-            self._stats = torch.zeros(
-                len(GradStats._fields), dtype=torch.float64, device=self._flat.device
-            )
+            self._stats = torch.zeros(len(STATS), dtype=torch.float64, device=self._flat.device)
         if not grad_stats_into(self._flat, self._ops, self._stats):
             return None
-        place = GradStats._fields.index("square")
+        place = STATS.index("square")
         return self._stats[place : place + 1]

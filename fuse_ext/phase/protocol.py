@@ -128,6 +128,11 @@ class Outcome(NamedTuple):
     one_function: bool = False
     believed: bool = False
 
+    @property
+    def troubled(self) -> bool:
+        """Whether there is something to count, or to leave the phase for."""
+        return self.rescued or self.failing or self.worse or self.contradicted
+
 
 class Phase(Protocol):
     """One way of stepping, with its state and its counts."""

@@ -252,15 +252,9 @@ class LineSearch(ABC):
 
     def _conclude(self, reason: Reason, trial: LineSearchPoint) -> LineSearchResult:
         point = self._origin if self._best is None else self._best
-        return LineSearchResult(
-            step=point.step,
-            loss=point.loss,
-            slope=point.slope,
-            success=self._best is not None,
-            reason=reason if self._seen_finite else "non_finite",
-            evaluations=self._evaluations,
-            is_last=self._best is trial,
-        )
+        why = reason if self._seen_finite else "non_finite"
+        success, is_last = self._best is not None, self._best is trial
+        return LineSearchResult(*point, success, why, self._evaluations, is_last)
 
     def _decreases(self, trial: LineSearchPoint) -> bool:
         """Sufficient decrease."""

@@ -125,9 +125,9 @@ class Precision:
         self._entry["loss_noise"] = min(max(2.0 * needed, NOISE_GROWTH * self.noise), LARGEST_NOISE)
         return True
 
-    def begin_step(self) -> None:
-        """Nothing is spent yet."""
-        self._spending = 0
+    def begin_step(self, spending: int) -> None:
+        """So much is spent by its first evaluation, made or remembered, and nothing else yet."""
+        self._spending = spending
 
     def spend(self) -> None:
         """Counts an evaluation."""
@@ -136,11 +136,11 @@ class Precision:
     def end_step(self, loss: float) -> None:
         """What was spent has been, and led here (NaN where the loss is not known)."""
         entry = self._entry
-        entry["spent"] += self._spending
+        spent = entry["spent"] = entry["spent"] + self._spending
         self._spending = 0
         if loss < entry["lowest_loss"]:
             entry["lowest_loss"] = loss
-        marks, spent = entry["trend"], entry["spent"]
+        marks = entry["trend"]
         if not marks or spent > (1.0 + TREND_INTERVAL) * marks[-1][0]:
             entry["trend"] = [*marks, [spent, entry["lowest_loss"]]][-TREND_MARKS:]
 
@@ -161,6 +161,7 @@ class Precision:
             entry["least_loss"] = min(loss, entry["least_loss"])
             entry["least_square"] = min(square, entry["least_square"])
             entry["spent_at_least"] = spent
+            return False
         low, high = FLOOR_EVALUATIONS
         patience = min(max(entry["spent_at_least"], low), high)
         return bool(spent - entry["spent_at_least"] >= patience)

@@ -109,46 +109,49 @@ class OneFunction:
         """Takes in where a step has ended, None where that was not evaluated."""
         entry = self._entry
         if self._told is not None:
-            entry["agreed"], entry["contradicted"] = self._agreed, self._contradicted
+            entry["agreed"], entry["contradicted"] = self._counts()
             self._told = None
         if values is None:
-            return self.leave()
+            entry["arrival"] = []
+            return
         entry["arrival"], entry["arrival_absent"] = list(values), list(absent)
         entry["largest_square"] = max(entry["largest_square"], values.square)
 
-    @property
-    def _agreed(self) -> float:
-        return float(self._entry["agreed"] + (self._told is True))
-
-    @property
-    def _contradicted(self) -> float:
-        before: float = self._entry["contradicted"]
-        return before if self._told is None else FORGETTING * before + (not self._told)
+    def _counts(self) -> tuple[float, float]:
+        """``agreed`` and ``contradicted``, with what the start of the step under way has told."""
+        agreed, contradicted = self._entry["agreed"], self._entry["contradicted"]
+        if self._told is None:
+            return agreed, contradicted
+        return agreed + self._told, FORGETTING * contradicted + (not self._told)
 
     @property
     def contradicted(self) -> bool:
         """Whether too many starts were not as the steps before had left it."""
-        return self._contradicted >= MOST_OTHERS
+        return self._counts()[1] >= MOST_OTHERS
 
     @property
     def looks_like_batches(self) -> bool:
         """Whether starts have contradicted before it was sure."""
-        return self._agreed < SURE and self._contradicted > 0.0
+        agreed, contradicted = self._counts()
+        return agreed < SURE and contradicted > 0.0
 
     @property
     def sure(self) -> bool:
         """Whether it has been seen so often that a step need not look at its start again."""
-        return self.known and self._agreed >= SURE
+        agreed, contradicted = self._counts()
+        return agreed >= SURE and contradicted < 1.0
 
     @property
     def undisputed(self) -> bool:
         """Whether that was contradicted neither before nor, for long, since."""
-        return self.sure and self._contradicted < LEAST_OTHERS
+        agreed, contradicted = self._counts()
+        return agreed >= SURE and contradicted < LEAST_OTHERS
 
     @property
     def known(self) -> bool:
         """Whether it has been seen to be one function, and not lately to be another."""
-        return self._agreed >= 1 and self._contradicted < 1.0
+        agreed, contradicted = self._counts()
+        return agreed >= 1 and contradicted < 1.0
 
 
 def check_arrival(entry: dict[str, Any]) -> None:

@@ -26,6 +26,14 @@ NEW_LOG = {
 REST = 100
 
 
+def log_in(entry: dict[str, Any]) -> dict[str, Any]:
+    """FusePV's counts in the first parameter's state; where there are none, new ones."""
+    if LOG not in entry:
+        entry[LOG] = dict(NEW_LOG)
+    log: dict[str, Any] = entry[LOG]
+    return log
+
+
 def rested(log: dict[str, Any]) -> bool:
     """Whether Adam has gone on for long enough where losses rose, or memory lacked, at a switch."""
     least = max(REST * (2 ** log.get("setbacks", 0) - 1), log.get("stays_until", 0))

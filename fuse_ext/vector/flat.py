@@ -233,7 +233,9 @@ class FlatParams:
         """The versions and addresses of all parameters: differs once anyone has moved them."""
         if self.rows is not None:
             return [(self.version(i), p.data_ptr()) for i, p in enumerate(self.params)]
-        places = self.layout.places() or [(p._version, p.data_ptr()) for p in self.tensors]
+        if not self.spread and (known := self.layout.places()):
+            return known
+        places = [(p._version, p.data_ptr()) for p in self.tensors]
         # An op on a DTensor counts there alone.
         return (places, [p._version for p in self.params]) if self.spread else places
 

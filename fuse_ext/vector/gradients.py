@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from fuse_ext.vector.measures import PartsDiffer
 from fuse_ext.vector.reduced_ops import ReducedOps
 
 
-class GradStats(NamedTuple):
+@dataclass(slots=True)  # made, and read, in half the time that a NamedTuple takes
+class GradStats:
     """What one pass over the effective gradient g yields (order of csrc/stats.h).
 
     Attributes:
@@ -39,6 +41,8 @@ class GradStats(NamedTuple):
         return math.isfinite(self.square)
 
 
+# Their names, in their order.
+STATS = tuple(field.name for field in fields(GradStats))
 # Where no parameter has one.
 NO_GRADIENT = GradStats(0.0, 0.0, 0.0, 0.0, 0.0)
 
@@ -117,7 +121,7 @@ class Readout:
     def __init__(self, flat: FlatParams, ops: Ops) -> None:
         self._flat, self._ops = flat, ops
         # The norms, the loss, GradScaler's verdict.
-        size = len(GradStats._fields) + 2
+        size = len(STATS) + 2
         self._numbers = torch.zeros(size, dtype=torch.float64, device=flat.device)
         # Views take as long as a kernel on a small problem.
         self._stats, self._with_loss = self._numbers[: size - 2], self._numbers[:-1]
@@ -147,7 +151,7 @@ class Readout:
             values, value = stats.tolist(), math.nan if here is None else here.item()
         told = None if loss is None else value if here is not None else _number(loss)
         found = None if found_inf is None else float(found_inf) != 0.0
-        return Told(GradStats._make(values), told, found)
+        return Told(GradStats(*values), told, found)
 
     def finite(self, told: Told) -> bool:
         """Whether a step may be taken on what was read.
@@ -161,7 +165,7 @@ class Readout:
 
     def _over_ranks(self, loss: Any, found_inf: Tensor | None, norms: bool) -> Told:
         """The same of all ranks: the mean loss, a verdict where one has it, norms of the whole."""
-        flat, own, absent = self._flat, [*NO_GRADIENT], tuple[int, ...]()
+        flat, own, absent = self._flat, [0.0] * len(STATS), tuple[int, ...]()
         number = None if loss is None else _number(loss)
         found = None
         if found_inf is not None:
@@ -181,9 +185,7 @@ class Readout:
             flat.fill_gradients()
             return self._over_ranks(loss, found_inf, norms)
         some = norms and len(absent) < len(flat.params)
-        return Told(
-            GradStats._make(values) if some else None, None if number is None else mean, found
-        )
+        return Told(GradStats(*values) if some else None, None if number is None else mean, found)
 
     def _without_norms(
         self, loss: Any, here: Tensor | None, found_inf: Tensor | None, remote: bool

@@ -26,7 +26,7 @@ from fuse_ext.objective.trials import Trials
 from fuse_ext.objective.usual_step import UsualStep
 from fuse_ext.search.line_search import LineSearchResult
 from fuse_ext.search.noise import PRECISION_NAMES
-from fuse_ext.vector.flat import Closure, FlatParams
+from fuse_ext.vector.flat import Closure, FlatParams, Part
 
 # So many starts in a row that are not finite may be the fault of batches.
 BAD_BATCHES = 3
@@ -50,8 +50,8 @@ class Iteration:
         self.progress = Progress(reason=entry["settled"] or Progress.reason)
         self.setbacks = Setbacks(entry, self.history, self.progress)
         self._direction_max = 0.0
-        # Where the parameters stand, None where it was not evaluated.
-        self._stand: Point | None = None
+        self._part: Part | None = None  # that of the last direction
+        self._stand: Point | None = None  # where parameters are, if that was evaluated
 
     # --- one optimizer step -----------------------------------------------------------------
 
@@ -68,14 +68,13 @@ class Iteration:
         self.flat.check_unchanged()
         objective, progress = self.objective, self.progress
         point = self._stand = objective.start(closure, options, evaluated)
-        first_loss = point.loss
         if not point.finite:
             self._refuse_start()
-            return first_loss
+            return point.loss
         self.entry["bad_starts"] = 0
-        if objective.settled:
+        if settled := self.entry["settled"]:
             objective.stay_settled(options)
-            progress.reason = objective.settled
+            progress.reason = settled
         elif options.lr == 0.0:
             progress.reason = "lr"
         elif point.stats.abs_max <= options.tolerance_grad:
@@ -92,7 +91,7 @@ class Iteration:
                 raise
         objective.note_arrival(self._stand, options)
         self._stand = None
-        return first_loss
+        return point.loss
 
     def _note_interruption(self, start: Point, options: StepOptions) -> None:
         """The parameters are at the last iterate completed; if that is the start, nothing was."""
@@ -101,8 +100,9 @@ class Iteration:
         else:
             self.objective.note_arrival(self._stand, options)
 
-    def _iterations(self, closure: Closure | None, options: StepOptions, point: Point) -> None:
-        here: Point | None = point
+    def _iterations(
+        self, closure: Closure | None, options: StepOptions, here: Point | None
+    ) -> None:
         for iteration in range(options.max_iter):
             if iteration > 0 and self.objective.left <= 0:
                 self.progress.reason = "max_eval"
@@ -154,7 +154,8 @@ class Iteration:
         self, closure: Closure | None, options: StepOptions, point: Point, iteration: int
     ) -> Point | None:
         self.entry["n_iter"] += 1
-        header, moved = self._set_out(point, options, self.trials.origin())
+        usual = options.lr * self.trials.usual.share  # the first trial where curvature is known
+        header, moved = self._set_out(point, options, self.trials.origin(), usual)
         flat = not moved and header and -header.direction_dot_grad <= options.tolerance_change
         if header is None or flat:
             if self.objective.remembered:
@@ -167,7 +168,7 @@ class Iteration:
         self.objective.forget_point()
         point.grads.clear()
         self._direction_max = header.direction_max
-        step = self.trials.first_trial(header, point, options)
+        step = self.trials.first_trial(header, point, options, usual)
         if options.line_search is None:
             return self._fixed_step(closure, options, point, header, step, moved, iteration)
         assert closure is not None
@@ -191,22 +192,22 @@ class Iteration:
 
     def find_direction(self, point: Point, options: StepOptions) -> Header | None:
         """-H g at the point; -g, with the history forgotten, where that does not descend."""
-        return self._set_out(point, options, None)[0]
+        return self._set_out(point, options, None, 0.0)[0]
 
     def _set_out(
-        self, point: Point, options: StepOptions, origin: Tensor | None
+        self, point: Point, options: StepOptions, origin: Tensor | None, step: float
     ) -> tuple[Header | None, bool]:
-        """The direction, and with ``origin`` the first trial too where curvature is known.
+        """The direction; with ``origin`` the first trial ``step`` too where curvature is known.
 
         Returns:
             The direction's numbers, None where nothing descends; and whether the parameters are
             at it now, in which case the slope is below -tolerance_change.
         """
-        if not point.part.params:
+        if not (part := point.part).params:
             return None, False
-        if self.history.enter(point.part):
+        if part is not self._part and self.history.enter(part):  # as nobody else lets it
             self.objective.drop_pair()  # it is of other parameters
-        part = self.history.part
+        self._part = part
         decay, lr_scale = part.pick(options.weight_decay), part.pick(options.lr_scale)
         while True:
             header, moved = self.history.update_direction(
@@ -217,7 +218,7 @@ class Iteration:
                 self.entry["pair_step"],
                 options.curvature_tol,
                 origin,
-                self.trials.known_trial(options),
+                step,
                 options.tolerance_change,
             )
             self.objective.drop_pair()
@@ -279,9 +280,9 @@ class Iteration:
         moved: bool,
         iteration: int,
     ) -> Point | None:
-        origin, before = self.trials.origin(), self._stand
+        before = self._stand
         if not moved:
-            self.history.move(origin, step, save=True)
+            self.history.move(self.trials.origin(), step, save=True)
         self.take_step(step)
         self._stand = None
         self.progress.line_search = "fixed"
@@ -316,7 +317,6 @@ class Iteration:
         moved: bool,
         iteration: int,
     ) -> Point | None:
-        origin = self.trials.origin()
         met, whole = self.entry["non_finite"], self.objective.left >= MAX_LINE_SEARCH_EVALUATIONS
         result, at, best = self.search(closure, options, point, header, step, moved)
         if not self.trials.lowers(result, point, options):
@@ -331,10 +331,10 @@ class Iteration:
                 return None
             return self._search_failed(closure, options, point, header, iteration, cut_short)
         if not result.is_last:
-            self.history.move(origin, result.step, save=False)
+            self.history.move(self.trials.origin(), result.step, save=False)
             at = self.trials.return_to(best, options)
         self.take_step(result.step)
-        self.setbacks.count_success(header, self.objective.is_one_function(options))
+        self.setbacks.count_success(header.usable == 0 and self.objective.is_one_function(options))
         if result.reason == "max_evaluations" and whole and self.setbacks.unlearn():
             self.objective.drop_pair()
         if at.part.absent != self.history.part.absent:

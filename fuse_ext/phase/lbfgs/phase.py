@@ -40,6 +40,8 @@ class LbfgsPhase:
         self.iteration, self._finds_out = iteration, finds_out
         self.progress: Progress = iteration.progress
         self.precision: Precision = iteration.objective.precision
+        # Whether the user has cleared or replaced ``Optimizer.state``; asked in every step.
+        self.outdated = iteration.objective.outdated
 
     @property
     def history(self) -> InverseHessian:
@@ -51,7 +53,7 @@ class LbfgsPhase:
         iteration, closure, options = self.iteration, call.closure, call.options
         assert options is not None
         function = iteration.objective.function
-        before = self.believes(call.groups)
+        before = self._finds_out and self.believes(call.groups)
         if self._finds_out and function.sure:
             options = options.promised
         seen, rescued = iteration.entry["non_finite"], False
@@ -93,10 +95,6 @@ class LbfgsPhase:
 
     def settle(self, log: dict[str, Any]) -> None:
         """The host has counted everything itself."""
-
-    def outdated(self, state: dict[Any, Any]) -> bool:
-        """Whether the user has cleared or replaced ``Optimizer.state``."""
-        return self.iteration.objective.outdated(state)
 
     @property
     def nbytes(self) -> int:
