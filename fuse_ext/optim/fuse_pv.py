@@ -60,7 +60,7 @@ class FusePV(FlatOptimizer):
             where nothing is said of pairs, and for pairs elsewhere.
         update: "broyden" (of the matrix, or of pairs that scale themselves), or "bfgs".
         history_size: m, the curvature pairs kept; None for 10 or, on one function, as many as fit
-            64 MiB, at most 200 (BFGS: 500) and d, but at least 10. They cost 4 m d reads an iteration.
+            64 MiB, at most 200 (BFGS: 500) and d, but at least 10: 4 m d reads an iteration.
         history_dtype: Storage of the pairs: torch.bfloat16 halves it, torch.int8 quarters it.
         history_device: "cpu": of parameters on a device, pairs in the host's (pinned) memory and
             dots there; a gradient and a direction cross in an iteration. None: beside them.
