@@ -214,8 +214,9 @@ struct RingCall {
         find<void(at::TensorList, at::TensorList, at::IntArrayRef, at::ArrayRef<double>, bool,
                   at::Tensor, const MaybeTensor&, at::Tensor, bool, const MaybeTensor&,
                   const MaybeTensor&)>("fuse_ext::lbfgs_update");
-    static const auto two_loop = find<void(at::Tensor, std::int64_t, bool, double, double,
-                                           const MaybeTensor&, bool)>("fuse_ext::lbfgs_two_loop");
+    static const auto two_loop =
+        find<void(at::Tensor, std::int64_t, bool, double, double, const MaybeTensor&, bool)>(
+            "fuse_ext::lbfgs_two_loop");
     pass.call(params, grads, layout.offsets(), weight_decay, maximize, history, grad_prev, scalars,
               pair_step.has_value(), history_scale, std::nullopt);
     two_loop.call(scalars, history.size(1), pair_step.has_value(), pair_step.value_or(0.0),
@@ -257,8 +258,8 @@ struct RingCall {
 void lbfgs_update(const Layout& layout, const Tensors& grads, const Numbers& weight_decay,
                   bool maximize, const at::Tensor& history, const MaybeTensor& grad_prev,
                   const at::Tensor& scalars, const MaybeTensor& history_scale,
-                  std::optional<double> pair_step, double curvature_tol,
-                  const MaybeTensor& broyden, bool scaled) {
+                  std::optional<double> pair_step, double curvature_tol, const MaybeTensor& broyden,
+                  bool scaled) {
   const RingCall ring{layout,  grads,     weight_decay, maximize,
                       history, grad_prev, scalars,      history_scale};
   const InOp scope;

@@ -120,8 +120,8 @@ FUSE_INLINE void times(const Form& form, std::int64_t n, const double* x_own, co
                        const Team& team) {
   const std::int64_t rank = team.rank(), size = team.size(), slots = form.slots;
   for (std::int64_t j = rank; j < n; j += size) {
-    const double with = dot(form.own + j * slots, x_own, j + 1) +
-                        dot(form.other + j * slots, x_other, j + 1);
+    const double with =
+        dot(form.own + j * slots, x_own, j + 1) + dot(form.other + j * slots, x_other, j + 1);
     const double *a = form.terms + j, own = x_own[j];
     alone[j] = form.unit * (a[0] * own + a[slots] * with);
     mixed[j] = form.unit * (a[slots] * own + a[2 * slots] * with);
@@ -180,9 +180,8 @@ FUSE_INLINE bool join(LbfgsScalars state, BroydenScalars of, std::int64_t j, dou
   const double gamma = of[kInitial];
   const Form inverse = inverse_form(of), direct = direct_form(of);
   const std::int64_t row = j * slots;
-  const double y_h_y =
-      extend(inverse, j, y_own, y_other, yy, gamma, of.array(kInverseOwn) + row,
-             of.array(kInverseOther) + row, alone, mixed, team);
+  const double y_h_y = extend(inverse, j, y_own, y_other, yy, gamma, of.array(kInverseOwn) + row,
+                              of.array(kInverseOther) + row, alone, mixed, team);
   const double own_s_b_s =
       extend(direct, j, s_own, s_other, ss, 1.0 / gamma, of.array(kDirectOwn) + row,
              of.array(kDirectOther) + row, alone, mixed, team);
@@ -198,8 +197,7 @@ FUSE_INLINE bool join(LbfgsScalars state, BroydenScalars of, std::int64_t j, dou
   const Term down{(1.0 + tau * theta * own_s_b_s / sy) / sy, -tau * theta / sy,
                   tau * (theta - 1.0) / own_s_b_s};
   // The first one is taken as it is: a direction that it makes of nonsense is no descent.
-  const bool fits = j == 0 || (y_h_y > 0.0 && own_s_b_s > 0.0 &&
-                               is_finite(up.ss + up.sw + up.ww) &&
+  const bool fits = j == 0 || (y_h_y > 0.0 && own_s_b_s > 0.0 && is_finite(up.ss + up.sw + up.ww) &&
                                is_finite(down.ss + down.sw + down.ww) &&
                                is_finite(1.0 / inverse_unit) && is_finite(1.0 / direct_unit));
   team.sync();  // everyone has read the units that change now

@@ -140,9 +140,9 @@ py::dict broyden_layout(std::int64_t slots) {
                            "held_run",    "initial", "inverse_unit", "direct_unit"};
   static_assert(sizeof headers / sizeof *headers == kDirectUnit + 1);
   for (int i = 0; i <= kDirectUnit; ++i) layout[headers[i]] = i;
-  const char* arrays[] = {"run",         "along_s",       "along_y",     "member",
-                          "inverse_terms", "direct_terms", "scratch",     "gram_ss",
-                          "inverse_own", "inverse_other", "direct_own", "direct_other"};
+  const char* arrays[] = {"run",           "along_s",       "along_y",    "member",
+                          "inverse_terms", "direct_terms",  "scratch",    "gram_ss",
+                          "inverse_own",   "inverse_other", "direct_own", "direct_other"};
   static_assert(sizeof arrays / sizeof *arrays == kBroydenArrays);
   for (int i = 0; i < kBroydenArrays; ++i) {
     const auto array = static_cast<BroydenArray>(i);

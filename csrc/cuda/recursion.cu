@@ -53,8 +53,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                    double curvature_tol, bool scaled) {
   FUSE_SHARED(double, shared);
   on_scalars<staged>(scalars, shared, [&](LbfgsScalars state, const Block& block) {
-    const bool fresh =
-        commit && commit_broyden_pair(state, of, step_length, curvature_tol, block);
+    const bool fresh = commit && commit_broyden_pair(state, of, step_length, curvature_tol, block);
     broyden_recursion(state, of, step_length, fresh, scaled, block);
   });
 }
