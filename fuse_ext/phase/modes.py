@@ -233,7 +233,9 @@ def second_phase(group: ParamGroup, flat: FlatParams, kind: str) -> str:
         why = f"the closure is not known to be one function; {size}"
     else:
         why = f"{size} are too many for a matrix ({matrix_nbytes(flat.numel) / 2**20:,.0f} MiB)"
-    return f"L-BFGS with up to {group['history_size']} pairs and {step}: {why}"
+    scales = search is not None and self_scales({**group, "deterministic": True})
+    how = " (broyden)" * (scales and updates_as_broyden(group, flat))
+    return f"L-BFGS with up to {group['history_size']} pairs{how} and {step}: {why}"
 
 
 def check_signs(groups: list[ParamGroup]) -> None:

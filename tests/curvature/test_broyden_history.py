@@ -133,6 +133,7 @@ def test_who_updates_so(options: dict[str, Any], expected: bool) -> None:
     optimizer, problem = fit(40, **options)
     assert optimizer.phase == "lbfgs"
     assert ("broyden" in optimizer.state[problem.params[0]]) is expected
+    assert ("pairs (broyden)" in optimizer.report().second_phase) is expected
     # A checkpoint goes on as it began, whatever the other was told.
     told = {**options, "update": "bfgs" if expected else "broyden"}
     dtype = told.pop("dtype", F64)
