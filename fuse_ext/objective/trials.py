@@ -138,7 +138,7 @@ class Trials:
                 raise
             result = search.result
             found = self.lowers(result, point, options) and not _is_luck(search, point)
-            if found or not self._learns_noise(search) or self.objective.left <= 0:
+            if found or not self._learns_noise(search, options) or self.objective.left <= 0:
                 break
             at.grads.clear()
         if header.self_scaling:
@@ -237,11 +237,13 @@ class Trials:
             result.loss
         )
 
-    def _learns_noise(self, search: LineSearch) -> bool:
+    def _learns_noise(self, search: LineSearch, options: StepOptions) -> bool:
         """Whether noise may explain the failure of a search that can live with it."""
-        return isinstance(search, ApproximateWolfe) and self.objective.precision.learn(
-            search.noise_needed
-        )
+        if not isinstance(search, ApproximateWolfe):
+            return False
+        # Else it may be another function at every trial.
+        shown = self.objective.is_one_function(options) and search.shows_noise
+        return self.objective.precision.learn(search.noise_needed, shown)
 
     def _save_grads(self, grads: list[Tensor]) -> None:
         if self._best_grads is None:

@@ -49,6 +49,8 @@ class ApproximateWolfe(StrongWolfe):
 
     name = "approximate_wolfe"
     default_loss_eps = 1e-6
+    # Noise is as large at so short a share of a step, and the least share of it to be seen there.
+    _SHORT, _AS_LARGE = 0.1, 0.5
     # The search closes in on the origin, and a smooth loss soon falls with its slopes.
     _MOST_AGAINST = 3
 
@@ -61,10 +63,13 @@ class ApproximateWolfe(StrongWolfe):
     def _begin(self, origin: LineSearchPoint) -> None:
         super()._begin(origin)
         self.noise_needed = self._flattest = math.inf
+        self._flattest_step = 0.0
+        self._rises: list[tuple[float, float]] = []  # steps, and by what the loss is higher there
         self._against = 0  # trials at which the loss is higher though it falls there
 
     def _accepts(self, trial: LineSearchPoint) -> Reason | None:
         slope0 = self._origin.slope
+        self._rises.append((trial.step, trial.loss - self._origin.loss))
         if super()._accepts(trial) is not None:
             return "wolfe"
         if (2.0 * self.options.c1 - 1.0) * slope0 >= trial.slope >= self.options.c2 * slope0:
@@ -72,11 +77,24 @@ class ApproximateWolfe(StrongWolfe):
             if change <= self._noise():
                 return "approximate_wolfe"
             if abs(trial.slope) < self._flattest and self._origin.loss != 0.0:
-                self._flattest = abs(trial.slope)
+                self._flattest, self._flattest_step = abs(trial.slope), trial.step
                 self.noise_needed = change / abs(self._origin.loss)
         return None
 
+    @property
+    def shows_noise(self) -> bool:
+        """Whether the loss rose as much at far shorter trials.
+
+        Where slopes are wrong it rises in proportion to the step.
+        """
+        least = self._AS_LARGE * self.noise_needed * abs(self._origin.loss)
+        short = self._SHORT * self._flattest_step
+        return any(step <= short and least <= rise < math.inf for step, rise in self._rises)
+
     def _advance(self, trial: LineSearchPoint) -> float | Reason:
+        found = 0.0 if self._best is None else self._origin.loss - self._best.loss
+        if self.shows_noise and found <= self.noise_needed * abs(self._origin.loss):
+            return "noise"
         self._against += trial.slope < 0.0 and self._origin.loss < trial.loss < math.inf
         if self._against >= self._MOST_AGAINST and self._best is None:
             return "slopes_disagree"

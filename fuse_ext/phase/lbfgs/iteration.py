@@ -364,7 +364,7 @@ class Iteration:
         if hidden and not self.objective.is_one_function(options) and self.objective.left > 0:
             # Or is it another function each time (dropout, say)?
             repeated = self.objective.evaluate(closure, options, False).value
-            noise = self.objective.precision.noise
+            noise = self.objective.precision.noise_at_a_point
             hidden = abs(repeated - point.value) <= noise * abs(point.value)
         steepest = header.usable == 0
         final = hidden or (
