@@ -137,8 +137,13 @@ class Trials:
                 self.undo()
                 raise
             result = search.result
-            found = self.lowers(result, point, options) and not _is_luck(search, point)
-            if found or not self._learns_noise(search, options) or self.objective.left <= 0:
+            lower = self.lowers(result, point, options)
+            found = lower and not _is_luck(search, point)
+            if found or not self._learns_noise(search, options):
+                break
+            if self.objective.left <= 0:
+                if lower:  # curvature has not misled this search
+                    result = result._replace(reason="noise")
                 break
             at.grads.clear()
         if header.self_scaling:

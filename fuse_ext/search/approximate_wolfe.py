@@ -49,8 +49,11 @@ class ApproximateWolfe(StrongWolfe):
 
     name = "approximate_wolfe"
     default_loss_eps = 1e-6
-    # Noise is as large at so short a share of a step, and the least share of it to be seen there.
-    _SHORT, _AS_LARGE = 0.1, 0.5
+    # Noise has been seen where a loss rises though the slope has changed by no more than this, ...
+    _SAME_SLOPE = 0.2
+    # ... and by so many times what is in proportion to the step beside the rise that is to be
+    # explained, and by so large a share of that.
+    _OUT_OF_PROPORTION, _NO_SMALL_PART = 5.0, 0.25
     # The search closes in on the origin, and a smooth loss soon falls with its slopes.
     _MOST_AGAINST = 3
 
@@ -64,12 +67,13 @@ class ApproximateWolfe(StrongWolfe):
         super()._begin(origin)
         self.noise_needed = self._flattest = math.inf
         self._flattest_step = 0.0
-        self._rises: list[tuple[float, float]] = []  # steps, and by what the loss is higher there
+        self._rises: list[tuple[float, float]] = []  # steps with the slope of the origin, rises
         self._against = 0  # trials at which the loss is higher though it falls there
 
     def _accepts(self, trial: LineSearchPoint) -> Reason | None:
         slope0 = self._origin.slope
-        self._rises.append((trial.step, trial.loss - self._origin.loss))
+        if abs(trial.slope - slope0) <= self._SAME_SLOPE * abs(slope0):
+            self._rises.append((trial.step, trial.loss - self._origin.loss))
         if super()._accepts(trial) is not None:
             return "wolfe"
         if (2.0 * self.options.c1 - 1.0) * slope0 >= trial.slope >= self.options.c2 * slope0:
@@ -83,13 +87,17 @@ class ApproximateWolfe(StrongWolfe):
 
     @property
     def shows_noise(self) -> bool:
-        """Whether the loss rose as much at far shorter trials.
+        """Whether the loss rises at shorter trials as noise does.
 
-        Where slopes are wrong it rises in proportion to the step.
+        A smooth loss does not rise between two slopes that say that it falls; where slopes are
+        wrong it rises in proportion to the step.
         """
-        least = self._AS_LARGE * self.noise_needed * abs(self._origin.loss)
-        short = self._SHORT * self._flattest_step
-        return any(step <= short and least <= rise < math.inf for step, rise in self._rises)
+        needed, at = self.noise_needed * abs(self._origin.loss), self._flattest_step
+        return any(
+            needed * max(self._NO_SMALL_PART, self._OUT_OF_PROPORTION * step / at) <= rise
+            for step, rise in self._rises
+            if needed < math.inf and rise < math.inf
+        )
 
     def _advance(self, trial: LineSearchPoint) -> float | Reason:
         found = 0.0 if self._best is None else self._origin.loss - self._best.loss

@@ -335,7 +335,7 @@ class Iteration:
             at = self.trials.return_to(best, options)
         self.take_step(result.step)
         self.setbacks.count_success(header, self.objective.is_one_function(options))
-        if result.reason == "max_evaluations" and whole and self.setbacks.unlearn():
+        if result.reason == "max_evaluations" and whole and self.setbacks.unlearn(header):
             self.objective.drop_pair()
         if at.part.absent != self.history.part.absent:
             # Others have gradients here than where the step began: those are the next ones.
