@@ -360,7 +360,7 @@ class Iteration:
         if self.objective.remembered:  # on another function a failure says nothing
             self._stand = again = self.objective.look_again(closure, options)
         self.entry["line_search_failures"] += 1
-        hidden = self.progress.line_search == "no_progress"
+        hidden = self.progress.line_search in ("no_progress", "noise")
         if hidden and not self.objective.is_one_function(options) and self.objective.left > 0:
             # Or is it another function each time (dropout, say)?
             repeated = self.objective.evaluate(closure, options, False).value
