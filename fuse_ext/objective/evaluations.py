@@ -282,6 +282,7 @@ class Evaluations:
             self.habits.tell_changed()
         elif there.finite:
             self.habits.tell_differs(here.value, there.value)
+            self.precision.doubt()
         return there
 
     def is_one_function(self, options: StepOptions) -> bool:

@@ -246,9 +246,10 @@ class Trials:
         """Whether noise may explain the failure of a search that can live with it."""
         if not isinstance(search, ApproximateWolfe):
             return False
+        objective = self.objective
         # Else it may be another function at every trial.
-        shown = self.objective.is_one_function(options) and search.shows_noise
-        return self.objective.precision.learn(search.noise_needed, shown)
+        one = objective.is_one_function(options) and objective.habits.doubles
+        return objective.precision.learn(search.noise_needed, one and search.shows_noise)
 
     def _save_grads(self, grads: list[Tensor]) -> None:
         if self._best_grads is None:

@@ -4,8 +4,8 @@ Deviations from the paper:
     - They let phi(t) lie below phi(0) by any amount; here by no more than the noise.
     - Trials are those of Moré and Thuente, on a reading of the losses that noise cannot mislead
       (see :class:`ApproximateWolfe`).
-    - The search gives up ("slopes_disagree") where the loss rises though its slopes say that it
-      falls, again and again.
+    - The search gives up where the loss rises though its slopes say that it falls: soon where
+      that is noise ("noise"), or else where it does so again and again ("slopes_disagree").
 
 References:
     W. W. Hager and H. Zhang, A new conjugate gradient method with guaranteed descent and an
@@ -72,7 +72,7 @@ class ApproximateWolfe(StrongWolfe):
 
     def _accepts(self, trial: LineSearchPoint) -> Reason | None:
         slope0 = self._origin.slope
-        if abs(trial.slope - slope0) <= self._SAME_SLOPE * abs(slope0):
+        if abs(trial.slope - slope0) <= self._SAME_SLOPE * abs(slope0):  # not where it is NaN
             self._rises.append((trial.step, trial.loss - self._origin.loss))
         if super()._accepts(trial) is not None:
             return "wolfe"
@@ -92,11 +92,12 @@ class ApproximateWolfe(StrongWolfe):
         A smooth loss does not rise between two slopes that say that it falls; where slopes are
         wrong it rises in proportion to the step.
         """
+        if self.noise_needed == math.inf:
+            return False
         needed, at = self.noise_needed * abs(self._origin.loss), self._flattest_step
         return any(
             needed * max(self._NO_SMALL_PART, self._OUT_OF_PROPORTION * step / at) <= rise
             for step, rise in self._rises
-            if needed < math.inf and rise < math.inf
         )
 
     def _advance(self, trial: LineSearchPoint) -> float | Reason:

@@ -147,6 +147,10 @@ class Precision:
         self._entry["loss_noise"] = min(max(2.0 * needed, grown), largest)
         return True
 
+    def doubt(self) -> None:
+        """What trials have shown may be another function at each call."""
+        self._entry["loss_noise"] = self.noise_at_a_point
+
     def begin_step(self) -> None:
         """Nothing is spent yet."""
         self._spending = 0
