@@ -260,7 +260,7 @@ class Evaluations:
     def _as_before(self, point: Point, options: StepOptions) -> bool | None:
         """Whether this is where the last step has ended; counts unless one function is promised."""
         ask = self.function.compare if options.promises else self.function.meet
-        return ask(point.values, point.part.absent, self.precision.noise)
+        return ask(point.values, point.part.absent, self.precision.noise_at_a_point)
 
     def look_again(self, closure: Closure, options: StepOptions) -> Point:
         """Evaluates where the step began from memory; the step's budget has counted that.
@@ -288,10 +288,11 @@ class Evaluations:
             self.habits.tell_changed()
             return here
         there = self.evaluate(closure, options, False)
-        if agree(here.values, there.values, max(self.precision.noise, SAME_LOSS)):
+        if agree(here.values, there.values, max(self.precision.noise_at_a_point, SAME_LOSS)):
             self.habits.tell_changed()
         elif there.finite:
             self.habits.tell_differs(here.value, there.value)
+            self.precision.doubt()
         return there
 
     def is_one_function(self, options: StepOptions) -> bool:

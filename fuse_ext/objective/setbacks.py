@@ -93,13 +93,15 @@ class Setbacks:
         if (not last or now - last > SECOND_CHANCE) and self.take_back():
             self._entry["chance"] = now
 
-    def unlearn(self) -> bool:
+    def unlearn(self, header: Header) -> bool:
         """After a search that no step ended well: whether what misled it was to be forgotten.
+
+        Along -g nothing of what is known did.
 
         A matrix keeps what is wrong in it for good, and searches stay as long (gradients clipped in
         the closure: 300 steps took 2,300 evaluations, and 800 with this).
         """
-        if self._history.forgets:
+        if self._history.forgets or header.usable == 0:
             return False
         self._set_aside()
         self._entry["chance"] = self._entry["n_iter"]  # it has had it

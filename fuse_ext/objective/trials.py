@@ -134,8 +134,13 @@ class Trials:
                 self.undo()
                 raise
             result = search.result
-            found = self.lowers(result, point, options) and not _is_luck(search, point)
-            if found or not self._learns_noise(search) or self.objective.left <= 0:
+            lower = self.lowers(result, point, options)
+            found = lower and not _is_luck(search, point)
+            if found or not self._learns_noise(search, options):
+                break
+            if self.objective.left <= 0:
+                if lower:  # curvature has not misled this search
+                    result = result._replace(reason="noise")
                 break
             at.grads.clear()
         if header.self_scaling:
@@ -236,11 +241,14 @@ class Trials:
             result.loss
         )
 
-    def _learns_noise(self, search: LineSearch) -> bool:
+    def _learns_noise(self, search: LineSearch, options: StepOptions) -> bool:
         """Whether noise may explain the failure of a search that can live with it."""
-        return isinstance(search, ApproximateWolfe) and self.objective.precision.learn(
-            search.noise_needed
-        )
+        if not isinstance(search, ApproximateWolfe):
+            return False
+        objective = self.objective
+        # Else it may be another function at every trial.
+        one = objective.is_one_function(options) and objective.habits.doubles
+        return objective.precision.learn(search.noise_needed, one and search.shows_noise)
 
     def _save_grads(self, grads: list[Tensor]) -> None:
         if self._best_grads is None:

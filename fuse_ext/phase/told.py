@@ -28,7 +28,7 @@ from fuse_ext.phase.modes import (
 )
 from fuse_ext.phase.protocol import NO_SCALING, Call, Outcome, QuasiNewton
 from fuse_ext.phase.succession import AnyPhase, Ground
-from fuse_ext.search.noise import LARGEST_NOISE
+from fuse_ext.search.noise import UNSEEN_NOISE
 from fuse_ext.switch.criterion import Observation, Switchover
 from fuse_ext.switch.steps import Never, WarmUp
 from fuse_ext.vector.flat import FlatParams, ParamGroup
@@ -137,7 +137,7 @@ def _compare(phase: AdamPhase, observed: Observation) -> None:
     """Warns if a step has begun with another loss than was seen there; else Adam oscillates."""
     seen, found = phase.next_loss, observed.loss
     phase.next_loss = None
-    if seen is None or found is None or abs(found - seen) <= LARGEST_NOISE * abs(seen):
+    if seen is None or found is None or abs(found - seen) <= UNSEEN_NOISE * abs(seen):
         return
     warn_caller(
         f"deterministic=True, but after {observed.step} steps the loss goes up and down as on "

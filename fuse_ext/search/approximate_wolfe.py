@@ -4,8 +4,8 @@ Deviations from the paper:
     - They let phi(t) lie below phi(0) by any amount; here by no more than the noise.
     - Trials are those of Moré and Thuente, on a reading of the losses that noise cannot mislead
       (see :class:`ApproximateWolfe`).
-    - The search gives up ("slopes_disagree") where the loss rises though its slopes say that it
-      falls, again and again.
+    - The search gives up where the loss rises though its slopes say that it falls: soon where
+      that is noise ("noise"), or else where it does so again and again ("slopes_disagree").
 
 References:
     W. W. Hager and H. Zhang, A new conjugate gradient method with guaranteed descent and an
@@ -49,6 +49,11 @@ class ApproximateWolfe(StrongWolfe):
 
     name = "approximate_wolfe"
     default_loss_eps = 1e-6
+    # Noise has been seen where a loss rises though the slope has changed by no more than this, ...
+    _SAME_SLOPE = 0.2
+    # ... and by so many times what is in proportion to the step beside the rise that is to be
+    # explained, and by so large a share of that.
+    _OUT_OF_PROPORTION, _NO_SMALL_PART = 5.0, 0.25
     # The search closes in on the origin, and a smooth loss soon falls with its slopes.
     _MOST_AGAINST = 3
 
@@ -61,10 +66,14 @@ class ApproximateWolfe(StrongWolfe):
     def _begin(self, origin: LineSearchPoint) -> None:
         super()._begin(origin)
         self.noise_needed = self._flattest = math.inf
+        self._flattest_step = 0.0
+        self._rises: list[tuple[float, float]] = []  # steps with the slope of the origin, rises
         self._against = 0  # trials at which the loss is higher though it falls there
 
     def _accepts(self, trial: LineSearchPoint) -> Reason | None:
         slope0 = self._origin.slope
+        if abs(trial.slope - slope0) <= self._SAME_SLOPE * abs(slope0):  # not where it is NaN
+            self._rises.append((trial.step, trial.loss - self._origin.loss))
         if super()._accepts(trial) is not None:
             return "wolfe"
         if (2.0 * self.options.c1 - 1.0) * slope0 >= trial.slope >= self.options.c2 * slope0:
@@ -72,11 +81,29 @@ class ApproximateWolfe(StrongWolfe):
             if change <= self._noise():
                 return "approximate_wolfe"
             if abs(trial.slope) < self._flattest and self._origin.loss != 0.0:
-                self._flattest = abs(trial.slope)
+                self._flattest, self._flattest_step = abs(trial.slope), trial.step
                 self.noise_needed = change / abs(self._origin.loss)
         return None
 
+    @property
+    def shows_noise(self) -> bool:
+        """Whether the loss rises at shorter trials as noise does.
+
+        A smooth loss does not rise between two slopes that say that it falls; where slopes are
+        wrong it rises in proportion to the step.
+        """
+        if self.noise_needed == math.inf:
+            return False
+        needed, at = self.noise_needed * abs(self._origin.loss), self._flattest_step
+        return any(
+            needed * max(self._NO_SMALL_PART, self._OUT_OF_PROPORTION * step / at) <= rise
+            for step, rise in self._rises
+        )
+
     def _advance(self, trial: LineSearchPoint) -> float | Reason:
+        found = 0.0 if self._best is None else self._origin.loss - self._best.loss
+        if self.shows_noise and found <= self.noise_needed * abs(self._origin.loss):
+            return "noise"
         self._against += trial.slope < 0.0 and self._origin.loss < trial.loss < math.inf
         if self._against >= self._MOST_AGAINST and self._best is None:
             return "slopes_disagree"

@@ -38,9 +38,10 @@ Reason: TypeAlias = Literal[
     "interval_too_small",  # the relative width of the bracket is at most xtol
     "no_progress",  # rounding leaves no step within the bracket, or loss_eps hides any decrease
     "max_step",  # phi still decreases at step_max
+    "noise",  # it hides any decrease, and there is more of it than loss_eps
     "slopes_disagree",  # the loss rises where its slopes say that it falls, again and again
     "min_step",  # sufficient decrease fails at step_min, or asks for a smaller step
-    "non_finite",  # one of the last six, and no trial was finite
+    "non_finite",  # one of the last seven, and no trial was finite
 ]
 
 

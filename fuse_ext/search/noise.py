@@ -9,9 +9,17 @@ from typing import Any
 # Noise of the loss at the start, in roundings of it: Hager and Zhang's 1e-6 in float32.
 FIRST_NOISE = 8
 # It grows by at least this factor where a line search fails for it, as in Hager and Zhang's
-# CG_DESCENT (Algorithm 851, ACM TOMS 32(1), 2006, pp. 113-137), up to this share of the loss.
+# CG_DESCENT (Algorithm 851, ACM TOMS 32(1), 2006, pp. 113-137), up to this share of the loss: a
+# loss that goes up by more may as well have other slopes than it says.
 NOISE_GROWTH = 10.0
-LARGEST_NOISE = 1e-3
+UNSEEN_NOISE = 1e-3
+# Where trials have shown that it is noise it grows no faster than it must, up to this share. Sums
+# of squares that go to 0 are so noisy while their slopes have correct digits: float32 convection
+# had 0.5% at 1e-6 where slopes were right to 3%, and fell to 1e-8 by them, with 5% of noise.
+LARGEST_NOISE = 0.1
+# Beside what was learnt from neighbouring trials the lowest loss is that of the luckiest point so
+# far: the others lie above it by so many times the noise, at least.
+LUCK = 2.0
 # The floor is reached where the loss has not fallen by more than so many roundings of it, nor the
 # squared gradient to this share, ...
 VISIBLE_FALL, LESS_GRADIENT = 2.0, 0.25
@@ -83,6 +91,16 @@ class Precision:
         return noise
 
     @property
+    def noise_at_a_point(self) -> float:
+        """Of calls at one point: what neighbouring points differ by need not be in it."""
+        return min(self.noise, UNSEEN_NOISE)
+
+    @property
+    def _luck(self) -> float:
+        """By how much, relative to it, losses may lie above the lowest for noise alone."""
+        return max(min(NOISE_GROWTH * self.noise, NOISE_GROWTH * UNSEEN_NOISE), LUCK * self.noise)
+
+    @property
     def is_double(self) -> bool:
         """Whether no dtype is more exact."""
         return self._eps <= sys.float_info.epsilon
@@ -109,21 +127,29 @@ class Precision:
             return 0.0
         (_, oldest), (_, newer), _ = marks
         before, last = oldest - newer, newer - lowest
-        if not last > NOISE_GROWTH * self.noise * abs(lowest):
+        if not last > self._luck * abs(lowest):
             return 0.0
         return last / (1.0 - last / before) if last < before else math.inf
 
-    def learn(self, needed: float) -> bool:
+    def learn(self, needed: float, shown: bool) -> bool:
         """Takes in the noise that would explain why a search failed.
+
+        ``shown``: its trials tell noise from slopes that are wrong.
 
         Returns:
             Whether that can be noise, and more of it than was known of: the search may be
             repeated.
         """
-        if not self.noise < needed <= LARGEST_NOISE:
+        largest = LARGEST_NOISE if shown else UNSEEN_NOISE
+        if not self.noise < needed <= largest:
             return False
-        self._entry["loss_noise"] = min(max(2.0 * needed, NOISE_GROWTH * self.noise), LARGEST_NOISE)
+        grown = min(NOISE_GROWTH * self.noise, UNSEEN_NOISE)
+        self._entry["loss_noise"] = min(max(2.0 * needed, grown), largest)
         return True
+
+    def doubt(self) -> None:
+        """What trials have shown may be another function at each call."""
+        self._entry["loss_noise"] = self.noise_at_a_point
 
     def begin_step(self, spending: int) -> None:
         """So much is spent by its first evaluation, made or remembered, and nothing else yet."""
@@ -145,13 +171,9 @@ class Precision:
             entry["trend"] = [*marks, [spent, entry["lowest_loss"]]][-TREND_MARKS:]
 
     def is_low(self, loss: float) -> bool:
-        """Whether but for noise no lower loss is known.
-
-        The noise is learnt from neighbouring trials, and the lowest loss is that of the luckiest
-        point so far: they differ by more.
-        """
+        """Whether but for noise no lower loss is known."""
         lowest = self._entry["lowest_loss"]
-        return math.isinf(lowest) or loss <= lowest + NOISE_GROWTH * self.noise * abs(lowest)
+        return math.isinf(lowest) or loss <= lowest + self._luck * abs(lowest)
 
     def at_floor(self, loss: float, square: float) -> bool:
         """Takes in the point reached; whether loss and gradient have long stopped to fall."""

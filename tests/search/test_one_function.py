@@ -132,6 +132,17 @@ def test_records_of_noise_are_no_fall() -> None:
         assert steps < 50
 
 
+def test_more_noise_is_believed_where_trials_show_it() -> None:
+    precision = Precision({}, 1e-7)
+    assert not precision.learn(5e-3, shown=False)
+    assert precision.learn(5e-3, shown=True)
+    assert precision.noise == 1e-2  # no more than it must be
+    assert precision.noise_at_a_point == 1e-3
+    assert not precision.learn(0.2, shown=True)
+    visit(precision, 1.0, 1.0)
+    assert precision.is_low(1.01) and not precision.is_low(1.03)
+
+
 def test_sums_of_squares_without_digits() -> None:
     precision = Precision({}, 2.2e-16)
     precision.begin(10.0)

@@ -335,7 +335,7 @@ class Iteration:
             at = self.trials.return_to(best, options)
         self.take_step(result.step)
         self.setbacks.count_success(header.usable == 0 and self.objective.is_one_function(options))
-        if result.reason == "max_evaluations" and whole and self.setbacks.unlearn():
+        if result.reason == "max_evaluations" and whole and self.setbacks.unlearn(header):
             self.objective.drop_pair()
         if at.part.absent != self.history.part.absent:
             # Others have gradients here than where the step began: those are the next ones.
@@ -360,16 +360,16 @@ class Iteration:
         if self.objective.remembered:  # on another function a failure says nothing
             self._stand = again = self.objective.look_again(closure, options)
         self.entry["line_search_failures"] += 1
-        hidden = self.progress.line_search == "no_progress"
-        if hidden and not self.objective.is_one_function(options) and self.objective.left > 0:
+        ended = self.progress.line_search
+        hidden = ended in ("no_progress", "noise")
+        doubted = ended == "noise" or not self.objective.is_one_function(options)
+        if hidden and doubted and self.objective.left > 0:
             # Or is it another function each time (dropout, say)?
             repeated = self.objective.evaluate(closure, options, False).value
-            noise = self.objective.precision.noise
+            noise = self.objective.precision.noise_at_a_point
             hidden = abs(repeated - point.value) <= noise * abs(point.value)
         steepest = header.usable == 0
-        final = hidden or (
-            steepest and self.trials.is_final(point, header, self.progress.line_search)
-        )
+        final = hidden or (steepest and self.trials.is_final(point, header, ended))
         self.setbacks.count_failing(not final and not cut_short)
         self.progress.reason = "precision" if steepest and final else "line_search"
         most_cuts = SHORTEST_CUT if cut_short else MOST_CUTS
