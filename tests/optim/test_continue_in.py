@@ -162,7 +162,7 @@ def test_a_physics_informed_network(make: str) -> None:
     run = Network(MAKERS[make])
     report = run.run(1000)
     floor, error = float(run.loss().detach()), run.error
-    assert report.stop_reason == "precision" and 1e-10 < floor < 1e-8
+    assert report.stop_reason == "precision" and 1e-12 < floor < 1e-9
     run.model.double()  # the three lines of the docstring
     run.x = run.x.double()
     run.optimizer.continue_in(F64)
