@@ -14,7 +14,7 @@ from fuse_ext.optim.options import LBFGS_TABLE
 from fuse_ext.phase.lbfgs.device import DevicePhase
 from fuse_ext.phase.lbfgs.iteration import check_lbfgs_state
 from fuse_ext.phase.lbfgs.phase import LbfgsPhase, make_lbfgs
-from fuse_ext.phase.modes import check_capturable
+from fuse_ext.phase.modes import check_capturable, updates_as_broyden
 from fuse_ext.phase.protocol import Call
 from fuse_ext.phase.succession import drop_lbfgs_state
 from fuse_ext.phase.told import shared_lr
@@ -162,7 +162,9 @@ class LBFGS(FlatOptimizer):
 
     def _make_phase(self) -> LbfgsPhase | DevicePhase:
         group = self.param_groups[0]
-        return make_lbfgs(self.flat, self._ops, self._entry, group, bool(group["self_scaling"]))
+        scales = bool(group["self_scaling"])
+        broyden = scales and updates_as_broyden(group, self.flat)
+        return make_lbfgs(self.flat, self._ops, self._entry, group, scales, broyden)
 
     @without_grad
     def step(self, closure: Closure | None = None) -> Any:

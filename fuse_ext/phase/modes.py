@@ -175,7 +175,7 @@ def self_scales(group: ParamGroup) -> bool:
 
 
 def updates_as_broyden(group: ParamGroup, flat: FlatParams) -> bool:
-    """Whether pairs that scale themselves make the Broyden update.
+    """Whether pairs make the Broyden update where they scale themselves.
 
     Not with rows narrower than float32: products of steps, which it needs, are had from how they
     were made, and those that are stored would be others.

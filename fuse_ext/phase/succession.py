@@ -32,6 +32,7 @@ from fuse_ext.phase.modes import (
     living,
     self_scales,
     takes_matrix,
+    updates_as_broyden,
     watches_searches,
     will_scale,
 )
@@ -90,8 +91,10 @@ class Ground(NamedTuple):
         known = {**group, "deterministic": True} if one_function else group
         dense = takes_matrix(known, self.flat)
         scales = self_scaling or self_scales(known)
+        # Where they are yet to be many, the first few pairs need not.
+        broyden = self_scales(known) and updates_as_broyden(group, self.flat)
         watches = watches_searches(group)
-        return make_lbfgs(self.flat, self.ops, self.entry, group, scales, watches, dense)
+        return make_lbfgs(self.flat, self.ops, self.entry, group, scales, broyden, watches, dense)
 
     def living(self) -> LivingPhase:
         """The phase in a living metric, with the moments that the state holds."""
@@ -217,6 +220,10 @@ def grown(ground: Ground, phase: AnyPhase, log: dict[str, Any]) -> AnyPhase:
         else:
             enlarge(entry, slots)
             larger = ground.lbfgs()  # it scales itself already, or never will
+            assert isinstance(larger.history, History)
+            scales = larger.history.header().self_scaling
+            if scales and "broyden" not in entry and updates_as_broyden(group, ground.flat):
+                larger.history.update_as_broyden()
         larger.progress.warned = phase.progress.warned
         return larger
 

@@ -19,7 +19,7 @@ from fuse_ext.objective.step_options import StepOptions
 from fuse_ext.phase.lbfgs.device import DevicePhase, to_host
 from fuse_ext.phase.lbfgs.excursion import FAILING, adam_excursion, goes_astray
 from fuse_ext.phase.lbfgs.iteration import Iteration
-from fuse_ext.phase.modes import finds_out, updates_as_broyden
+from fuse_ext.phase.modes import finds_out
 from fuse_ext.phase.protocol import Call, Outcome
 from fuse_ext.search.noise import Precision
 from fuse_ext.vector.flat import Closure, FlatParams, ParamGroup
@@ -164,6 +164,7 @@ def make_lbfgs(
     entry: dict[str, Any],
     group: ParamGroup,
     self_scaling: bool,
+    broyden: bool,
     finds_out: bool = False,
     dense: bool = False,
 ) -> LbfgsPhase | DevicePhase:
@@ -186,6 +187,6 @@ def make_lbfgs(
         history = ring = History(flat, ops, entry, size, dtype, apart=apart)
         if new and self_scaling:
             ring.scale_itself()
-            if updates_as_broyden(group, flat):
-                ring.update_as_broyden()
+        if new and broyden:
+            ring.update_as_broyden()
     return LbfgsPhase(Iteration(flat, ops, entry, history), finds_out)
