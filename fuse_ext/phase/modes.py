@@ -38,8 +38,8 @@ DENSE, IN_PAIRS = "dense", "pairs"
 CURVATURES = (AUTO, DENSE, IN_PAIRS)
 # The largest matrix if nothing is said: 11,576 parameters on a CPU, 16,376 on a GPU, which reads
 # that much in less than a millisecond. A network of 9,873 parameters on Poisson's equation ends at
-# an error of 3.7e-9 with a matrix, at 1.9e-5 with pairs; it takes twice the time for as many
-# evaluations (900 points on one core), and is 500 times ahead at equal time (python -m
+# an error of 3.7e-9 with a matrix, at 4.3e-7 with pairs; it takes twice the time for as many
+# evaluations (900 points on one core), and is 7 times ahead at equal time (python -m
 # benchmarks.published --rows poisson-deep). Beyond that a pass takes ten times such a closure.
 MATRIX_BYTES = {"cpu": 512 * 2**20, "cuda": 1024 * 2**20}
 # With fewer of them self-scaling costs some 5% more evaluations (python -m benchmarks.robustness).
