@@ -189,7 +189,10 @@ class History:
         self.scalars[ring.index("self_scaling", self.slots)] = 1.0
 
     def update_as_broyden(self) -> None:
-        """From now on H is that of the Broyden update (csrc/broyden_pairs.h); no pair is held."""
+        """From now on H is that of the Broyden update (csrc/broyden_pairs.h) of the pairs to come.
+
+        Those held make it alone, with BFGS, until the next one is there.
+        """
         self._broyden = ring.new_broyden(self.slots, self.scalars.device)
         self._entry["broyden"] = self._broyden
         self._note_size()

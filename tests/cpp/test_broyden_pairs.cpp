@@ -7,28 +7,16 @@
 #include <vector>
 
 #include "check.h"
+#include "pairs.h"
 
 using namespace fuse_ext;
+using namespace pairs;
 
 namespace {
 
-constexpr int kDim = 11;
-using Vector = std::vector<double>;
-using Matrix = std::vector<Vector>;
-
-struct Pair {
-  Vector s, y;
-};
-
-double product(const Vector& a, const Vector& b) {
-  double sum = 0;
-  for (int i = 0; i < kDim; ++i) sum += a[i] * b[i];
-  return sum;
-}
-
 Vector times(const Matrix& a, const Vector& x) {
   Vector out(kDim);
-  for (int i = 0; i < kDim; ++i) out[i] = product(a[i], x);
+  for (int i = 0; i < kDim; ++i) out[i] = dot(a[i], x);
   return out;
 }
 
@@ -42,7 +30,7 @@ Matrix identity(double scale) {
 // family, for H with x = y and for B with x = s.
 void update(Matrix& m, const Vector& x, const Vector& z, double factor, double share) {
   const Vector mx = times(m, x);
-  const double x_m_x = product(x, mx), xz = product(x, z);
+  const double x_m_x = dot(x, mx), xz = dot(x, z);
   for (int i = 0; i < kDim; ++i) {
     for (int j = 0; j < kDim; ++j) {
       const double vi = z[i] / xz - mx[i] / x_m_x, vj = z[j] / xz - mx[j] / x_m_x;
@@ -57,9 +45,9 @@ Matrix inverse_hessian(const std::deque<Pair>& pairs) {
   Matrix h = identity(1.0), b = identity(1.0);
   for (std::size_t k = 0; k < pairs.size(); ++k) {
     const auto& [s, y] = pairs[k];
-    const double sy = product(s, y);
-    if (k == 0) h = identity(sy / product(y, y)), b = identity(product(y, y) / sy);
-    const double y_h_y = product(y, times(h, y)), s_b_s = product(s, times(b, s));
+    const double sy = dot(s, y);
+    if (k == 0) h = identity(sy / dot(y, y)), b = identity(dot(y, y) / sy);
+    const double y_h_y = dot(y, times(h, y)), s_b_s = dot(s, times(b, s));
     Update with{1.0, 1.0};
     if (k > 0) with = broyden_update({0.0, sy, 0.0, y_h_y, s_b_s}, {kDim, true, true});
     const double a = s_b_s / sy * y_h_y / sy - 1.0;
@@ -70,83 +58,39 @@ Matrix inverse_hessian(const std::deque<Pair>& pairs) {
   return h;
 }
 
-Vector random_vector(check::Random& random) {
-  Vector v(kDim);
-  for (double& x : v) x = random.normal();
-  return v;
-}
-
-Vector curvature_of(const Vector& s) {
-  Vector y(kDim);
-  double sum = 0;
-  for (const double x : s) sum += x;
-  for (int i = 0; i < kDim; ++i) y[i] = (1.0 + i) * s[i] + 0.5 * sum;
-  return y;
-}
-
-class Ring {
+class Ring : public Rows {
  public:
   Ring(std::int64_t history_size, std::int64_t open)
-      : slots_(history_size + 1),
-        scalars_(static_cast<std::size_t>(scalar_offset(kScalarArrays, slots_)), 0.0),
-        broyden_(static_cast<std::size_t>(broyden_offset(kBroydenArrays, slots_)), 0.0),
-        rows_(static_cast<std::size_t>(slots_), Pair{Vector(kDim, 0.0), Vector(kDim, 0.0)}) {
-    scalars_[kOpen] = static_cast<double>(open);
-    scalars_[kSelfScaling] = 1.0;
+      : Rows(history_size, open),
+        broyden_(static_cast<std::size_t>(broyden_offset(kBroydenArrays, slots())), 0.0) {
+    scalars()[kSelfScaling] = 1.0;
     broyden_[kTakingPart] = kDim;
   }
 
-  LbfgsScalars scalars() { return {scalars_.data(), slots_}; }
-  BroydenScalars broyden() { return {broyden_.data(), slots_}; }
+  BroydenScalars broyden() { return {broyden_.data(), slots()}; }
 
   Vector direction(const Vector& g, bool scaled = false) {
-    const LbfgsScalars state = scalars();
-    note_gradient(g);
-    broyden_recursion(state, broyden(), 0.0, false, scaled);
+    note_gradient_everywhere(g);
+    broyden_recursion(scalars(), broyden(), 0.0, false, scaled);
     return combine(g);
   }
 
   // The pair of a step t along p, with the recursion that follows, as an op has them.
   bool offer(const Vector& p, const Vector& g, const Vector& y, double t) {
-    const LbfgsScalars state = scalars();
-    rows_[state.open()] = {p, y};
-    for (std::int64_t i = 0; i < slots_; ++i) {
-      state.array(kYS)[i] = product(y, rows_[i].s);
-      state.array(kYY)[i] = product(y, rows_[i].y);
-    }
-    scalars_[kYDotY] = product(y, y);
-    scalars_[kDirectionSq] = product(p, p);
-    scalars_[kDirectionDotGrad] = product(p, g);
-    note_gradient(g);
-    const bool fresh = commit_broyden_pair(state, broyden(), t, 1e-8);
-    broyden_recursion(state, broyden(), t, fresh, false);
+    open_pair(p, y);
+    scalars()[kDirectionDotGrad] = dot(p, g);
+    note_gradient_everywhere(g);
+    const bool fresh = commit_broyden_pair(scalars(), broyden(), t, 1e-8);
+    broyden_recursion(scalars(), broyden(), t, fresh, false);
     return fresh;
   }
 
  private:
-  void note_gradient(const Vector& g) {
-    for (std::int64_t i = 0; i < slots_; ++i) {
-      scalars().array(kGradS)[i] = product(g, rows_[i].s);
-      scalars().array(kGradY)[i] = product(g, rows_[i].y);
-    }
+  void note_gradient_everywhere(const Vector& g) {
+    for (std::int64_t i = 0; i < slots(); ++i) note_gradient(g, i);
   }
 
-  Vector combine(const Vector& g) {
-    const LbfgsScalars state = scalars();
-    Vector p(kDim);
-    for (int k = 0; k < kDim; ++k) p[k] = *state.array(kCoefG) * g[k];
-    for (std::int64_t age = 0; age < state.count(); ++age) {
-      const std::int64_t i = state.slot(age);
-      for (int k = 0; k < kDim; ++k) {
-        p[k] += state.array(kCoefS)[i] * rows_[i].s[k] + state.array(kCoefY)[i] * rows_[i].y[k];
-      }
-    }
-    return p;
-  }
-
-  std::int64_t slots_;
-  Vector scalars_, broyden_;
-  std::vector<Pair> rows_;
+  Vector broyden_;
 };
 
 void check_ring(std::int64_t history_size, std::int64_t open) {
@@ -156,9 +100,9 @@ void check_ring(std::int64_t history_size, std::int64_t open) {
   for (std::int64_t round = 0; round < 3 * history_size + 3; ++round) {
     const Vector g = random_vector(random), p = ring.direction(g);
     const Vector expected = times(inverse_hessian(kept), g);
-    const double size = std::sqrt(product(expected, expected));
+    const double size = std::sqrt(dot(expected, expected));
     for (int k = 0; k < kDim; ++k) CHECK_NEAR(p[k] / size, -expected[k] / size, 1e-7);
-    CHECK(product(p, g) < 0);
+    CHECK(dot(p, g) < 0);
     CHECK_EQUAL(ring.scalars().count(), kept.size());
 
     const double t = 0.1 + 2 * random.uniform();
@@ -188,7 +132,7 @@ void check_scaled() {
   const Vector before(state.array(kCoefS), state.array(kCoefG) + 1);
   two_loop(state);
   CHECK(before == Vector(state.array(kCoefS), state.array(kCoefG) + 1));
-  CHECK(product(p, g) < 0);
+  CHECK(dot(p, g) < 0);
 }
 
 // The arrays lie behind the header, one after another, without overlap.

@@ -7,24 +7,12 @@
 #include <vector>
 
 #include "check.h"
+#include "pairs.h"
 
 using namespace fuse_ext;
+using namespace pairs;
 
 namespace {
-
-constexpr int kDim = 12;
-using Vector = std::vector<double>;
-using Matrix = std::vector<Vector>;
-
-struct Pair {
-  Vector s, y;
-};
-
-double dot(const Vector& a, const Vector& b) {
-  double sum = 0;
-  for (int i = 0; i < kDim; ++i) sum += a[i] * b[i];
-  return sum;
-}
 
 Matrix product(const Matrix& a, const Matrix& b) {
   Matrix out(kDim, Vector(kDim, 0.0));
@@ -63,73 +51,28 @@ Vector dense_direction(const std::deque<Pair>& pairs, const Vector& g) {
   return p;
 }
 
-Vector random_vector(check::Random& random) {
-  Vector v(kDim);
-  for (double& x : v) x = random.normal();
-  return v;
-}
-
-// y = A s with A = diagonal + two rank-one terms: positive definite and not diagonal.
-Vector curvature_of(const Vector& s) {
-  Vector y(kDim);
-  double sum = 0, weighted = 0;
-  for (int i = 0; i < kDim; ++i) sum += s[i], weighted += s[i] * (i - 4.0);
-  for (int i = 0; i < kDim; ++i) y[i] = (1.0 + i) * s[i] + 0.5 * sum + 0.1 * weighted * (i - 4.0);
-  return y;
-}
-
-// The vectors that belong to a ring of scalars.
-class Ring {
+class Ring : public Rows {
  public:
-  Ring(std::int64_t history_size, std::int64_t open)
-      : slots_(history_size + 1),
-        data_(static_cast<std::size_t>(scalar_offset(kScalarArrays, slots_)), 0.0),
-        rows_(static_cast<std::size_t>(slots_), Pair{Vector(kDim, 0.0), Vector(kDim, 0.0)}) {
-    data_[kOpen] = static_cast<double>(open);
-  }
-
-  LbfgsScalars scalars() { return {data_.data(), slots_}; }
+  using Rows::Rows;
 
   bool offer(const Vector& row, const Vector& y, double step_length) {
-    const LbfgsScalars state = scalars();
-    rows_[state.open()] = {row, y};
-    for (std::int64_t i = 0; i < slots_; ++i) {
-      state.array(kYS)[i] = dot(y, rows_[i].s);
-      state.array(kYY)[i] = dot(y, rows_[i].y);
-    }
-    data_[kYDotY] = dot(y, y);
-    data_[kDirectionSq] = dot(row, row);
-    return commit_pair(state, step_length, 1e-8);
+    open_pair(row, y);
+    return commit_pair(scalars(), step_length, 1e-8);
   }
 
   Vector direction(const Vector& g) {
     const LbfgsScalars state = scalars();
     // Slots outside of the ring must not be read, nor those of other sets.
-    for (std::int64_t i = 0; i < slots_; ++i) {
+    for (std::int64_t i = 0; i < slots(); ++i) {
       state.array(kGradS)[i] = state.array(kGradY)[i] = std::nan("");
     }
     for (std::int64_t age = 0; age < state.count(); ++age) {
       const std::int64_t i = state.slot(age);
-      if (state.array(kPairSet)[i] != state[kSet]) continue;
-      state.array(kGradS)[i] = dot(g, rows_[i].s);
-      state.array(kGradY)[i] = dot(g, rows_[i].y);
+      if (state.array(kPairSet)[i] == state[kSet]) note_gradient(g, i);
     }
     two_loop(state);
-    Vector p(kDim);
-    for (int k = 0; k < kDim; ++k) p[k] = *state.array(kCoefG) * g[k];
-    for (std::int64_t age = 0; age < state.count(); ++age) {
-      const std::int64_t i = state.slot(age);
-      for (int k = 0; k < kDim; ++k) {
-        p[k] += state.array(kCoefS)[i] * rows_[i].s[k] + state.array(kCoefY)[i] * rows_[i].y[k];
-      }
-    }
-    return p;
+    return combine(g);
   }
-
- private:
-  std::int64_t slots_;
-  Vector data_;
-  std::vector<Pair> rows_;
 };
 
 void check_ring(std::int64_t history_size, std::int64_t open) {

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import test_broyden_pairs as checks
-import torch
 from cuda_sim import library
 from ops_cases import BACKENDS
 
@@ -25,12 +24,7 @@ def test_as_natively(cuda: Any, slots: int) -> None:
     a, grads = checks.hessian(checks.N), checks.gradients()
     sides = [checks.BroydenScalars(name, slots - 1, slots // 2) for name in ("cuda", "native")]
     for _ in range(12 if TSAN else 3 * slots // 2 + 4):
-        g, t = next(grads), 0.2 + float(torch.rand(()))
-        for side in sides:
-            side.step(a, g, t)
-        g = next(grads)
-        for side in sides:
-            side.direction(g)
+        checks.go_on(sides, a, grads)
         if slots <= checks.N:  # more pairs than dimensions amplify rounding
             checks.check_alike(*sides)
         names = "held", "runs", "made_by", "held_run"

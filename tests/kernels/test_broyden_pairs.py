@@ -101,6 +101,14 @@ def check_alike(ours: BroydenScalars, theirs: BroydenScalars, error: float = 1e-
         torch.testing.assert_close(a, b, rtol=0, atol=error * largest, msg=name)
 
 
+def go_on(sides: list[BroydenScalars], a: Tensor, grads: Iterator[Tensor]) -> None:
+    """The same step for all, and the direction that follows."""
+    g, t, after = next(grads), 0.2 + float(torch.rand(())), next(grads)
+    for side in sides:
+        side.step(a, g, t)
+        side.direction(after)
+
+
 def gradients() -> Iterator[Tensor]:
     while True:
         yield torch.randn(N, dtype=F64)
@@ -319,10 +327,5 @@ def test_backends_agree() -> None:
     a, grads = hessian(N), gradients()
     sides = [BroydenScalars(backend, 7, 2) for backend in ("native", "reference")]
     for _ in range(18):
-        g, t = next(grads), 0.2 + float(torch.rand(()))
-        for side in sides:
-            side.step(a, g, t)
-        g = next(grads)
-        for side in sides:
-            side.direction(g)
+        go_on(sides, a, grads)
         check_alike(*sides)
