@@ -38,7 +38,7 @@ from benchmarks.harness.gpu_model import (
     whole,
 )
 from fuse_ext.curvature.dense import terms_apart
-from fuse_ext.phase.living.sides import matrix_shape, rotated_sides
+from fuse_ext.phase.living.metric.sides import form_of
 
 ROOT = Path(__file__).resolve().parents[1]
 # Square matrices of weights on which the living metric's rows are predicted and measured, and their
@@ -223,12 +223,12 @@ def product_operations(step: str, shapes: list[tuple[int, ...]]) -> float:
     operations = 0.0
     for shape in shapes:
         param = torch.empty(shape, device="meta")
-        has = rotated_sides(param, False, False, True, torch.device("cuda"))
-        for side, one in zip(matrix_shape(param), has, strict=True):
-            if one:
+        form = form_of(param, False, False, True, torch.device("cuda"))
+        for side, has in zip((form.rows, form.columns), form.sides, strict=True):
+            if has:
                 operations += 2 * PRODUCTS.get(step, 0) * param.numel() * side
                 # The basis is multiplied by the covariance.
-                operations += 2 * side**3 if step == RENEWED else 0
+                operations += 2 * form.blocks * side**3 if step == RENEWED else 0
     return operations
 
 

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from benchmarks.harness import optimizers
@@ -24,6 +25,7 @@ METHODS = {
     "sgd": "SGD",
     "adam": "Adam",
     "adam_cosine": "Adam, cosine decay",
+    "adam_averaged": "Adam, averaged",
     "adam_sgd": "Adam+SGD",
     "torch_1": "Adam, torch's L-BFGS (1)",
     "torch_20": "Adam, torch's L-BFGS (20)",
@@ -43,6 +45,7 @@ PRINTED = {
     "sgd": 0.01,
     "adam": 0.001,
     "adam_cosine": 0.001,
+    "adam_averaged": 0.001,
     "adam_sgd": 0.01,
     "fuse_pv": 0.001,
 }
@@ -52,6 +55,7 @@ GRIDS = {
     "sgd": SGD_GRID,
     "adam": ADAM_GRID,
     "adam_cosine": ADAM_GRID,
+    "adam_averaged": ADAM_GRID,
     "adam_sgd": SGD_GRID,
     "fuse_pv": ADAM_GRID,
 }
@@ -146,7 +150,7 @@ def baseline(method: str, rates: dict[str, float], switch_step: int) -> dict[str
         rates: Learning rates by method.
         switch_step: Where those that begin with Adam leave it.
     """
-    if method in ("sgd", "adam"):
+    if method in ("sgd", "adam", "adam_averaged"):
         return {"name": method, "lr": rates[method]}
     if method == "adam_cosine":
         return {"name": "adam", "lr": rates[method], "schedule": "cosine"}
@@ -154,6 +158,10 @@ def baseline(method: str, rates: dict[str, float], switch_step: int) -> dict[str
     if method != "adam_sgd":
         second = {"name": "adam_torch_lbfgs", "max_iter": int(method.removeprefix("torch_"))}
     return {**second, "lr": rates["adam"], "switch_step": switch_step}
+
+
+def _alone(method: str, lr: float) -> dict[str, Any]:
+    return baseline(method, {method: lr}, 0)
 
 
 def switch_step(run: Results) -> int:
@@ -191,9 +199,8 @@ def tuning(problem: str, plan: Plan, done: Results) -> tuple[list[Cell], dict[st
         found[method] = search(plan.grid(method), value_of, plan.extensions)
         known.extend(cell for rate in found[method].tried for cell in cells_at(rate))
 
-    look("sgd", lambda lr: baseline("sgd", {"sgd": lr}, 0))
-    look("adam", lambda lr: baseline("adam", {"adam": lr}, 0))
-    look("adam_cosine", lambda lr: baseline("adam_cosine", {"adam_cosine": lr}, 0))
+    for name in ("sgd", "adam", "adam_cosine", "adam_averaged"):
+        look(name, partial(_alone, name))
     look("fuse_pv", plan.fuse_pv)
     best = best_rates(found)
     if {"adam", "fuse_pv"} <= best.keys():

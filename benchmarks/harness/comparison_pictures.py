@@ -18,6 +18,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "sgd": {"color": pictures.COLORS["grey"], "linestyle": ":"},
     "adam": {"color": pictures.COLORS["torch"]},
     "adam_cosine": {"color": pictures.COLORS["ours bf16"], "linestyle": "--"},
+    "adam_averaged": {"color": pictures.COLORS["ours bf16"], "linestyle": ":"},
     "adam_sgd": {"color": pictures.COLORS["other"], "linestyle": "-."},
     "torch_1": {"color": pictures.COLORS["torch alone"], "linestyle": "--"},
     "torch_20": {"color": pictures.COLORS["ours int8"], "linestyle": "--"},

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.harness import datasets, networks, optimizers
+from benchmarks.harness.averages import judged
 from benchmarks.harness.schedules import Schedule
 
 
@@ -158,7 +159,8 @@ def train(
         Lists with an entry before the first step and one after every epoch: "epoch",
         "train_loss" (over all training images; None if it is not finite), "test_accuracy" (of
         1), "evaluations" (gradients, in epochs' worth: a call on b of n images counts b / n),
-        "cpu_seconds" (of the optimizer's steps, closures included) and "steps". Besides:
+        "cpu_seconds" (of the optimizer's steps, closures included) and "steps"; losses and
+        accuracies of what the optimizer's ``eval`` puts in place, if it has one. Besides:
         "switch_step", "switch_epoch" and "switch_reason"; "reached"; "report", what FusePV says
         of itself; and the conditions.
     """
@@ -178,7 +180,7 @@ def train(
         schedule = Schedule(opt, optimizer["schedule"], epochs * steps_per_epoch(n, batch))
     x, y = data.x[:batch], data.y[:batch]
     warm_up(model, lambda copy: cross_entropy(copy(x), y), optimizer)
-    run = _Run(model, data, dict(until or {}))
+    run = _Run(model, opt, data, dict(until or {}))
     second = optimizer["name"] in ("fuse_pv", "adam_torch_lbfgs")
 
     def size() -> int:
@@ -247,8 +249,10 @@ def warm_up(
 class _Run:
     """Counts and records of a run."""
 
-    def __init__(self, model: nn.Module, data: datasets.Dataset, budgets: dict[str, float]) -> None:
-        self.model, self.data, self.budgets = model, data, budgets
+    def __init__(
+        self, model: nn.Module, opt: Any, data: datasets.Dataset, budgets: dict[str, float]
+    ) -> None:
+        self.model, self.opt, self.data, self.budgets = model, opt, data, budgets
         self.seen, self.seconds, self.steps = 0, 0.0, 0
         self.switch_step: int | None = None
         self.switch_epoch: float | None = None
@@ -256,11 +260,12 @@ class _Run:
         self.reached: dict[str, dict[str, Any]] = {}
 
     def _state(self, epoch: float) -> dict[str, Any]:
-        loss = self._loss()
+        with judged(self.opt):
+            loss, accuracy = self._loss(), self._accuracy()
         return {
             "epoch": epoch,
             "train_loss": loss if math.isfinite(loss) else None,
-            "test_accuracy": self._accuracy(),
+            "test_accuracy": accuracy,
             "evaluations": self.seen / len(self.data.x),
             "cpu_seconds": self.seconds,
             "steps": self.steps,

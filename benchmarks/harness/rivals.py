@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness.averages import Averaged
 from benchmarks.harness.networks import hidden_matrices
 
 # Packages that are taken into account where they are installed.
@@ -74,8 +75,9 @@ def build(model: nn.Module, name: str, options: dict[str, Any], steps_per_epoch:
 
     Args:
         model: Whose parameters it is for.
-        name: "sgd", "adam", "adamw", "muon" (with AdamW for all that is no hidden matrix),
-            "schedule_free" (AdamW), "soap", or "adam_sgd" and "adam_torch_lbfgs", which relay.
+        name: "sgd", "adam", "adamw", "adam_averaged" (judged by its mean), "muon" (with AdamW for
+            all that is no hidden matrix), "schedule_free" (AdamW), "soap", or "adam_sgd" and
+            "adam_torch_lbfgs", which relay.
         options: Keyword arguments. The two that relay take "switch" (epochs) or "switch_step",
             and "sgd_lr" the first of them.
         steps_per_epoch: Steps in an epoch.
@@ -92,6 +94,8 @@ def build(model: nn.Module, name: str, options: dict[str, Any], steps_per_epoch:
         return torch.optim.Adam(params, fused=True, **options)
     if name == "adamw":
         return torch.optim.AdamW(params, fused=True, **options)
+    if name == "adam_averaged":
+        return Averaged(model, torch.optim.Adam(params, fused=True, **options))
     if name == "muon":
         return _muon(model, options)
     if name == "schedule_free":

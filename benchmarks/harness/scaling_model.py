@@ -26,8 +26,8 @@ import torch
 from benchmarks import cuda_model
 from benchmarks.harness.gpu_model import H100, LAUNCH, WAIT
 from benchmarks.harness.scaling_ranks import PAIRS
-from fuse_ext.phase.living.kronecker import FACTOR_EVERY, REFRESH
-from fuse_ext.phase.living.sides import rotated_sides
+from fuse_ext.phase.living.metric.kronecker import FACTOR_EVERY, REFRESH
+from fuse_ext.phase.living.metric.sides import form_of
 
 # Bytes a parameter and which bandwidth a step goes by; what docs/cuda.md counts on a device holds
 # here too, the passes being the same.
@@ -158,7 +158,7 @@ def with_bases(ranks: int, weights: tuple[tuple[int, int, int], ...] = LLAMA_70B
     for rows, columns, count in weights:
         here = -(-rows // ranks)
         shard = torch.empty(here, columns, device="meta")
-        sides = rotated_sides(shard, False, False, True, cuda)
+        sides = form_of(shard, False, False, True, cuda, divides=False).sides
         shorter = (here <= columns, columns <= here)
         found += count * any(a and b for a, b in zip(sides, shorter, strict=True))
     return found

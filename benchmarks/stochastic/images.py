@@ -62,7 +62,7 @@ def outcome_text(outcomes: list[Outcome]) -> str:
 
 def _rate(outcome: Outcome, method: str) -> str:
     rates = outcome.rates
-    if method in ("sgd", "adam", "adam_cosine", "fuse_pv"):
+    if method in ("sgd", "adam", "adam_cosine", "adam_averaged", "fuse_pv"):
         return f"{rates[method]:g}"
     second = f"{rates['adam_sgd']:g}" if method == "adam_sgd" else "1"
     return f"{rates['adam']:g}, {second}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import optimizers
+from benchmarks.harness.averages import judged
 from benchmarks.harness.minibatch import warm_up
 from benchmarks.harness.networks import hidden_matrices
 from benchmarks.harness.schedules import Schedule
@@ -107,14 +108,10 @@ def train(
 
 @torch.no_grad()
 def _judged(built: Task, opt: Any, step: int) -> dict[str, float]:
-    """What the judge says; Schedule-Free holds other parameters for it than for training."""
-    averaging = hasattr(opt, "eval")
+    """What the judge says."""
     built.model.eval()
-    if averaging:
-        opt.eval()
-    found = built.judge(step)
-    if averaging:
-        opt.train()
+    with judged(opt):
+        found = built.judge(step)
     built.model.train()
     return found
 

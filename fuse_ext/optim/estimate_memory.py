@@ -21,7 +21,7 @@ from fuse_ext.optim.flat_optimizer import FlatOptimizer, own_group
 from fuse_ext.optim.fuse import Fuse
 from fuse_ext.optim.fuse_pv import FusePV
 from fuse_ext.optim.lbfgs import LBFGS
-from fuse_ext.phase.living.kronecker import kronecker_nbytes
+from fuse_ext.phase.living.metric.kronecker import kronecker_nbytes
 from fuse_ext.phase.modes import (
     AUTO,
     IN_PAIRS,
@@ -57,6 +57,7 @@ def estimate_memory(
     curvature: str = AUTO,
     pairs: str = AUTO,
     metric: str = AUTO,
+    average_weights: bool = True,
     max_iter: int = 1,
     capturable: bool = False,
     shard_over: int = 1,
@@ -72,9 +73,9 @@ def estimate_memory(
         FusePV, 1,000,000 parameters
         phase             state  workspace  bytes a parameter
         adam           7.63 MiB        0 B        8.00 + 0.00
-        lbfgs          7.63 MiB        0 B        8.00 + 0.00
+        lbfgs         11.44 MiB        0 B       12.00 + 0.00
         one function  83.93 MiB   7.63 MiB       88.01 + 8.00
-        at most 7.63 MiB at once, 91.56 MiB if the closure is one function
+        at most 11.44 MiB at once, 95.37 MiB if the closure is one function
 
     Args:
         params: A module, its parameters or parameter groups (on any device, of any supported
@@ -98,6 +99,7 @@ def estimate_memory(
         pairs: "auto" for none on minibatches, else where FusePV's come from.
         metric: "auto", "diagonal" or "kronecker" there; a weight's bases go by its shape, so that a
             number of parameters has none.
+        average_weights: Whether the mean of the weights is kept there.
         max_iter: With more than one "auto" is a line search on minibatches too.
         capturable: Steps for CUDA graphs, which keep one vector more.
         shard_over: With ``shard_state=True``, the number of ranks. The first one's share counts,
@@ -151,6 +153,7 @@ def estimate_memory(
             "deterministic": deterministic,
             "pairs": pairs,
             "metric": metric,
+            "average_weights": average_weights,
             "max_iter": max_iter,
             "capturable": capturable,
         }
@@ -173,7 +176,8 @@ def estimate_memory(
         adam = made.nbytes
     if batches and living(opt.param_groups[0]):
         bases, scratch = kronecker_nbytes(flat, opt.param_groups, spread.pieces)
-        lbfgs, inherited = adam + bases, adam
+        average = numel * flat.dtype.itemsize if average_weights else 0
+        lbfgs, inherited = adam + bases + average, adam
     elif optimizer != "Adam":
         held: InverseHessian
         if optimizer == "FusePV" and takes_matrix(opt.param_groups[0], flat):

@@ -26,8 +26,8 @@ class FusePV(FlatOptimizer):
 
     Each call of ``step`` is an Adam step (Eq. 2) until ``switch`` says that Adam has done its part;
     then it is ``max_iter`` iterations of L-BFGS (Algorithms 1 and 2), with Adam's moments released,
-    or on minibatches one step of Adam's averages in ``metric``. As in torch, a parameter whose
-    gradient is None is not touched by a step; nor, after Adam, one whose group has lr = 0.
+    or on minibatches one step of Adam's averages in ``metric``. No step touches a parameter whose
+    gradient is None; nor, after Adam, one whose group has lr = 0.
 
     ::
 
@@ -46,8 +46,7 @@ class FusePV(FlatOptimizer):
             scaled by lr over the lr at the switch (or the first later one, if that was 0).
         switch: A :class:`~fuse_ext.Switchover`; an int for that many steps; a callable on an
             :class:`~fuse_ext.Observation`; None for 20 steps where minibatches may follow, else
-            :class:`~fuse_ext.LossPlateau` or, if ``deterministic``, a short
-            :class:`~fuse_ext.WarmUp`.
+            :class:`~fuse_ext.LossPlateau`, or a :class:`~fuse_ext.WarmUp` if ``deterministic``.
         betas, eps, weight_decay, amsgrad, decoupled_weight_decay, eps_inside_root, moment_dtype,
             master_weights: As in :class:`~fuse_ext.Adam`. On minibatches weight decay is that of
             the Adam phase, and master weights stay. With a line search or a fixed step it is an L2
@@ -62,62 +61,58 @@ class FusePV(FlatOptimizer):
         history_size: m, the curvature pairs kept; None for 10 or, on one function, as many as fit
             64 MiB, at most 200 (BFGS: 500) and d, but at least 10: 4 m d reads an iteration.
         history_dtype: Storage of the pairs: torch.bfloat16 halves it, torch.int8 quarters it.
-        history_device: "cpu": of parameters on a device, pairs in the host's (pinned) memory and
-            dots there; a gradient and a direction cross in an iteration. None: beside them.
+        history_device: "cpu": pairs of parameters on a device in the host's (pinned) memory.
         line_search: "approximate_wolfe" (which goes on by slopes where noise or rounding hides
             the loss's decrease, and is strong Wolfe elsewhere), "strong_wolfe", "armijo", None
             (fixed step), or "auto": approximate Wolfe where the closure is the same function at
             every call or ``max_iter`` > 1, else none, and no pairs (see ``metric``).
         max_iter: L-BFGS iterations per ``step``, all on the one closure.
         max_eval: Evaluations per ``step`` at most, the (perhaps spared) one where it begins
-            included; at least 2 where it evaluates its end or searches. None for 25 an iteration
-            and that one. Those of a ``pair_closure`` come on top.
+            included; at least 2 where it evaluates its end or searches; None: 25 an iteration, + 1.
         tolerance_grad, tolerance_change, rtol: When an L-BFGS ``step`` stops early, as in
-            :class:`~fuse_ext.LBFGS`; by default it never does while it can go on.
-            ``rtol`` knows no scale, and ``report().converged`` tells a loop that it was reached.
+            :class:`~fuse_ext.LBFGS`; by default never while it can go on. ``report().converged``
+            tells a loop that ``rtol`` was reached.
         curvature_tol: Pairs need s.y > curvature_tol \|s\| \|y\|; None for 1e-8 if
             ``deterministic`` or found out to be so, else 1e-4.
         self_scaling: Before each pair divide the inverse Hessian by min(1, s.y / s.B s), and begin
-            with the oldest pair's scale instead of the newest one's (Oren, Luenberger, Al-Baali; a
-            matrix by Al-Baali's tau). It pays in long runs on one function. None: with a matrix,
-            and on one function with a line search and m of at least 100.
+            with the oldest pair's scale, not the newest one's (Oren, Luenberger, Al-Baali). None:
+            with a matrix, and on one function with a line search and m of at least 100.
         deterministic: True is a promise that the closure is the same function at every call (full
-            batch, no dropout). A step then begins with the last step's final evaluation, unless
-            parameters or gradients were touched in between: about one evaluation an iteration
-            instead of two; where a trial does not fit what is remembered the start is evaluated
-            again. False: it is not. None: find out, by a first step after Adam that does not move,
-            with a line search by holding a step's start against the last one's end. If they agree
-            all is as if promised; if not, time and again, Adam takes over.
+            batch, no dropout). A step then begins with the last one's final evaluation, unless
+            parameters or gradients were touched in between: some one an iteration; where a trial
+            does not fit that, the start is evaluated again. False: it is not. None: find
+            out, by a first step after Adam that does not move, with a line search by holding a
+            step's start against the last one's end. If they agree all is as if promised; if not,
+            time and again, Adam takes over.
         trial_errors: As in :class:`~fuse_ext.LBFGS`.
-        pairs: How curvature pairs are made, so that none mixes two batches.
-
-            - "same_batch": of two gradients on the step's own batch. A line search has the second
-              one anyway, a fixed step evaluates once more; ``step(pair_closure=...)`` takes both
-              on another sample, such as the overlap of two batches.
-            - "consecutive": with a fixed step, of the gradients of two steps, right where both are
-              of one batch (see ``batch_id`` in :meth:`step`).
-            - "auto": same_batch with a line search; without one none (see ``metric``).
+        pairs: How curvature pairs are made, so that none mixes two batches: "same_batch" of two
+            gradients on the step's own batch (a fixed step evaluates once more) or
+            ``pair_closure``'s, "consecutive" of two steps' gradients, right with a fixed step where
+            both are of one batch (see ``batch_id``), "auto" as the former with a line search, and
+            without one none (see ``metric``).
         metric: On minibatches without pairs: "diagonal", Adam's, or "kronecker" for matrices
-            (:mod:`~fuse_ext.phase.living`), "auto": sides to 512 (GPU 2,048), 16 times the other.
+            (:mod:`~fuse_ext.phase.living`), "auto": sides up to 512 (GPU 2,048 of thick ones).
+        average_weights: There, keep the mean of the last ones, for :meth:`eval`.
         step_cap: Longest step on minibatches, in Adam's steps (above lr = 1e-3 in those of 1e-3,
             but not below Adam's own). It falls, below that only where known losses do not fall.
-        check_finite: Before an Adam step, check loss and gradient, and skip the step if either is
-            not finite: one more read of the gradients (4 bytes beside 28). L-BFGS always checks.
+        check_finite: Skip an Adam step where loss or gradient is not finite: one more read of the
+            gradients (4 bytes beside 28). L-BFGS always does.
         capturable: Steps read nothing from the device, which decides instead, so that a CUDA graph
             can repeat them: one for each phase (docs/cuda.md). Needs ``line_search=None``,
             ``max_iter=1``, ``rtol=0``, a criterion that looks at neither loss nor gradient, and one
-            ``lr`` for all groups in the L-BFGS phase where it is a tensor. The criterion counts
-            calls of ``step``, and Adam does not take over where L-BFGS fails.
+            ``lr`` for all groups in L-BFGS where it is a tensor. The criterion counts calls of
+            ``step``, and Adam does not take over where L-BFGS fails.
         on_switch: Called with the optimizer after each switch to L-BFGS.
         backend: "auto", "native" (C++) or "reference" (plain PyTorch).
-        process_group: The ranks that step together (docs/large-models.md): a group or a mesh, to be
-            given with DistributedDataParallel; "local" for none; None for those of DTensors.
+        process_group: The ranks that step together, with DistributedDataParallel a group or a mesh
+            (docs/large-models.md); "local" for none; None for those of DTensors.
         shard_state: Then each rank holds the state of its share of the rows alone (ZeRO-1).
 
     Attributes:
         phase: "adam" or "lbfgs"; also in every parameter group, and saved with it.
 
-    Memory: Adam 8 bytes a parameter, and 8 a^2 for a weight's side of a; L-BFGS 4 (2 m + 2).
+    Memory: Adam 8 bytes a parameter; on minibatches 4 more, and 8 a^2 for a weight's side of a;
+    L-BFGS 4 (2 m + 2).
 
     Raises:
         ValueError, TypeError: An option out of range, or parameters that cannot share one vector.
@@ -165,6 +160,7 @@ class FusePV(FlatOptimizer):
         trial_errors: tuple[type[Exception], ...] = (),
         pairs: str = AUTO,
         metric: str = AUTO,
+        average_weights: bool = True,
         step_cap: float = 7.0,
         check_finite: bool = True,
         capturable: bool = False,
@@ -218,25 +214,23 @@ class FusePV(FlatOptimizer):
         with the criterion started anew. On minibatches so does it, for 100 steps at least, where
         losses have stayed above those at the switch. Without memory for a phase the last goes on.
 
-        Where nothing can be gained any more (``report().converged``, or neither searches nor Adam
-        find a lower loss) a step is one call of the closure, which sees whether that is still so:
-        new data, parameters moved by hand or thawed ones set it going again.
+        Where nothing can be gained any more (``report().converged``, or no search and no Adam step
+        finds a lower loss) a step is one call of the closure, to see whether that is still so.
 
         Args:
-            closure: Zeroes the gradients, computes the loss and its gradients, returns the loss,
-                or None where nothing needs it. Optional in the Adam phase, on minibatches, and with
-                a fixed step and ``max_iter=1``.
+            closure: Zeroes the gradients, computes loss and gradients, returns the loss, or None
+                where nothing needs it. Optional in Adam, on minibatches, and with a fixed step.
             loss: Of the gradients at hand, where there is no closure and a criterion needs it.
             batch_id: What batch this is. In L-BFGS a change is as :meth:`new_objective`.
             pair_closure: Like ``closure``, on the sample that the pair's two gradients are to be
-                of: the overlap of this batch and the next (multi-batch L-BFGS), or a larger one.
-                Called before and after a step of L-BFGS; not with ``max_iter`` > 1.
+                of, before and after the step: the overlap of two batches, say. Not if max_iter > 1.
 
         Returns:
             The loss where the step began.
 
         Raises:
             ValueError: The closure or loss is missing where it is needed.
+            RuntimeError: After :meth:`eval`.
             TypeError, ValueError: The closure returns no scalar: not even None, or None to a line
                 search, ``rtol`` or a criterion that needs the loss. After any error raised by the
                 closure, parameters and state are as before the step (with ``max_iter`` > 1: as
@@ -274,6 +268,22 @@ class FusePV(FlatOptimizer):
         if outcome.troubled and falls_back(self._log, outcome, finds_out(self.param_groups[0])):
             self.switch_back()  # from where the last good step has led
         return self._noted(outcome.loss)
+
+    @without_grad
+    def eval(self) -> None:
+        """On minibatches gives parameters the mean of the last ones, to validate and save.
+
+        It gains what a schedule that ends at 0 does. To be undone by :meth:`train` before the next
+        gradient; on ranks that share parameters all are to call both.
+        """
+        self._notice_lost_state()
+        succession.put_average(self._phase, True)
+
+    @without_grad
+    def train(self) -> None:
+        """Gives parameters back what steps go on from, where :meth:`eval` was called."""
+        self._notice_lost_state()
+        succession.put_average(self._phase, False)
 
     def report(self) -> Report:
         """What was done, and why."""
@@ -379,22 +389,12 @@ class FusePV(FlatOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch, for a checkpoint of this class or of Adam, in either phase.
 
-        Nothing changes if it does not fit. The criterion keeps its thresholds and takes over what
-        the saved one had observed.
-
-        Raises:
-            ValueError, TypeError: It is of another optimizer, criterion or model, or out of range.
+        Nothing changes if it does not fit (ValueError, TypeError: it is of another optimizer,
+        criterion or model, or out of range). The criterion keeps its own thresholds.
         """
         super().load_state_dict(state_dict)
         criterion = self.state.get(self.flat.params[0], {}).get(LOG, {}).get("criterion")
         self._switch.reset() if criterion is None else self._switch.load_state_dict(criterion)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch, in either phase; a ``history_size`` that was not given counts anew.
-
-        L-BFGS's curvature starts afresh; on minibatches the new parameters begin as Adam's do.
-        """
-        super().add_param_group(param_group)
 
     def _note_group(self, before: FlatParams) -> None:
         modes.fill_in_anew([self.defaults, *self.param_groups], before, self.flat, self._unsaid)

@@ -21,7 +21,7 @@ from fuse_ext.checks import (
 )
 from fuse_ext.curvature.dense import BFGS, BROYDEN
 from fuse_ext.objective.step_options import check_line_search, least_evaluations
-from fuse_ext.phase.living.kronecker import METRICS
+from fuse_ext.phase.living.metric.kronecker import METRICS
 from fuse_ext.phase.modes import (
     ADAM,
     AUTO,
@@ -202,6 +202,7 @@ _OPTIONS = (
     Option("update", '"broyden" or "bfgs"', _SECOND, _one_of(BROYDEN, BFGS), shared=True),
     Option("trial_errors", "a tuple of exception classes", _SECOND, _errors, True, True),
     Option("same_batch_pairs", "a bool", _SECOND, shared=True),
+    Option("average_weights", "a bool", _SECOND, _yes_no, shared=True),
     Option("step_cap", "a number >= 0", _SECOND, _at_least(0.0), shared=True),
     Option("check_finite", "a bool", _FIRST, shared=True),
     Option("capturable", "a bool", _BOTH, shared=True, of_process=True),
@@ -369,8 +370,7 @@ FUSE_PV_TABLE = Table(
     "eps_inside_root moment_dtype master_weights lbfgs_lr history_size history_dtype "
     "history_device line_search max_iter max_eval tolerance_grad tolerance_change rtol "
     "curvature_tol self_scaling curvature update deterministic trial_errors pairs metric "
-    "step_cap check_finite capturable shard_state phase "
-    "lr_at_switch",
+    "average_weights step_cap check_finite capturable shard_state phase lr_at_switch",
     required="lr betas",
     rules=(
         Rule(

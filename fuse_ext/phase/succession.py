@@ -22,7 +22,8 @@ from fuse_ext.phase.lbfgs.device import DevicePhase
 from fuse_ext.phase.lbfgs.device import settle as settle_entry
 from fuse_ext.phase.lbfgs.iteration import ITERATION_NAMES, check_lbfgs_state
 from fuse_ext.phase.lbfgs.phase import LbfgsPhase, make_lbfgs
-from fuse_ext.phase.living.kronecker import KRONECKER_NAMES, check_kronecker_state
+from fuse_ext.phase.living.average import AVERAGE_NAMES, check_average_state
+from fuse_ext.phase.living.metric.kronecker import KRONECKER_NAMES, check_kronecker_state
 from fuse_ext.phase.living.phase import LATER_NAMES, LISTS, LIVING_NAMES, LivingPhase, living_names
 from fuse_ext.phase.modes import (
     ADAM,
@@ -283,12 +284,19 @@ def drop_adam_state(ground: Ground, after: AnyPhase | None) -> None:
     """
     if isinstance(after, LivingPhase):
         return
-    names = ("step", *MOMENTS, *KRONECKER_NAMES, MASTER)
+    names = ("step", *MOMENTS, *KRONECKER_NAMES, *AVERAGE_NAMES, MASTER)
     for param in ground.flat.params:
         for name in names:
             ground.state[param].pop(name, None)
         if not ground.state[param]:
             del ground.state[param]
+
+
+def put_average(phase: AnyPhase | None, in_place: bool) -> None:
+    """Gives parameters the mean of the last ones, or these back; nothing where there is none."""
+    average = phase.average if isinstance(phase, LivingPhase) else None
+    if average is not None and average.in_place != in_place:
+        average.put() if in_place else average.take_back()
 
 
 def drop_ring(entry: dict[str, Any]) -> None:
@@ -380,6 +388,7 @@ def check_living_state(state: dict[Any, Any], flat: FlatParams, keys: list[Any])
     check_adam_state(moments, flat.params, keys)
     for i, (param, key) in enumerate(zip(flat.tensors, keys, strict=True)):
         check_kronecker_state(state.get(key, {}), param, i)
+        check_average_state(state.get(key, {}), flat.params[i], i)
 
 
 def _are_numbers(value: Any, may_be_list: bool) -> bool:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fuse_ext import FusePV
-from fuse_ext.phase.living.kronecker import GATHER, MEASURE
 from fuse_ext.phase.living.lengths import FALL_FROM, RISE
+from fuse_ext.phase.living.metric.kronecker import GATHER, MEASURE
 
 SWITCH = 4
 READY = GATHER + MEASURE - 1  # steps of this phase that Adam still takes

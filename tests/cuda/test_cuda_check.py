@@ -160,7 +160,7 @@ def test_steps_of_the_living_metric_are_what_their_rows_say(
     passage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which of its methods a step calls, against the name of the row that the step is put in."""
-    kronecker = pytest.importorskip("fuse_ext.phase.living.kronecker")
+    kronecker = pytest.importorskip("fuse_ext.phase.living.metric.kronecker")
     told: list[str] = []
     for method in ("_gather", "_find_bases", "_advance", "_renew", "_average"):
         original = getattr(kronecker.KroneckerMetric, method)

@@ -13,9 +13,10 @@ from living_cases import CAP, READY, SWITCH, Batches, factor_at
 from torch import Tensor
 
 from fuse_ext import FusePV
-from fuse_ext.phase.living import kronecker, trend
-from fuse_ext.phase.living.kronecker import GATHER, MEASURE, REFRESH
-from fuse_ext.phase.living.sides import rotated_sides
+from fuse_ext.phase.living import trend
+from fuse_ext.phase.living.metric import kronecker
+from fuse_ext.phase.living.metric.kronecker import GATHER, MEASURE, REFRESH
+from fuse_ext.phase.living.metric.sides import Form, form_of
 from fuse_ext.tell.log import REST
 
 
@@ -315,18 +316,31 @@ def test_a_gradient_beyond_all_measure_is_not_stepped_on(size: float) -> None:
 def test_who_gets_a_basis() -> None:
     def sides(*shape: int, dtype: torch.dtype = torch.float32, **flags: bool) -> tuple[bool, bool]:
         options = {"amsgrad": False, "narrow": False, "limited": True, **flags}
-        return rotated_sides(torch.empty(shape, dtype=dtype), device=torch.device("cpu"), **options)
+        cpu = torch.device("cpu")
+        return form_of(torch.empty(shape, dtype=dtype), device=cpu, **options).sides
+
+    def form(*shape: int, **flags: Any) -> Form:
+        options = {"amsgrad": False, "narrow": False, "limited": True, **flags}
+        return form_of(torch.empty(shape), device=torch.device("cpu"), **options)
 
     assert sides(10, 784) == (True, False)
     assert sides(10, 784, limited=False) == (True, True)
     assert sides(16, 8, 3, 3) == (True, True)
-    # A longer side's basis costs 8 a / b bytes a parameter.
-    assert sides(512, 2) == (False, True) and sides(2, 512) == (True, False)
+    # A longer side's basis costs 8 a / b bytes a parameter: where that is much it has blocks.
     assert sides(128, 10) == sides(512, 32) == sides(32, 2) == (True, True)
-    assert sides(33, 2) == (False, True) and sides(33, 2, limited=False) == (True, True)
+    assert form(128, 10) == Form(128, 10, (True, True))
+    assert form(512, 2) == Form(16, 2, (True, True), 32)
+    assert form(2, 512) == Form(2, 16, (True, True), 32, across=True)
+    assert form(8, 40, 3, 3) == Form(8, 120, (True, True), 3, across=True)
+    assert form(33, 2) == Form(11, 2, (True, True), 3)
+    assert form(33, 2, limited=False) == Form(33, 2, (True, True))
+    assert form(31, 2) == Form(31, 2, (False, True))  # which nothing divides
+    assert form(512, 2, divides=False) == Form(512, 2, (False, True))
+    assert form(2, 512, divides=False) == Form(2, 512, (True, False))
     gpu = torch.device("cuda")
-    adapter = rotated_sides(torch.empty(2048, 8), False, False, True, gpu)
-    assert adapter == (False, True)
+    adapter = torch.empty(2048, 8)
+    assert form_of(adapter, False, False, True, gpu) == Form(64, 8, (True, True), 32)
+    assert form_of(adapter, False, False, True, gpu, False).sides == (False, True)
     assert sides(50_000, 64) == sides(50_000, 64, limited=False) == (False, False)
     assert sides(7) == sides(1, 7) == sides(7, 1) == sides() == (False, False)
     assert sides(4, 4, amsgrad=True) == sides(4, 4, narrow=True) == (False, False)

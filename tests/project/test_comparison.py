@@ -116,6 +116,7 @@ def test_all_get_the_same_tuning(run):
         "adam_sgd": 0.1,
         "fuse_pv": 0.003,
         "adam_cosine": 0.003,
+        "adam_averaged": 0.003,
     }
     assert comparison.rates_of("usps", "printed", run.plan, run.results) == PRINTED
 
@@ -135,6 +136,7 @@ def test_baselines_have_what_fuse_pv_had(run):
                     "sgd",
                     "adam",
                     "adam_cosine",
+                    "adam_averaged",
                 ):  # they leave Adam where FusePV does
                     assert options["optimizer"]["switch_step"] == 12 + seed
     assert "minibatch/usps/printed/torch_20/0" in run.cells

@@ -15,15 +15,16 @@ from fuse_ext.objective.progress import Progress
 from fuse_ext.objective.setbacks import COUNTERS, TALLIES
 from fuse_ext.objective.step_options import mixed_signs
 from fuse_ext.objective.watch import Watch
+from fuse_ext.phase.living.average import AVERAGE_NAMES, COUNT, EVERY, WeightAverage
 from fuse_ext.phase.living.descent import NAMES as DESCENT_NAMES
 from fuse_ext.phase.living.descent import Descent
-from fuse_ext.phase.living.kronecker import (
+from fuse_ext.phase.living.lengths import NAMES, Lengths, have_changed, rates
+from fuse_ext.phase.living.metric.kronecker import (
     DIAGONAL,
     KRONECKER,
     KRONECKER_NAMES,
     KroneckerMetric,
 )
-from fuse_ext.phase.living.lengths import NAMES, Lengths, have_changed, rates
 from fuse_ext.phase.living.trend import BLOCK, Trend
 from fuse_ext.phase.living.trend import NAMES as TREND_NAMES
 from fuse_ext.phase.modes import AUTO
@@ -38,7 +39,7 @@ LIVING_NAMES = (*NAMES, *TREND_NAMES, "last_lr")
 # one is twice as far from the switch as the one before.
 LOOKS_FROM = "looks_from"
 # What older checkpoints lack.
-LATER_NAMES = (*DESCENT_NAMES, LOOKS_FROM)
+LATER_NAMES = (*DESCENT_NAMES, LOOKS_FROM, COUNT)
 LISTS = ("last_lr", "means")  # of numbers, or of lists of them
 _NO_PAIRS = Header(*[0.0] * len(fields(Header)))
 
@@ -86,8 +87,10 @@ class LivingPhase:
         if metric != DIAGONAL:
             limited = metric == AUTO
             found = KroneckerMetric(flat, state, self.moments, groups, limited)
-            self._matrices = found if found.sides else None
+            self._matrices = found if found.forms else None
         self.history = NoPairs(DIAGONAL if self._matrices is None else KRONECKER)
+        averages = bool(first.get("average_weights"))
+        self.average = WeightAverage(flat, state, self.moments) if averages else None
         self._lengths, self._trend = Lengths(self._entry), Trend(self._entry)
         self._descent = Descent(self._entry)
         self._watch = Watch(flat, ops, self._entry)
@@ -96,9 +99,11 @@ class LivingPhase:
         self.precision = Precision(self._entry, torch.finfo(flat.dtype).eps)
 
     def take_memory(self) -> None:
-        """Takes what the metric of matrices will need, so that it is known at the switch."""
+        """Takes what matrices and averages will need, so that it is known at the switch."""
         if self._matrices is not None:
             self._matrices.begin()
+        if self.average is not None:
+            self.average.begin()
 
     def inherit(self, groups: list[ParamGroup], scheduled: bool, watches: bool) -> None:
         """Begins where Adam ends.
@@ -122,7 +127,8 @@ class LivingPhase:
     @property
     def nbytes(self) -> int:
         """Bytes of state held."""
-        return self.moments.nbytes + (0 if self._matrices is None else self._matrices.nbytes)
+        more = (part.nbytes for part in (self._matrices, self.average) if part is not None)
+        return self.moments.nbytes + sum(more)
 
     @property
     def workspace_nbytes(self) -> int:
@@ -137,9 +143,11 @@ class LivingPhase:
             self._watch.begin()
 
     def _restart(self) -> None:
-        """Losses begin anew."""
+        """Losses begin anew, and so do averages."""
         self._trend.restart()
         self._descent.restart()
+        if self.average is not None:
+            self.average.restart()
 
     def settle(self, log: dict[str, Any]) -> None:
         """The host has counted everything itself."""
@@ -150,13 +158,20 @@ class LivingPhase:
         self.progress.reason = "non_finite"
 
     def leave(self, groups: list[ParamGroup]) -> None:
-        """Leaves Adam's moments as Adam would have them."""
+        """Leaves parameters as steps have, and Adam's moments as Adam would have them."""
+        if self.average is not None:
+            self.average.drop()
         if self._matrices is not None:
             self._matrices.leave(groups)
 
     def step(self, call: Call) -> Outcome:
         """One step, unless the closure turns out to be one function all along."""
         entry, closure, groups = self._entry, call.closure, call.groups
+        if self.average is not None and self.average.in_place:
+            raise RuntimeError(
+                "step() after optimizer.eval(), which has put the averages of the weights in their "
+                "place: call optimizer.train() before the closure or backward()"
+            )
         look = self._watch.look(closure, mixed_signs(groups), norms=True, loss=call.loss)
         entry["func_evals"] += closure is not None
         if look.undecided:
@@ -210,6 +225,8 @@ class LivingPhase:
         if lengths.count(norm, cap, lr, self._descent.falling):
             self._restart()
         entry["n_iter"] += 1
+        if self.average is not None and entry["n_iter"] % EVERY == 0:
+            self.average.take_in()
         self.progress.step_length = factor
         self.progress.reason, self.progress.line_search = "max_iter", "fixed"
 
@@ -231,4 +248,4 @@ class LivingPhase:
 
 def living_names() -> tuple[str, ...]:
     """What the phase keeps in a parameter's state beside Adam's moments."""
-    return (*LIVING_NAMES, *LATER_NAMES, *KRONECKER_NAMES)
+    return (*LIVING_NAMES, *LATER_NAMES, *KRONECKER_NAMES, *AVERAGE_NAMES)

@@ -13,9 +13,9 @@ BASES = ("row_basis", "column_basis")
 
 
 def rotate(entry: dict[str, Any], matrix: Tensor) -> Tensor:
-    """Q_L^T G Q_R; always a new tensor."""
+    """Q_L^T G Q_R, of one matrix or of several; always a new tensor."""
     left, right = (entry.get(name) for name in BASES)
-    rotated = matrix if left is None else left.T @ matrix
+    rotated = matrix if left is None else left.mT @ matrix
     return rotated if right is None else rotated @ right
 
 
@@ -23,7 +23,7 @@ def rotate_back(entry: dict[str, Any], matrix: Tensor) -> Tensor:
     """Q_L X Q_R^T."""
     left, right = (entry.get(name) for name in BASES)
     rotated = matrix if left is None else left @ matrix
-    return rotated if right is None else rotated @ right.T
+    return rotated if right is None else rotated @ right.mT
 
 
 def root_of(variance: Tensor, group: ParamGroup) -> Tensor:

@@ -21,6 +21,7 @@ References:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from fuse_ext.curvature.moments import Moments
 from fuse_ext.curvature.step_counts import HostCounts
-from fuse_ext.phase.living.bases import (
+from fuse_ext.phase.living.metric.bases import (
     BASES,
     adams_second,
     root_of,
@@ -37,7 +38,13 @@ from fuse_ext.phase.living.bases import (
     rotate_back,
     stretch_of,
 )
-from fuse_ext.phase.living.sides import matrix_shape, sides_of
+from fuse_ext.phase.living.metric.sides import (
+    FACTORS,
+    Form,
+    form_of_state,
+    forms_of,
+    matrix_shape,
+)
 from fuse_ext.phase.modes import AUTO
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
@@ -49,10 +56,9 @@ FACTOR_DECAY, REFRESH = 0.95, 10
 # Once there are bases, covariances take in every so-manieth gradient; they cost as much as a
 # product with a basis, and change slowly.
 FACTOR_EVERY = 2
-# In a parameter's own state: covariances, bases (of the sides that have one), the second moment in
-# them while it is measured, what steps are stretched by, as it was when the bases were renewed, and
-# steps since the covariances, and since the measuring, began.
-FACTORS = ("row_factor", "column_factor")
+# In a parameter's own state, beside covariances and bases of the sides that have one: the second
+# moment in them while it is measured, what steps are stretched by, as it was when the bases were
+# renewed, and steps since the covariances, and since the measuring, began.
 MEASURED = "rotated_sq"
 STRETCH = "stretch"
 STEPS = ("factor_steps", "basis_steps")
@@ -61,14 +67,16 @@ KRONECKER_NAMES = (*FACTORS, *BASES, MEASURED, STRETCH, *STEPS)
 
 def check_kronecker_state(entry: dict[str, Any], param: Tensor, i: int) -> None:
     """Raises ValueError for a saved state whose factors or bases are not of this parameter."""
-    for name, side in zip((*FACTORS, *BASES), matrix_shape(param) * 2, strict=True):
+    form = form_of_state(entry, param) or Form(*matrix_shape(param), (False, False))
+    divides = math.prod(form.shape) == param.numel()
+    for name, square in zip((*FACTORS, *BASES), form.squares() * 2, strict=True):
         factor = entry.get(name)
-        if factor is not None and (
-            not isinstance(factor, Tensor) or tuple(factor.shape) != (side, side)
-        ):
+        fits = isinstance(factor, Tensor) and tuple(factor.shape) == square and divides
+        if factor is not None and not fits:
             what = tuple(factor.shape) if isinstance(factor, Tensor) else repr(factor)
             raise ValueError(
-                f"state_dict does not fit: {name} of params[{i}] is {what}, not {(side, side)}"
+                f"state_dict does not fit: {name} of params[{i}] is {what}, not {square} of a "
+                f"weight of {tuple(param.shape)}"
             )
     if any(name in entry for name in FACTORS):
         stretch = entry.get(STRETCH)  # older checkpoints have none
@@ -88,17 +96,17 @@ def kronecker_nbytes(
     """Bytes of covariances and bases, and of the second moments while they are measured."""
     metric = groups[0]["metric"]
     narrow = groups[0]["moment_dtype"] not in (None, flat.dtype)
-    sides = {}
+    forms: dict[int, Form] = {}
     if metric != DIAGONAL:
-        sides = sides_of(flat, groups, narrow, metric == AUTO, shards)
+        forms = forms_of(flat, groups, narrow, metric == AUTO, shards)
     squares = sum(
-        side * side
-        for i, has in sides.items()
-        for side, one in zip(matrix_shape(flat.tensors[i]), has, strict=True)
+        math.prod(square)
+        for form in forms.values()
+        for square, one in zip(form.squares(), form.sides, strict=True)
         if one
     )
-    measured = sum(flat.tensors[i].numel() for i in sides)
-    return (2 * squares + len(sides)) * flat.dtype.itemsize, measured * flat.dtype.itemsize
+    measured = sum(flat.tensors[i].numel() for i in forms)
+    return (2 * squares + len(forms)) * flat.dtype.itemsize, measured * flat.dtype.itemsize
 
 
 class KroneckerMetric:
@@ -112,10 +120,11 @@ class KroneckerMetric:
         state: ``Optimizer.state``; what it holds is taken over.
         moments: Adam's, whose averages go on.
         groups: ``Optimizer.param_groups``.
-        limited: Whether sides that are long, or much longer than the other, get no basis.
+        limited: Whether sides that are long get no basis, and those much longer than the other
+            one of each of their blocks.
 
     Attributes:
-        sides: Of each parameter that has a metric here, which sides have a basis.
+        forms: Each parameter that has a metric here, as the matrices that it is taken for.
     """
 
     def __init__(
@@ -128,9 +137,10 @@ class KroneckerMetric:
     ) -> None:
         self._flat, self._state, self._moments = flat, state, moments
         narrow = moments.stored("exp_avg").dtype != flat.dtype
-        self.sides = sides_of(flat, groups, narrow, limited)
-        for i in self.sides:
+        self.forms = forms_of(flat, groups, narrow, limited)
+        for i in self.forms:
             entry = state.get(flat.params[i], {})
+            self.forms[i] = form_of_state(entry, flat.tensors[i]) or self.forms[i]
             for name in (*FACTORS, *BASES, MEASURED, STRETCH):
                 if name in entry:  # perhaps of a checkpoint in another dtype
                     entry[name] = entry[name].to(dtype=flat.dtype, device=flat.device)
@@ -139,19 +149,18 @@ class KroneckerMetric:
 
     def begin(self) -> None:
         """Takes the memory for all parameters that have had a gradient."""
-        for i in self.sides:
+        for i in self.forms:
             entry = self.entry(i) if self._flat.params[i] in self._state else {}
             if "exp_avg" in entry and "factor_steps" not in entry:
                 self._begin(entry, i)
 
     def _begin(self, entry: dict[str, Any], i: int) -> None:
         """Zeros where nothing has been gathered."""
-        flat = self._flat
-        shape = matrix_shape(flat.tensors[i])
+        flat, form = self._flat, self.forms[i]
         for names in (FACTORS, BASES):
-            for name, side, has in zip(names, shape, self.sides[i], strict=True):
+            for name, square, has in zip(names, form.squares(), form.sides, strict=True):
                 if has:
-                    entry[name] = torch.zeros(side, side, dtype=flat.dtype, device=flat.device)
+                    entry[name] = torch.zeros(square, dtype=flat.dtype, device=flat.device)
         entry[STRETCH] = torch.ones(1, dtype=flat.dtype, device=flat.device)
         entry.update(dict.fromkeys(STEPS, 0))
 
@@ -171,14 +180,14 @@ class KroneckerMetric:
         return self._bytes_of(MEASURED)
 
     def _bytes_of(self, *names: str) -> int:
-        entries = (self._state.get(self._flat.params[i], {}) for i in self.sides)
+        entries = (self._state.get(self._flat.params[i], {}) for i in self.forms)
         return sum(entry[name].nbytes for entry in entries for name in names if name in entry)
 
     def ready(self) -> frozenset[int]:
         """The parameters with a gradient whose step is taken here and not by Adam."""
         return frozenset(
             i
-            for i in self.sides
+            for i in self.forms
             if self._flat.params[i].grad is not None and self._is_ready(self.entry(i))
         )
 
@@ -220,7 +229,7 @@ class KroneckerMetric:
         """Those of the parameters here that have a gradient, with their groups."""
         for group, place in zip(groups, self._flat.group_slices, strict=True):
             for i in range(place.start, place.stop):
-                if i in self.sides and self._flat.params[i].grad is not None:
+                if i in self.forms and self._flat.params[i].grad is not None:
                     yield i, group
 
     def _gradient(self, i: int, group: ParamGroup) -> Tensor:
@@ -245,23 +254,23 @@ class KroneckerMetric:
             return
         # The first one counts in full: what is averaged needs no correction.
         weight = max(1.0 - FACTOR_DECAY**every, 1.0 / seen)
-        for name, side in zip(FACTORS, (matrix, matrix.T), strict=True):
+        for name, side in zip(FACTORS, (matrix, matrix.mT), strict=True):
             if name in entry:
-                entry[name].lerp_(side @ side.T, weight)
+                entry[name].lerp_(side @ side.mT, weight)
 
     def _gather(self, i: int, group: ParamGroup) -> None:
         """Learns the covariances, then the second moment in their basis; Adam steps meanwhile."""
         entry, grad = self.entry(i), self._gradient(i, group)
         if "factor_steps" not in entry:
             self._begin(entry, i)
-        matrix = grad.reshape(matrix_shape(grad))
+        matrix = self.forms[i].matrices(grad)
         self._average(entry, matrix)
         if entry["factor_steps"] < GATHER:
             return
         if MEASURED not in entry:
             if not self._find_bases(entry):
                 return
-            entry[MEASURED] = torch.zeros_like(matrix)
+            entry[MEASURED] = torch.zeros_like(matrix, memory_format=torch.contiguous_format)
         rotated = rotate(entry, matrix)
         beta2 = float(group["betas"][1])
         entry[MEASURED].mul_(beta2).addcmul_(rotated, rotated, value=1.0 - beta2)
@@ -277,14 +286,15 @@ class KroneckerMetric:
         floor = mean.square().mul_(share)
         second = torch.maximum(entry.pop(MEASURED), floor)
         entry[STRETCH] = stretch_of(entry, mean, second / share, group)
+        form = self.forms[i]
         variance, average = (self._moment(name, i) for name in ("exp_avg_sq", "exp_avg"))
-        variance.copy_(second.view(variance.shape))
-        average.copy_(rotate(entry, average.reshape(second.shape)).view(average.shape))
+        variance.copy_(form.back(second, variance))
+        average.copy_(form.back(rotate(entry, form.matrices(average)), average))
 
     def _corrected_mean(self, i: int, entry: dict[str, Any], beta1: float) -> Tensor:
         """The bias-corrected first moment in the basis."""
         average = self._moment("exp_avg", i)
-        rotated = rotate(entry, average.reshape(matrix_shape(average)))
+        rotated = rotate(entry, self.forms[i].matrices(average))
         return rotated.div_(1.0 - beta1 ** self._moments.counts.of(i))
 
     def _find_bases(self, entry: dict[str, Any]) -> bool:
@@ -293,7 +303,7 @@ class KroneckerMetric:
         for factor, basis in zip(FACTORS, BASES, strict=True):
             if factor in entry:
                 try:
-                    found[basis] = torch.linalg.eigh(entry[factor])[1].flip(1)
+                    found[basis] = torch.linalg.eigh(entry[factor])[1].flip(-1)
                 except RuntimeError:  # of which torch.linalg's are
                     return False
         for basis, vectors in found.items():
@@ -303,15 +313,15 @@ class KroneckerMetric:
     def _advance(self, i: int, group: ParamGroup, factor: float) -> None:
         """Adam's step in the basis, ``factor`` times as long, and stretched."""
         entry, weight = self.entry(i), self._moments.weight(i)
-        grad = self._gradient(i, group)
-        matrix = grad.reshape(matrix_shape(grad))
+        grad, form = self._gradient(i, group), self.forms[i]
+        matrix = form.matrices(grad)
         (beta1, beta2), lr = map(float, group["betas"]), float(group["lr"]) * factor
         steps = self._moments.counts.of(i) + 1.0
         self._average(entry, matrix, FACTOR_EVERY)
         rotated = rotate(entry, matrix)
         stored = [self._moment(name, i) for name in ("exp_avg", "exp_avg_sq")]
         # Copies where the weight is not row-major.
-        average, second = (of.reshape(matrix.shape) for of in stored)
+        average, second = map(form.matrices, stored)
         average.lerp_(rotated, 1.0 - beta1)
         second.mul_(beta2).addcmul_(rotated, rotated, value=1.0 - beta2)
         entry["basis_steps"] += 1
@@ -322,7 +332,7 @@ class KroneckerMetric:
         stretch = entry[STRETCH].clamp(1.0, max(1.0, float(group["step_cap"]) / max(factor, 1.0)))
         root = root_of(variance, group)
         turned = torch.div(average, root, out=root).mul_(stretch)
-        step = rotate_back(entry, turned).view(grad.shape)
+        step = form.back(rotate_back(entry, turned), grad)
         if group["decoupled_weight_decay"] and group["weight_decay"]:
             weight.mul_(1.0 - lr * float(group["weight_decay"]))
         weight.add_(step.to(weight.dtype), alpha=-lr / (1.0 - beta1**steps))
@@ -330,7 +340,7 @@ class KroneckerMetric:
             average, second = self._renew(entry, average, second)
         for kept, new in zip(stored, (average, second), strict=True):
             if new.data_ptr() != kept.data_ptr():
-                kept.copy_(new.view(grad.shape))
+                kept.copy_(form.back(new, kept))
 
     def _renew(
         self, entry: dict[str, Any], average: Tensor, second: Tensor
@@ -346,9 +356,12 @@ class KroneckerMetric:
                 continue
             vectors = entry[basis]
             image = entry[factor] @ vectors
-            order = torch.argsort((vectors * image).sum(0), descending=True, stable=True)
-            entry[basis] = torch.linalg.qr(image[:, order])[0].contiguous()
-            second = second.index_select(side, order)
+            order = torch.argsort((vectors * image).sum(-2), descending=True, stable=True)
+            image = image.take_along_dim(order.unsqueeze(-2), -1)
+            entry[basis] = torch.linalg.qr(image)[0].contiguous()
+            # Rows of the second moment go with the first side, columns with the other.
+            along = order.unsqueeze(-1 if side == 0 else -2)
+            second = second.take_along_dim(along, side - 2)
         return rotate(entry, average), second
 
     # --- leaving ----------------------------------------------------------------------------
@@ -356,14 +369,13 @@ class KroneckerMetric:
     def leave(self, groups: list[ParamGroup]) -> None:
         """Gives the metric up: Adam's moments become those of the weights' own elements."""
         betas = self._flat.per_segment([group["betas"] for group in groups], None)
-        for i in self.sides:
+        for i in self.forms:
             entry = self.entry(i)
             if self._is_ready(entry):
-                stored = self._moment("exp_avg_sq", i)
-                second = stored.reshape(matrix_shape(stored))
-                second = adams_second(entry, second, self._moments.counts.of(i), betas[i][1])
-                stored.copy_(second.view(stored.shape))
-                average = self._moment("exp_avg", i)
-                average.copy_(rotate_back(entry, average.reshape(second.shape)).view(average.shape))
+                form, steps = self.forms[i], self._moments.counts.of(i)
+                stored, average = (self._moment(name, i) for name in ("exp_avg_sq", "exp_avg"))
+                second = adams_second(entry, form.matrices(stored), steps, betas[i][1])
+                stored.copy_(form.back(second, stored))
+                average.copy_(form.back(rotate_back(entry, form.matrices(average)), average))
             for name in KRONECKER_NAMES:
                 entry.pop(name, None)
