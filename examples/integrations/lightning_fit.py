@@ -27,6 +27,28 @@ class StopWhenConverged(Callback):
             trainer.should_stop = True
 
 
+class MeanOfWeights(Callback):
+    """Validates, and leaves when it ends, with the mean of the last weights; trains without it.
+
+    Checkpoints that are written after a validation hold it as the model, and what steps go on from
+    in the optimizer's state.
+    """
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Puts it in place."""
+        for optimizer in trainer.optimizers:
+            unwrap(optimizer).eval()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Takes it back."""
+        for optimizer in trainer.optimizers:
+            unwrap(optimizer).train()
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """As before a validation."""
+        self.on_validation_start(trainer, module)
+
+
 class PhaseBar(TQDMProgressBar):
     """Shows which phase is stepping."""
 
@@ -66,6 +88,15 @@ class Regression(pl.LightningModule):
         return FusePV(self.parameters(), lr=1e-2, **self.options)
 
 
+class Validated(Regression):
+    """The same with a validation."""
+
+    def validation_step(self, batch: list[Tensor], index: int) -> None:
+        """The mean squared error."""
+        x, y = batch
+        self.log("val_loss", (self.net(x) - y).square().mean(), prog_bar=True)
+
+
 def data(batch_size: int, rows: int = 128) -> DataLoader:
     """Batches of sin of sums."""
     generator = torch.Generator().manual_seed(0)
@@ -84,8 +115,8 @@ def trainer(epochs: int, *callbacks: Callback, **options: Any) -> pl.Trainer:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    minibatch = Regression()
-    trainer(5, PhaseBar()).fit(minibatch, data(16))
+    minibatch = Validated()
+    trainer(5, PhaseBar(), MeanOfWeights()).fit(minibatch, data(16), data(64, rows=64))
     print(unwrap(minibatch.optimizers()).report(), "\n")
     whole = Regression(parts=4, deterministic=True)
     trainer(500, PhaseBar(), StopWhenConverged()).fit(whole, data(128))

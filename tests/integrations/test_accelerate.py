@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from fuse_ext import Log, unwrap
 
 
@@ -13,6 +15,11 @@ def test_a_loop_and_what_the_wrapper_hides(example) -> None:
     optimizer = unwrap(wrapped)
     report = optimizer.report()
     assert optimizer.phase == report.phase == "lbfgs" and report.switch_step == 20
+    before = [param.detach().clone() for param in optimizer.flat.params]
+    wrapped.eval()
+    assert not all(map(torch.equal, before, optimizer.flat.params))
+    wrapped.train()
+    assert all(map(torch.equal, before, optimizer.flat.params))
     log = Log(wrapped)
     optimizer.step()
     assert len(log) == 1

@@ -40,6 +40,25 @@ def test_minibatches_need_nothing(module) -> None:
     assert report.loss < 0.4
 
 
+def test_validation_sees_the_mean_and_training_does_not(module, tmp_path: Path) -> None:
+    plain, optimizer, _ = fitted(module, 8, 16)
+    torch.manual_seed(0)
+    model = module.Validated()
+    it = module.trainer(8, module.MeanOfWeights(), logger=False)
+    it.fit(model, module.data(16), module.data(64, rows=64))
+    seen = it.callback_metrics["val_loss"]
+    shown = [param.detach().clone() for param in model.parameters()]
+    mine = unwrap(it.optimizers[0])
+    mine.train()
+    assert all(map(torch.equal, plain.parameters(), model.parameters()))
+    optimizer.eval()
+    for ours, theirs, own in zip(plain.parameters(), shown, model.parameters(), strict=True):
+        assert torch.equal(ours, theirs) and not torch.equal(theirs, own)
+    x, y = next(iter(module.data(64, rows=64)))
+    with torch.no_grad():
+        torch.testing.assert_close(seen, (plain.net(x) - y).square().mean())
+
+
 # Lightning itself refuses clipping with bf16-mixed, as for torch's fused optimizers.
 @pytest.mark.parametrize(("precision", "clip"), [("32-true", 0.5), ("bf16-mixed", None)])
 def test_clipping_accumulation_and_bf16_on_minibatches(module, precision, clip) -> None:

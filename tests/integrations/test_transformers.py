@@ -21,7 +21,12 @@ def test_training_and_going_on_from_a_checkpoint(example, tmp_path: Path) -> Non
     report = unwrap(trainer.optimizer).report()
     assert report.switch_step == 20 and report.curvature == "kronecker"
     assert report.lbfgs_iterations == 10
+    trained = [param.detach().clone() for param in trainer.model.parameters()]
     assert trainer.evaluate(trainer.train_dataset)["eval_loss"] < 0.8 * first
+    # It evaluates, and saves after that, with the mean of the weights; training takes it back.
+    assert not all(map(torch.equal, trained, trainer.model.parameters()))
+    unwrap(trainer.optimizer).train()
+    assert all(map(torch.equal, trained, trainer.model.parameters()))
     again = module.make(str(tmp_path), 30, **saves)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-15"))
     assert unwrap(again.optimizer).report() == report

@@ -106,9 +106,12 @@ class WeightAverage:
         """The weights as they are now count."""
         share = SHARE / (SHARE + self._entry.get(COUNT, 0))
         self._entry[COUNT] = self._entry.get(COUNT, 0) + 1
-        for i in self._stepped():
-            kept = self._kept(i)
-            kept.lerp_(self._moments.weight(i).detach().to(kept.dtype), share)
+        stepped = self._stepped()
+        means = [self._kept(i) for i in stepped]
+        weights = [self._moments.weight(i).detach() for i in stepped]
+        wide = [w.to(m.dtype) for w, m in zip(weights, means, strict=True)]
+        if means:
+            torch._foreach_lerp_(means, wide, share)
 
     def put(self) -> None:
         """Gives parameters their means."""
