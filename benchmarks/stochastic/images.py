@@ -109,5 +109,10 @@ def conditions(outcomes: list[Outcome], plan: Plan) -> str:
             f"- {about['title']}, {about['parameters']:,} parameters, batches of {about['batch']}, "
             f"{about['epochs']} epochs of {about['steps_per_epoch']} steps; {about['data']}."
         )
-    first = f"{len(plan.seeds)} seeds, means ± standard deviations. FusePV is {plan.setting}."
+    first = (
+        f"{len(plan.seeds)} seeds, means ± standard deviations. FusePV is {plan.setting}, judged "
+        "by the mean of its weights that `eval` puts in place; "
+        f'"{METHODS["adam_averaged"]}" is torch\'s Adam, judged by a mean that is made in the '
+        "same way."
+    )
     return "\n".join([first, "", *dict.fromkeys(lines)])

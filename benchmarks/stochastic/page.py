@@ -22,8 +22,9 @@ def how(seeds: set[int]) -> str:
         "batches from the same start, with the same betas (SOAP has its own) and the same "
         "decoupled weight decay. At equal gradients and equal CPU time a rival has as many steps "
         "as FusePV's cost allows, and its schedule over those. FusePV in Adam's metric is "
-        f"`FusePV({listed})`. A win is a mean that is better by more than one standard deviation, "
-        "the larger one of the two."
+        f"`FusePV({listed})`. FusePV and Schedule-Free are judged by the means of weights that "
+        "their `eval` puts in place. A win is a mean that is better by more than one standard "
+        "deviation, the larger one of the two."
     )
 
 
