@@ -209,6 +209,7 @@ PRODUCTS = {
     "living metric, gathering": 1,
     "living metric, measuring": 2,
     "living metric": 2,
+    "living metric, weights into the mean": 2,
     "living metric, GradScaler": 2,
     "living metric, taking covariances": 3,
     RENEWED: 6,

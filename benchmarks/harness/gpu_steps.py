@@ -206,7 +206,7 @@ class Passage:
 
 # The switch ends step 2, and step 3 looks at the closure. Then ten steps gather covariances, of
 # which the last finds the bases, and ten measure in them; of those that follow every other takes
-# covariances, and every tenth renews the bases.
+# covariances, and every tenth renews the bases. Every fifth takes weights into their mean besides.
 EIGH = "living metric, bases found"
 LIVING = Passage(
     lambda p: FusePV(p.params, 1e-3, switch=3, metric="kronecker"),
@@ -214,12 +214,15 @@ LIVING = Passage(
     {
         "the switch, to a living metric": lambda number, *_: number == 2,
         "living metric, watching the closure": lambda number, *_: number == 3,
-        "living metric, gathering": lambda number, *_: 5 <= number <= 12,
+        "living metric, gathering": lambda number, *_: 5 <= number <= 12 and number != 8,
         EIGH: lambda number, *_: number == 13,
-        "living metric, measuring": lambda number, *_: 14 <= number <= 21,
+        "living metric, measuring": lambda number, *_: 14 <= number <= 21 and number != 18,
         "living metric, bases renewed": lambda number, *_: number in (32, 42),
-        "living metric, taking covariances": lambda number, *_: number > 22 and number % 2 == 1,
-        "living metric": lambda number, *_: number > 22,
+        "living metric, weights into the mean": lambda number, *_: number in (28, 38),
+        "living metric, taking covariances": lambda number, *_: (
+            number > 22 and number % 2 == 1 and number % 10 != 3
+        ),
+        "living metric": lambda number, *_: number > 22 and number % 2 == 0,
     },
     batches=True,
 )
@@ -229,7 +232,7 @@ LIVING_SCALED = Passage(
     42,
     {
         "living metric, GradScaler": lambda number, *_: (
-            number > 21 and number % 2 == 1 and number not in (31, 41)
+            number > 21 and number % 2 == 1 and number not in (27, 31, 37, 41)
         )
     },
     batches=True,

@@ -306,11 +306,18 @@ def minibatch_counts(counter: Counter) -> dict[str, Counts]:
     steps = follow(43)
     found["the switch, to a living metric"] = steps[2]
     found["living metric, watching the closure"] = steps[3]
-    found["living metric, gathering"] = steps[8]
-    found["living metric, measuring"] = steps[17]
-    kinds = sorted(set(steps[33:43]), key=lambda counts: counts.launches)
+    # Every fifth takes weights into their mean besides, which these are without.
+    bare = follow(43, average_weights=False)
+    found["living metric, gathering"] = bare[8]
+    found["living metric, measuring"] = bare[17]
+    pairs = list(zip(bare, steps, strict=True))[33:43]
+    kinds = sorted(set(bare[33:43]), key=lambda counts: counts.launches)
     names = "living metric", "living metric, taking covariances", "living metric, bases renewed"
     found |= dict(zip(names, kinds, strict=True))
+    assert {with_mean for _, with_mean in pairs} > set(kinds)
+    found["living metric, weights into the mean"] = next(
+        with_mean for one, with_mean in pairs if one == kinds[0] != with_mean
+    )
     scaled = sorted(set(follow(43, scaled=True)[33:43]), key=lambda counts: counts.launches)
     found["living metric, GradScaler"] = scaled[0]
     found["living metric, diagonal"] = follow(8, metric="diagonal")[-1]

@@ -176,6 +176,11 @@ def test_steps_of_the_living_metric_are_what_their_rows_say(
             return found
 
         monkeypatch.setattr(kronecker.KroneckerMetric, method, noted)
+    average = pytest.importorskip("fuse_ext.phase.living.average")
+    take_in = average.WeightAverage.take_in
+    monkeypatch.setattr(
+        average.WeightAverage, "take_in", lambda self: (told.append("mean"), take_in(self))
+    )
     torch.manual_seed(0)
     problem = gpu_steps.Problem([(8, 8)], torch.device("cpu"), passage.batches)
     optimizer = passage.make(problem)
@@ -198,11 +203,12 @@ def test_steps_of_the_living_metric_are_what_their_rows_say(
     assert found == {
         "living metric, watching the closure": {()},
         "living metric, gathering": {("_gather", "covariances")},
-        gpu_steps.EIGH: {("_find_bases", "_gather", "covariances")},
+        gpu_steps.EIGH: {("_find_bases", "_gather", "covariances", "mean")},
         "living metric, measuring": {("_gather", "covariances")},
         "living metric": {("_advance",)},
         "living metric, taking covariances": {("_advance", "covariances")},
         "living metric, bases renewed": {("_advance", "_renew")},
+        "living metric, weights into the mean": {("_advance", "mean")},
     }
     assert optimizer.report().function_changes == 0
 

@@ -357,11 +357,8 @@ class KroneckerMetric:
             vectors = entry[basis]
             image = entry[factor] @ vectors
             order = torch.argsort((vectors * image).sum(-2), descending=True, stable=True)
-            image = image.take_along_dim(order.unsqueeze(-2), -1)
-            entry[basis] = torch.linalg.qr(image)[0].contiguous()
-            # Rows of the second moment go with the first side, columns with the other.
-            along = order.unsqueeze(-1 if side == 0 else -2)
-            second = second.take_along_dim(along, side - 2)
+            entry[basis] = torch.linalg.qr(_ordered(image, order, 1))[0].contiguous()
+            second = _ordered(second, order, side)  # rows go with the first side
         return rotate(entry, average), second
 
     # --- leaving ----------------------------------------------------------------------------
@@ -379,3 +376,10 @@ class KroneckerMetric:
                 average.copy_(form.back(rotate_back(entry, form.matrices(average)), average))
             for name in KRONECKER_NAMES:
                 entry.pop(name, None)
+
+
+def _ordered(matrices: Tensor, order: Tensor, side: int) -> Tensor:
+    """Their rows (side 0) or columns (1) in this order, in that of each block's own."""
+    if order.dim() == 1:
+        return matrices.index_select(side, order)
+    return matrices.take_along_dim(order.unsqueeze(-1 if side == 0 else -2), side - 2)
