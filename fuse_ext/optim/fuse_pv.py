@@ -79,10 +79,10 @@ class FusePV(FlatOptimizer):
             with a matrix, and on one function with a line search and m of at least 100.
         deterministic: True is a promise that the closure is the same function at every call (full
             batch, no dropout). A step then begins with the last one's final evaluation, unless
-            parameters or gradients were touched in between: some one an iteration; where a trial
-            does not fit that, the start is evaluated again. False: it is not. None: find
-            out, by a first step after Adam that does not move, with a line search by holding a
-            step's start against the last one's end. If they agree all is as if promised; if not,
+            parameters or gradients were touched in between, so that an iteration takes about one;
+            where a trial does not fit that, the start is evaluated again. False: it is not. None:
+            find out, by a first step after Adam that does not move, with a line search by holding
+            a step's start against the last one's end. If they agree all is as if promised; if not,
             time and again, Adam takes over.
         trial_errors: As in :class:`~fuse_ext.LBFGS`.
         pairs: How curvature pairs are made, so that none mixes two batches: "same_batch" of two
@@ -91,8 +91,8 @@ class FusePV(FlatOptimizer):
             both are of one batch (see ``batch_id``), "auto" as the former with a line search, and
             without one none (see ``metric``).
         metric: On minibatches without pairs: "diagonal", Adam's, or "kronecker" for matrices
-            (:mod:`~fuse_ext.phase.living`), "auto": sides up to 512 (GPU 2,048 of thick ones).
-        average_weights: There, keep the mean of the last ones, for :meth:`eval`.
+            (:mod:`~fuse_ext.phase.living`), "auto": sides up to 512 (GPU 2,048), thin in blocks.
+        average_weights: There, keep the mean of the last weights, for :meth:`eval`.
         step_cap: Longest step on minibatches, in Adam's steps (above lr = 1e-3 in those of 1e-3,
             but not below Adam's own). It falls, below that only where known losses do not fall.
         check_finite: Skip an Adam step where loss or gradient is not finite: one more read of the
