@@ -20,9 +20,11 @@ def judged(optimizer: Any) -> Iterator[None]:
     averaging = hasattr(optimizer, "eval")
     if averaging:
         optimizer.eval()
-    yield
-    if averaging:
-        optimizer.train()
+    try:
+        yield
+    finally:
+        if averaging:
+            optimizer.train()
 
 
 class Averaged:

@@ -11,6 +11,7 @@ from fuse_ext.kernels.hooks import without_grad
 from fuse_ext.optim.flat_optimizer import FlatOptimizer
 from fuse_ext.optim.options import FUSE_PV_TABLE, check_switch
 from fuse_ext.phase import modes, succession
+from fuse_ext.phase.living.phase import put_average
 from fuse_ext.phase.modes import ADAM, AUTO, LBFGS, finds_out
 from fuse_ext.phase.protocol import Call, Outcome, Scaling
 from fuse_ext.phase.told import ask, told_of
@@ -111,8 +112,7 @@ class FusePV(FlatOptimizer):
     Attributes:
         phase: "adam" or "lbfgs"; also in every parameter group, and saved with it.
 
-    Memory: Adam 8 bytes a parameter; on minibatches 4 more, and 8 a^2 for a weight's side of a;
-    L-BFGS 4 (2 m + 2).
+    Memory: 8 bytes a parameter; on minibatches 12, and 8 a^2 for a side of a; L-BFGS 4 (2 m + 2).
 
     Raises:
         ValueError, TypeError: An option out of range, or parameters that cannot share one vector.
@@ -277,13 +277,13 @@ class FusePV(FlatOptimizer):
         gradient; on ranks that share parameters all are to call both.
         """
         self._notice_lost_state()
-        succession.put_average(self._phase, True)
+        put_average(self._phase, True)
 
     @without_grad
     def train(self) -> None:
         """Gives parameters back what steps go on from, where :meth:`eval` was called."""
         self._notice_lost_state()
-        succession.put_average(self._phase, False)
+        put_average(self._phase, False)
 
     def report(self) -> Report:
         """What was done, and why."""

@@ -292,13 +292,6 @@ def drop_adam_state(ground: Ground, after: AnyPhase | None) -> None:
             del ground.state[param]
 
 
-def put_average(phase: AnyPhase | None, in_place: bool) -> None:
-    """Gives parameters the mean of the last ones, or these back; nothing where there is none."""
-    average = phase.average if isinstance(phase, LivingPhase) else None
-    if average is not None and average.in_place != in_place:
-        average.put() if in_place else average.take_back()
-
-
 def drop_ring(entry: dict[str, Any]) -> None:
     """Takes the history out of a state entry; what it has counted stays (``BEFORE``)."""
     if "scalars" in entry:

@@ -11,6 +11,8 @@ from rank_cases import continued, data, fit, make, on_ranks, whole
 from torch import Tensor
 from torch import distributed as dist
 
+from fuse_ext import FusePV
+
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()),
     reason="this torch has no torch.distributed with gloo",
@@ -112,3 +114,53 @@ def test_a_share_is_what_the_estimate_says() -> None:
     without = fuse_ext.estimate_memory(make(), average_weights=False).phases[-1].state_bytes
     numel = sum(param.numel() for param in make().parameters())
     assert whole_one - without == 8 * numel
+
+
+def thin(spreads: bool) -> tuple[torch.nn.Module, FusePV]:
+    """Two weights that have their bases in blocks, one of which ``fully_shard`` may take."""
+    torch.manual_seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 60), torch.nn.Tanh(), torch.nn.Linear(60, 2))
+    model = model.double()
+    if spreads:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model[0])
+    return model, FusePV(model.parameters(), 1e-2, switch=3, deterministic=False)
+
+
+def steps_of(model: torch.nn.Module, optimizer: FusePV, count: int) -> Tensor:
+    """The same batches on all ranks; all parameters then."""
+    for step in range(count):
+        torch.manual_seed(step)
+        x = torch.randn(16, 2, dtype=torch.float64)
+        optimizer.zero_grad()
+        (model(x) - x.sin()).square().mean().backward()
+        optimizer.step()
+    return whole(model)
+
+
+def take_over(rank: int, folder: str) -> Any:
+    """Loads what one process has saved, and goes back to Adam, whose moments tell."""
+    weights, state = torch.load(f"{folder}/saved.pt")
+    model, optimizer = thin(True)
+    for param, saved in zip(model.parameters(), weights.values(), strict=True):
+        mine = param if not hasattr(param, "to_local") else param.to_local()
+        rows = saved.chunk(2)[rank] if mine.shape != saved.shape else saved
+        with torch.no_grad():
+            mine.copy_(rows)
+    optimizer.load_state_dict(state)
+    held = [name for entry in optimizer.state.values() for name in entry if "basis" in str(name)]
+    optimizer.switch_back()
+    return held, steps_of(model, optimizer, 5)
+
+
+def test_blocks_of_one_process_become_adams_moments_beside_shards(tmp_path: Path) -> None:
+    model, optimizer = thin(False)
+    steps_of(model, optimizer, 40)
+    assert optimizer.state[model[0].weight]["row_basis"].dim() == 3
+    torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "saved.pt")
+    optimizer.switch_back()
+    alone = steps_of(model, optimizer, 5)
+    for held, found in on_ranks(2, tmp_path, "test_average_on_ranks:take_over"):
+        assert not held
+        torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-9)

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("sklearn")
 
-from benchmarks.harness import cells, networks, rivals
+from benchmarks.harness import averages, cells, networks, rivals
 from benchmarks.harness.comparison import Sample, staged
 from benchmarks.harness.schedules import SCHEDULES, Schedule, factor
 from benchmarks.stochastic import __main__ as stochastic
@@ -387,3 +387,26 @@ def test_without_data_the_text_remains_and_the_page_says_why(tmp_path, monkeypat
     text = (tmp_path / "stochastic.md").read_text()
     assert "| AdamW | constant |" in text and "What failed: no data set 'mnist': set FUSE" in text
     assert "Not here: Images at the paper's learning rates" in text
+
+
+def test_the_control_is_averaged_as_fuse_pv_is() -> None:
+    """By constants of its own, since a rival's stored runs must not depend on our sources."""
+    from fuse_ext.phase.living import average
+    from fuse_ext.phase.modes import FIRST_STEPS
+
+    ours = FIRST_STEPS, average.EVERY, average.SHARE
+    assert ours == (averages.FIRST_STEP, averages.EVERY, averages.SHARE)
+    model = torch.nn.Linear(1, 1, bias=False)
+    mean = averages.Averaged(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    expected, count = 0.0, 0
+    for step in range(1, 60):
+        with torch.no_grad():
+            model.weight.fill_(step * step)
+        mean.step(lambda: None)
+        if step >= FIRST_STEPS and step % average.EVERY == 0:
+            share = average.SHARE / (average.SHARE + count)
+            expected, count = expected + share * (step * step - expected), count + 1
+    mean.eval()
+    assert model.weight.item() == pytest.approx(expected, rel=1e-6)
+    mean.train()
+    assert model.weight.item() == 59 * 59

@@ -26,7 +26,7 @@ from fuse_ext.phase.living.metric.kronecker import (
     MEASURED,
     STRETCH,
 )
-from fuse_ext.phase.living.metric.sides import FACTORS, Form, form_of_state, matrix_shape
+from fuse_ext.phase.living.metric.sides import FACTORS, form_of_state, matrix_shape
 from fuse_ext.phase.succession import drop_ring
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 from fuse_ext.vector.shards import is_dtensor, largest_here, like, local, placed
@@ -85,31 +85,28 @@ def _divide_matrices(entry: dict[str, Any], flat: FlatParams, i: int, betas: Any
     """A living metric's matrices, which are of this rank's rows and columns."""
     if not any(name in entry for name in FACTORS):
         return
-    held, form = dict(entry), form_of_state(entry, flat.tensors[i])
-    assert form is not None
-    if form.blocks == 1:  # what lies in shards is not divided further
-        rows, columns = matrix_shape(largest_here(flat.stand_ins[i]))
-        form_there = form._replace(rows=rows, columns=columns)
-    else:
-        form_there = form
-    for name, most in zip((*FACTORS, *BASES), form_there.squares() * 2, strict=True):
+    side = matrix_shape(largest_here(flat.stand_ins[i]))
+    held = dict(entry)
+    for name, most in zip((*FACTORS, *BASES), side * 2, strict=True):
         if name in entry:
-            entry[_own(flat, name)] = _rank_by_rank(flat, entry.pop(name), most)
+            entry[_own(flat, name)] = _rank_by_rank(flat, entry.pop(name), (most, most))
     if MEASURED in entry:
-        entry[_own(flat, MEASURED)] = _rank_by_rank(flat, entry.pop(MEASURED), form_there.shape)
+        entry[_own(flat, MEASURED)] = _rank_by_rank(flat, entry.pop(MEASURED), side)
     if STRETCH in entry:
         entry[_own(flat, STRETCH)] = _rank_by_rank(flat, entry.pop(STRETCH), (1,))
     if held.get("basis_steps", 0) < MEASURE:
         return
-    average, second = (form.matrices(local(held[name])) for name in IN_BASES)
+    shape = flat.tensors[i].shape
+    average, second = (local(held[name]) for name in IN_BASES)
+    average, second = (of.reshape(matrix_shape(of)) for of in (average, second))
     for name, turned in zip(IN_BASES.values(), (average, second), strict=True):
-        entry[_own(flat, name)] = _rank_by_rank(flat, turned, form_there.shape)
+        entry[_own(flat, name)] = _rank_by_rank(flat, turned, side)
     steps, beta2 = float(held["step"]), float(betas[1])
     for name, own in (
         ("exp_avg", rotate_back(held, average)),
         ("exp_avg_sq", adams_second(held, second, steps, beta2)),
     ):
-        entry[name] = like(form.back(own, flat.tensors[i]).contiguous(), flat.stand_ins[i])
+        entry[name] = like(own.contiguous().view(shape), flat.stand_ins[i])
 
 
 def _rank_by_rank(flat: FlatParams, mine: Tensor, most: tuple[int, ...]) -> Tensor:
@@ -221,7 +218,7 @@ def _divide_whole(state: dict[Any, Any], keys: list[Any], flat: FlatParams) -> N
 
 
 def _leave_whole_bases(entry: dict[str, Any], beta2: float) -> None:
-    """Adam's moments of a parameter whose metric is of all its rows, and no metric."""
+    """Adam's moments of a parameter whose metric is not one of shards, and no metric."""
     average, second = entry["exp_avg"], entry["exp_avg_sq"]
     form, steps = form_of_state(entry, average), float(entry["step"])
     if form is not None and entry.get("basis_steps", 0) >= MEASURE:
@@ -233,33 +230,33 @@ def _leave_whole_bases(entry: dict[str, Any], beta2: float) -> None:
 
 
 def _join_matrices(entry: dict[str, Any], flat: FlatParams, i: int, betas: Any) -> None:
-    if is_dtensor(flat.stand_ins[i]) and any(name in entry for name in FACTORS):
+    # Beside shards no weight has its bases in blocks.
+    factors = [entry[name] for name in FACTORS if name in entry]
+    blocks = flat.spread and any(getattr(factor, "ndim", 0) == 3 for factor in factors)
+    if factors and (blocks or is_dtensor(flat.stand_ins[i])):
         _leave_whole_bases(entry, float(betas[1]))
         return
     names = (*FACTORS, *BASES, MEASURED, STRETCH, *IN_BASES.values())
     if not any(isinstance(k, str) and k.startswith(f"{n}_of_") for k in entry for n in names):
         return
+    rows, columns = matrix_shape(flat.tensors[i])
+    shapes = dict(zip((*FACTORS, *BASES), ((rows, rows), (columns, columns)) * 2, strict=True))
+    shapes |= dict.fromkeys((MEASURED, *IN_BASES.values()), (rows, columns))
     kept = {name: _of_this_rank(entry, flat, name) for name in names}
     if all(value is None for value in kept.values()):  # of other shards
         for name in KRONECKER_NAMES:
             entry.pop(name, None)
         return
-    form = form_of_state(kept, flat.tensors[i])
-    if form is None or form.blocks == 1:
-        form = Form(*matrix_shape(flat.tensors[i]), (True, True))
-    shapes = dict(zip((*FACTORS, *BASES), form.squares() * 2, strict=True))
-    shapes |= dict.fromkeys((MEASURED, *IN_BASES.values()), form.shape)
     stretch = kept.pop(STRETCH)
     if stretch is not None:
         entry[STRETCH] = stretch.clone()
     for name, value in kept.items():
         if value is not None:
-            place = tuple(slice(size) for size in shapes[name])  # ranks' are filled up
-            entry[name] = value[place].contiguous()
+            entry[name] = value[: shapes[name][0], : shapes[name][1]].contiguous()
     for name, turned in IN_BASES.items():
         if turned in entry:
-            mine = form.back(entry.pop(turned), flat.tensors[i])
-            entry[name] = like(mine.contiguous(), flat.stand_ins[i])
+            mine = entry.pop(turned).view(flat.tensors[i].shape)
+            entry[name] = like(mine, flat.stand_ins[i])
 
 
 def _empty_ring(entry: dict[str, Any]) -> None:

@@ -104,8 +104,8 @@ class WeightAverage:
 
     def take_in(self) -> None:
         """The weights as they are now count."""
-        share = SHARE / (SHARE + self._entry.get(COUNT, 0))
-        self._entry[COUNT] = self._entry.get(COUNT, 0) + 1
+        count = self._entry.get(COUNT, 0)  # checkpoints of before there were means have none
+        share, self._entry[COUNT] = SHARE / (SHARE + count), count + 1
         stepped = self._stepped()
         means = [self._kept(i) for i in stepped]
         weights = [self._moments.weight(i).detach() for i in stepped]

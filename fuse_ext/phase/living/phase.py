@@ -246,6 +246,13 @@ class LivingPhase:
         return worse and not self._lengths.shorten()
 
 
+def put_average(phase: Any, in_place: bool) -> None:
+    """Gives parameters the mean of the last ones, or these back; nothing where there is none."""
+    average = phase.average if isinstance(phase, LivingPhase) else None
+    if average is not None and average.in_place != in_place:
+        average.put() if in_place else average.take_back()
+
+
 def living_names() -> tuple[str, ...]:
     """What the phase keeps in a parameter's state beside Adam's moments."""
     return (*LIVING_NAMES, *LATER_NAMES, *KRONECKER_NAMES, *AVERAGE_NAMES)
