@@ -82,26 +82,26 @@ TensorSegments::TensorSegments(at::TensorList params, const at::TensorList* grad
                       " elements, the state ", numel, ", taken up to ", free_from);
     segment.offset = offsets[i];
     free_from = segment.offset + segment.numel;
-    at::Tensor dense = param;
+    const at::Tensor* dense = &param;  // tensors are not held twice: many of them would cost time
     if (!param.is_non_overlapping_and_dense()) {
       check_writable(param, "params", i);
-      dense = param.contiguous();
-      params_.copies.push_back({i, dense});
+      params_.copies.push_back({i, param.contiguous()});
+      dense = &params_.copies.back().dense;
     }
-    segment.param = dense.data_ptr();
+    segment.param = dense->data_ptr();
     segment.weight_decay = options.weight_decay.empty() ? 0.0 : options.weight_decay[i];
     segment.lr_scale = options.lr_scale.empty() ? 1.0 : options.lr_scale[i];
     if (grads) {
-      at::Tensor grad = (*grads)[i];
-      segment.grad_dtype = check_tensor(grad, "grads", i, params[0].device());
-      TORCH_CHECK_VALUE(grad.sizes() == param.sizes(), "grads[", i, "] has shape ", grad.sizes(),
+      const at::Tensor* grad = &(*grads)[i];
+      segment.grad_dtype = check_tensor(*grad, "grads", i, params[0].device());
+      TORCH_CHECK_VALUE(grad->sizes() == param.sizes(), "grads[", i, "] has shape ", grad->sizes(),
                         " but params[", i, "] has ", param.sizes());
-      if (!same_memory_order(grad, dense)) {
-        if (options.writes_grads) check_writable(grad, "grads", i);
-        grad = dense_copy(grad, dense);
-        grads_.copies.push_back({i, grad});
+      if (!same_memory_order(*grad, *dense)) {
+        if (options.writes_grads) check_writable(*grad, "grads", i);
+        grads_.copies.push_back({i, dense_copy(*grad, *dense)});
+        grad = &grads_.copies.back().dense;
       }
-      segment.grad = grad.data_ptr();
+      segment.grad = grad->data_ptr();
     }
     if (segment.numel > 0) segments_.push_back(segment);
   }

@@ -265,19 +265,15 @@ class History:
             own = bound.norms(grads, decay, maximize, rows, self.scalars, self._stats, self.scales)
             *norms, value = self._flat.measures.point(own, loss, absent)
             return GradStats(*norms), value
+        rows, scalars, scales = None, None, None
+        if along_direction:
+            rows, scalars, scales = self.rows, self.scalars, self.scales
+        given = loss if isinstance(loss, Tensor) else None
         numbers = bound.grad_stats(
-            grads,
-            decay,
-            maximize,
-            self.rows if along_direction else None,
-            self.scalars if along_direction else None,
-            self._stats,
-            self.scales if along_direction else None,
-            loss if isinstance(loss, Tensor) else None,
-            self._with_loss,
+            grads, decay, maximize, rows, scalars, self._stats, scales, given, self._with_loss
         )
         value = numbers.pop()
-        if not isinstance(loss, Tensor):
+        if given is None:
             value = math.nan if loss is None else float(loss)
         return GradStats(*numbers), value
 

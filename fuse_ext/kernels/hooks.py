@@ -19,6 +19,8 @@ from fuse_ext import _C
 from fuse_ext.checks import refuse_closure
 
 Step = TypeVar("Step", bound=Callable[..., Any])
+# A step with a closure asks for each of them several times.
+_is_grad_enabled, _set_grad_enabled = torch.is_grad_enabled, torch._C._set_grad_enabled
 # What without_grad has been put around, by what came of that.
 _guarded: dict[Callable[..., Any], Callable[..., Any]] = {}
 
@@ -56,12 +58,12 @@ def noticed(func: Callable[..., Any]) -> Callable[..., Any]:
             return watched(self, *args, **kwargs)
         if guarded is None:  # a subclass's own
             return func(self, *args, **kwargs)
-        before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
+        before = _is_grad_enabled()
+        _set_grad_enabled(False)
         try:
             return guarded(self, *args, **kwargs)
         finally:
-            torch._C._set_grad_enabled(before)
+            _set_grad_enabled(before)
 
     return step
 
@@ -71,12 +73,12 @@ def without_grad(func: Step) -> Step:
 
     @functools.wraps(func)
     def inner(*args: Any, **kwargs: Any) -> Any:
-        before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
+        before = _is_grad_enabled()
+        _set_grad_enabled(False)
         try:
             return func(*args, **kwargs)
         finally:
-            torch._C._set_grad_enabled(before)
+            _set_grad_enabled(before)
 
     _guarded[inner] = func
     return inner  # type: ignore[return-value]
@@ -84,9 +86,9 @@ def without_grad(func: Step) -> Step:
 
 def with_grad(closure: Callable[[], Any]) -> Any:
     """Calls a closure under ``torch.enable_grad()``, at a fifth of its price."""
-    before = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(True)
+    before = _is_grad_enabled()
+    _set_grad_enabled(True)
     try:
         return closure()
     finally:
-        torch._C._set_grad_enabled(before)
+        _set_grad_enabled(before)

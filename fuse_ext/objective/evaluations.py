@@ -203,7 +203,8 @@ class Evaluations:
         self.left = options.max_eval - 1  # where it begins is the first
         self.precision.begin_step(0 if closure is None else 1)
         self.function.begin_step()
-        habits.begin_step()
+        if options.compares:
+            habits.begin_step()
         memory = self._memory if closure is not None and options.deterministic else None
         touched = memory is not None and not memory.holds(flat)
         # Whether x or the objective changed by more than the last step.
@@ -335,7 +336,7 @@ class Evaluations:
         """At the end of a step: notes where it has led, and what is known of that point."""
         self._arrived = (self.flat.places(), options.objective)
         self.precision.end_step(math.nan if point is None else point.value)
-        if point is None or point.loss is None or not options.compares or not point.finite:
+        if not options.compares or point is None or point.loss is None or not point.finite:
             self.function.end_step(None)
             return
         self.function.end_step(point.values, point.part.absent)

@@ -136,6 +136,7 @@ class FlatParams:
         self.memo: Any = None
         tensors = self.tensors
         self.layout: Any = _C.Layout([tensors[place] for place in self.group_slices], self.offsets)
+        self._tells_places = self.rows is None and not self.spread
         self.whole = Part(self, ())
         self._parts: dict[tuple[int, ...], Part] = {(): self.whole}
         self._formats = self._formats_now()
@@ -231,10 +232,10 @@ class FlatParams:
 
     def places(self) -> Any:
         """The versions and addresses of all parameters: differs once anyone has moved them."""
+        if self._tells_places and (known := self.layout.places()):
+            return known
         if self.rows is not None:
             return [(self.version(i), p.data_ptr()) for i, p in enumerate(self.params)]
-        if not self.spread and (known := self.layout.places()):
-            return known
         places = [(p._version, p.data_ptr()) for p in self.tensors]
         # An op on a DTensor counts there alone.
         return (places, [p._version for p in self.params]) if self.spread else places
