@@ -21,7 +21,7 @@ from fuse_ext.optim.flat_optimizer import FlatOptimizer, own_group
 from fuse_ext.optim.fuse import Fuse
 from fuse_ext.optim.fuse_pv import FusePV
 from fuse_ext.optim.lbfgs import LBFGS
-from fuse_ext.phase.living.metric.kronecker import kronecker_nbytes
+from fuse_ext.phase.living.metric.state import kronecker_nbytes
 from fuse_ext.phase.modes import (
     AUTO,
     IN_PAIRS,
@@ -98,7 +98,7 @@ def estimate_memory(
         curvature: "auto", "dense" or "pairs", of FusePV.
         pairs: "auto" for none on minibatches, else where FusePV's come from.
         metric: "auto", "diagonal" or "kronecker" there; a weight's bases go by its shape, so that a
-            number of parameters has none.
+            number of parameters has none. Those that turn out not to be worth having are counted.
         average_weights: Whether the mean of the weights is kept there.
         max_iter: With more than one "auto" is a line search on minibatches too.
         capturable: Steps for CUDA graphs, which keep one vector more.

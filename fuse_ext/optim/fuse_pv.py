@@ -91,8 +91,8 @@ class FusePV(FlatOptimizer):
             ``pair_closure``'s, "consecutive" of two steps' gradients, right with a fixed step where
             both are of one batch (see ``batch_id``), "auto" as the former with a line search, and
             without one none (see ``metric``).
-        metric: On minibatches without pairs: "diagonal", Adam's, or "kronecker" for matrices
-            (:mod:`~fuse_ext.phase.living`), "auto": sides up to 512 (GPU 2,048), thin in blocks.
+        metric: On minibatches without pairs: "diagonal", Adam's, or "kronecker" for all matrices;
+            "auto" where gradients gain by it, sides up to 512 (GPU 2,048), thin ones in blocks.
         average_weights: There, keep the mean of the last weights, for :meth:`eval`.
         step_cap: Longest step on minibatches, in Adam's steps (above lr = 1e-3 in those of 1e-3,
             but not below Adam's own). It falls, below that only where known losses do not fall.

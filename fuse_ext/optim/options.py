@@ -21,7 +21,7 @@ from fuse_ext.checks import (
 )
 from fuse_ext.curvature.dense import BFGS, BROYDEN
 from fuse_ext.objective.step_options import check_line_search, least_evaluations
-from fuse_ext.phase.living.metric.kronecker import METRICS
+from fuse_ext.phase.living.metric.state import METRICS
 from fuse_ext.phase.modes import (
     ADAM,
     AUTO,

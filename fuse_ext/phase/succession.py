@@ -23,7 +23,7 @@ from fuse_ext.phase.lbfgs.device import settle as settle_entry
 from fuse_ext.phase.lbfgs.iteration import ITERATION_NAMES, check_lbfgs_state
 from fuse_ext.phase.lbfgs.phase import LbfgsPhase, make_lbfgs
 from fuse_ext.phase.living.average import AVERAGE_NAMES, check_average_state
-from fuse_ext.phase.living.metric.kronecker import KRONECKER_NAMES, check_kronecker_state
+from fuse_ext.phase.living.metric.state import KRONECKER_NAMES, check_kronecker_state
 from fuse_ext.phase.living.phase import LATER_NAMES, LISTS, LIVING_NAMES, LivingPhase, living_names
 from fuse_ext.phase.modes import (
     ADAM,

@@ -67,6 +67,15 @@ class Batches:
         return torch.cat([param.detach().flatten() for param in self.params])
 
 
+def correlated(param: Tensor) -> Tensor:
+    """A random gradient whose columns have much in common, so that bases are worth having."""
+    if param.ndim < 2:
+        return torch.randn_like(param)
+    columns = param.shape[1]
+    mix = torch.randn(columns, columns, generator=torch.Generator().manual_seed(0))
+    return (torch.randn(param.shape) @ mix).to(param.dtype)
+
+
 def factor_at(k: int, cap: float = CAP, lr: float = 0.01) -> float:
     """Of the k-th step after the switch where no loss is known, as the docstring has it."""
     peak = max(1.0, cap * 1e-3 / lr)

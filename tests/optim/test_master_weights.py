@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from adam_cases import BACKENDS, frozen
+from living_cases import correlated
 from torch import Tensor, nn
 
 import fuse_ext
@@ -246,7 +247,7 @@ def test_memory_is_as_estimated(name: str) -> None:
     optimizer = getattr(fuse_ext, name)(params, lr=1e-3, master_weights=True, **switch)
     for _ in range(45):
         for param in params:
-            param.grad = torch.randn_like(param)
+            param.grad = correlated(param)
         optimizer.step()
     held = sum(
         storage.nbytes()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from living_cases import SWITCH, Batches
+from living_cases import SWITCH, Batches, correlated
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -321,7 +321,7 @@ def test_memory() -> None:
         opt = FusePV(params, switch=2, deterministic=False, average_weights=keeps)
         for _ in range(30):
             for param in params:
-                param.grad = torch.randn_like(param)
+                param.grad = correlated(param)
             opt.step()
         sizes[keeps] = opt.report().state_bytes
         assert sizes[keeps] == estimate.phases[-1].state_bytes

@@ -20,13 +20,10 @@ from torch import Tensor
 from fuse_ext.kernels.reference.memory import SCALE_BLOCK
 from fuse_ext.kernels.scalars import new_scalars
 from fuse_ext.phase.living.metric.bases import BASES, adams_second, rotate_back
-from fuse_ext.phase.living.metric.kronecker import (
-    KRONECKER_NAMES,
-    MEASURE,
-    MEASURED,
-    STRETCH,
-)
+from fuse_ext.phase.living.metric.kronecker import MEASURE
 from fuse_ext.phase.living.metric.sides import FACTORS, form_of_state, matrix_shape
+from fuse_ext.phase.living.metric.state import KRONECKER_NAMES, MEASURED, STRETCH
+from fuse_ext.phase.living.metric.worth import OWN, longest_sample, sample_length
 from fuse_ext.phase.succession import drop_ring
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 from fuse_ext.vector.shards import is_dtensor, largest_here, like, local, placed
@@ -94,6 +91,9 @@ def _divide_matrices(entry: dict[str, Any], flat: FlatParams, i: int, betas: Any
         entry[_own(flat, MEASURED)] = _rank_by_rank(flat, entry.pop(MEASURED), side)
     if STRETCH in entry:
         entry[_own(flat, STRETCH)] = _rank_by_rank(flat, entry.pop(STRETCH), (1,))
+    if OWN in entry:
+        most = longest_sample(largest_here(flat.stand_ins[i]).numel())
+        entry[_own(flat, OWN)] = _rank_by_rank(flat, entry.pop(OWN), (most,))
     if held.get("basis_steps", 0) < MEASURE:
         return
     shape = flat.tensors[i].shape
@@ -236,7 +236,7 @@ def _join_matrices(entry: dict[str, Any], flat: FlatParams, i: int, betas: Any) 
     if factors and (blocks or is_dtensor(flat.stand_ins[i])):
         _leave_whole_bases(entry, float(betas[1]))
         return
-    names = (*FACTORS, *BASES, MEASURED, STRETCH, *IN_BASES.values())
+    names = (*FACTORS, *BASES, MEASURED, STRETCH, OWN, *IN_BASES.values())
     if not any(isinstance(k, str) and k.startswith(f"{n}_of_") for k in entry for n in names):
         return
     rows, columns = matrix_shape(flat.tensors[i])
@@ -247,9 +247,9 @@ def _join_matrices(entry: dict[str, Any], flat: FlatParams, i: int, betas: Any) 
         for name in KRONECKER_NAMES:
             entry.pop(name, None)
         return
-    stretch = kept.pop(STRETCH)
-    if stretch is not None:
-        entry[STRETCH] = stretch.clone()
+    for name, size in ((STRETCH, 1), (OWN, sample_length(flat.tensors[i].numel()))):
+        if (of_elements := kept.pop(name)) is not None:
+            entry[name] = of_elements[:size].clone()
     for name, value in kept.items():
         if value is not None:
             entry[name] = value[: shapes[name][0], : shapes[name][1]].contiguous()

@@ -19,12 +19,8 @@ from fuse_ext.phase.living.average import AVERAGE_NAMES, COUNT, EVERY, WeightAve
 from fuse_ext.phase.living.descent import NAMES as DESCENT_NAMES
 from fuse_ext.phase.living.descent import Descent
 from fuse_ext.phase.living.lengths import NAMES, Lengths, have_changed, rates
-from fuse_ext.phase.living.metric.kronecker import (
-    DIAGONAL,
-    KRONECKER,
-    KRONECKER_NAMES,
-    KroneckerMetric,
-)
+from fuse_ext.phase.living.metric.kronecker import KroneckerMetric
+from fuse_ext.phase.living.metric.state import DIAGONAL, KRONECKER, KRONECKER_NAMES
 from fuse_ext.phase.living.trend import BLOCK, Trend
 from fuse_ext.phase.living.trend import NAMES as TREND_NAMES
 from fuse_ext.phase.modes import AUTO
@@ -86,9 +82,9 @@ class LivingPhase:
         self._matrices: KroneckerMetric | None = None
         if metric != DIAGONAL:
             limited = metric == AUTO
-            found = KroneckerMetric(flat, state, self.moments, groups, limited)
-            self._matrices = found if found.forms else None
-        self.history = NoPairs(DIAGONAL if self._matrices is None else KRONECKER)
+            self._matrices = KroneckerMetric(flat, state, self.moments, groups, limited)
+        turns = self._matrices is not None and bool(self._matrices.forms)
+        self.history = NoPairs(KRONECKER if turns else DIAGONAL)
         averages = bool(first.get("average_weights"))
         self.average = WeightAverage(flat, state, self.moments) if averages else None
         self._lengths, self._trend = Lengths(self._entry), Trend(self._entry)
@@ -222,6 +218,8 @@ class LivingPhase:
         self.moments.step(scaled, leave_out=ready)
         if self._matrices is not None:
             self._matrices.step(groups, factor, ready)
+            if not self._matrices.forms:  # none was worth having
+                self.history.kind = DIAGONAL
         if lengths.count(norm, cap, lr, self._descent.falling):
             self._restart()
         entry["n_iter"] += 1

@@ -11,7 +11,7 @@ A step in the bases is stretched until it promises, to first order, the decrease
 
 A basis needs data. For ``GATHER`` steps the covariances are averaged, for ``MEASURE`` more the
 second moment in the new basis, and only then does it take the place of Adam's, which steps until
-then.
+then; where the bases are not worth having (:mod:`worth`), for good.
 
 References:
     - Gupta, Koren, Singer, Shampoo: preconditioned stochastic tensor optimization, ICML 2018,
@@ -21,7 +21,6 @@ References:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,75 +37,23 @@ from fuse_ext.phase.living.metric.bases import (
     rotate_back,
     stretch_of,
 )
-from fuse_ext.phase.living.metric.sides import (
-    FACTORS,
-    Form,
-    form_of_state,
-    forms_of,
-    matrix_shape,
+from fuse_ext.phase.living.metric.sides import FACTORS, form_of_state, forms_of
+from fuse_ext.phase.living.metric.state import KRONECKER_NAMES, MEASURED, STEPS, STRETCH
+from fuse_ext.phase.living.metric.worth import (
+    LEAST_GAIN,
+    OWN,
+    gain_of,
+    sample_length,
+    sample_of,
 )
-from fuse_ext.phase.modes import AUTO
 from fuse_ext.vector.flat import FlatParams, ParamGroup
 
-DIAGONAL, KRONECKER = "diagonal", "kronecker"
-METRICS = (AUTO, DIAGONAL, KRONECKER)
 GATHER, MEASURE = 10, 10
 # Decay of the covariances a step and steps between two renewals of the bases, as in SOAP.
 FACTOR_DECAY, REFRESH = 0.95, 10
 # Once there are bases, covariances take in every so-manieth gradient; they cost as much as a
 # product with a basis, and change slowly.
 FACTOR_EVERY = 2
-# In a parameter's own state, beside covariances and bases of the sides that have one: the second
-# moment in them while it is measured, what steps are stretched by, as it was when the bases were
-# renewed, and steps since the covariances, and since the measuring, began.
-MEASURED = "rotated_sq"
-STRETCH = "stretch"
-STEPS = ("factor_steps", "basis_steps")
-KRONECKER_NAMES = (*FACTORS, *BASES, MEASURED, STRETCH, *STEPS)
-
-
-def check_kronecker_state(entry: dict[str, Any], param: Tensor, i: int) -> None:
-    """Raises ValueError for a saved state whose factors or bases are not of this parameter."""
-    form = form_of_state(entry, param) or Form(*matrix_shape(param), (False, False))
-    divides = math.prod(form.shape) == param.numel()
-    for name, square in zip((*FACTORS, *BASES), form.squares() * 2, strict=True):
-        factor = entry.get(name)
-        fits = isinstance(factor, Tensor) and tuple(factor.shape) == square and divides
-        if factor is not None and not fits:
-            what = tuple(factor.shape) if isinstance(factor, Tensor) else repr(factor)
-            raise ValueError(
-                f"state_dict does not fit: {name} of params[{i}] is {what}, not {square} of a "
-                f"weight of {tuple(param.shape)}"
-            )
-    if any(name in entry for name in FACTORS):
-        stretch = entry.get(STRETCH)  # older checkpoints have none
-        if stretch is not None and not (isinstance(stretch, Tensor) and stretch.shape == (1,)):
-            raise ValueError(f"state_dict does not fit: {STRETCH} of params[{i}] is {stretch!r}")
-        for name in STEPS:
-            if not isinstance(entry.get(name), int) or entry[name] < 0:
-                raise ValueError(
-                    f"state_dict does not fit: {name} of params[{i}] is {entry.get(name)!r}, "
-                    "no count"
-                )
-
-
-def kronecker_nbytes(
-    flat: FlatParams, groups: list[ParamGroup], shards: list[int] | None = None
-) -> tuple[int, int]:
-    """Bytes of covariances and bases, and of the second moments while they are measured."""
-    metric = groups[0]["metric"]
-    narrow = groups[0]["moment_dtype"] not in (None, flat.dtype)
-    forms: dict[int, Form] = {}
-    if metric != DIAGONAL:
-        forms = forms_of(flat, groups, narrow, metric == AUTO, shards)
-    squares = sum(
-        math.prod(square)
-        for form in forms.values()
-        for square, one in zip(form.squares(), form.sides, strict=True)
-        if one
-    )
-    measured = sum(flat.tensors[i].numel() for i in forms)
-    return (2 * squares + len(forms)) * flat.dtype.itemsize, measured * flat.dtype.itemsize
 
 
 class KroneckerMetric:
@@ -120,11 +67,12 @@ class KroneckerMetric:
         state: ``Optimizer.state``; what it holds is taken over.
         moments: Adam's, whose averages go on.
         groups: ``Optimizer.param_groups``.
-        limited: Whether sides that are long get no basis, and those much longer than the other
-            one of each of their blocks.
+        limited: Whether sides that are long get no basis, those much longer than the other
+            one of each of their blocks, and a weight none that is not worth having.
 
     Attributes:
-        forms: Each parameter that has a metric here, as the matrices that it is taken for.
+        forms: Each parameter that has a metric here, or may have, as the matrices that it is taken
+            for.
     """
 
     def __init__(
@@ -136,12 +84,16 @@ class KroneckerMetric:
         limited: bool = True,
     ) -> None:
         self._flat, self._state, self._moments = flat, state, moments
+        self._weighs = limited
         narrow = moments.stored("exp_avg").dtype != flat.dtype
         self.forms = forms_of(flat, groups, narrow, limited)
-        for i in self.forms:
+        for i in list(self.forms):
             entry = state.get(flat.params[i], {})
+            if "factor_steps" in entry and not any(name in entry for name in FACTORS):
+                del self.forms[i]  # given up
+                continue
             self.forms[i] = form_of_state(entry, flat.tensors[i]) or self.forms[i]
-            for name in (*FACTORS, *BASES, MEASURED, STRETCH):
+            for name in (*FACTORS, *BASES, MEASURED, OWN, STRETCH):
                 if name in entry:  # perhaps of a checkpoint in another dtype
                     entry[name] = entry[name].to(dtype=flat.dtype, device=flat.device)
             if "factor_steps" in entry and STRETCH not in entry:  # of an older checkpoint
@@ -177,7 +129,7 @@ class KroneckerMetric:
     @property
     def measuring_nbytes(self) -> int:
         """Bytes of second moments that are being measured."""
-        return self._bytes_of(MEASURED)
+        return self._bytes_of(MEASURED, OWN)
 
     def _bytes_of(self, *names: str) -> int:
         entries = (self._state.get(self._flat.params[i], {}) for i in self.forms)
@@ -214,10 +166,13 @@ class KroneckerMetric:
         stepped, masters = sorted(ready), self._moments.masters
         if masters is not None:
             masters.follow(ready)
-        for i, group in self._at_hand(groups):
+        at_hand = list(self._at_hand(groups))
+        if self._weighs:
+            self._give_up([i for i, _ in at_hand if self._is_due(self.entry(i))])
+        for i, group in at_hand:
             if i in ready:
                 self._advance(i, group, factor)
-            elif self._is_ready(self.entry(i)):
+            elif i in self.forms and self._is_ready(self.entry(i)):
                 self._turn(i, group)
         if stepped:
             if masters is not None:
@@ -271,10 +226,37 @@ class KroneckerMetric:
             if not self._find_bases(entry):
                 return
             entry[MEASURED] = torch.zeros_like(matrix, memory_format=torch.contiguous_format)
+            if self._weighs:
+                entry[OWN] = entry[MEASURED].new_zeros(sample_length(matrix.numel()))
         rotated = rotate(entry, matrix)
         beta2 = float(group["betas"][1])
         entry[MEASURED].mul_(beta2).addcmul_(rotated, rotated, value=1.0 - beta2)
+        if OWN in entry:
+            own = sample_of(matrix)
+            entry[OWN].mul_(beta2).addcmul_(own, own, value=1.0 - beta2)
         entry["basis_steps"] += 1
+
+    @staticmethod
+    def _is_due(entry: dict[str, Any]) -> bool:
+        """Whether it is the step after which bases, if they were found at once, are measured."""
+        return bool(entry.get("factor_steps") == GATHER + MEASURE - 1)
+
+    def _give_up(self, due: list[int]) -> None:
+        """Leaves those to Adam whose bases are not worth having; all ranks the same ones."""
+        if not due:
+            return
+        entries = [self.entry(i) for i in due]
+        gains = [gain_of(entry[OWN], entry[MEASURED]) if OWN in entry else
+                 torch.zeros(2, dtype=torch.float64, device=self._flat.device)
+                 for entry in entries]  # fmt: skip
+        sums = self._flat.measures.total(*torch.stack(gains).flatten().tolist())
+        for i, entry, gain, count in zip(due, entries, sums[::2], sums[1::2], strict=True):
+            entry.pop(OWN, None)
+            if gain < LEAST_GAIN * count:
+                for name in (*FACTORS, *BASES, MEASURED, STRETCH):
+                    entry.pop(name, None)
+                entry["basis_steps"] = 0
+                del self.forms[i]
 
     def _turn(self, i: int, group: ParamGroup) -> None:
         """Adam's moments into the bases, as they have been measured there."""
@@ -374,8 +356,9 @@ class KroneckerMetric:
                 second = adams_second(entry, form.matrices(stored), steps, betas[i][1])
                 stored.copy_(form.back(second, stored))
                 average.copy_(form.back(rotate_back(entry, form.matrices(average)), average))
+        for param in self._flat.params:  # also where they were given up
             for name in KRONECKER_NAMES:
-                entry.pop(name, None)
+                self._state.get(param, {}).pop(name, None)
 
 
 def _ordered(matrices: Tensor, order: Tensor, side: int) -> Tensor:
