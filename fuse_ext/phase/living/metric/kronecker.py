@@ -246,9 +246,9 @@ class KroneckerMetric:
         if not due:
             return
         entries = [self.entry(i) for i in due]
-        gains = [gain_of(entry[OWN], entry[MEASURED]) if OWN in entry else
-                 torch.zeros(2, dtype=torch.float64, device=self._flat.device)
-                 for entry in entries]  # fmt: skip
+        # Where bases were not found at once, or of an older checkpoint.
+        unknown = torch.zeros(2, dtype=torch.float64, device=self._flat.device)
+        gains = [gain_of(e[OWN], e[MEASURED]) if OWN in e else unknown for e in entries]
         sums = self._flat.measures.total(*torch.stack(gains).flatten().tolist())
         for i, entry, gain, count in zip(due, entries, sums[::2], sums[1::2], strict=True):
             entry.pop(OWN, None)
@@ -320,6 +320,8 @@ class KroneckerMetric:
         weight.add_(step.to(weight.dtype), alpha=-lr / (1.0 - beta1**steps))
         if renews:
             average, second = self._renew(entry, average, second)
+            share = (1.0 - beta2 ** entry["basis_steps"]) / (1.0 - beta1**steps) ** 2
+            second = torch.maximum(second, average.square().mul_(share))
         for kept, new in zip(stored, (average, second), strict=True):
             if new.data_ptr() != kept.data_ptr():
                 kept.copy_(form.back(new, kept))
@@ -330,7 +332,7 @@ class KroneckerMetric:
         """One step of orthogonal iteration on each basis, largest eigenvalues first.
 
         The first moment is taken over exactly; the second goes with its directions, which move
-        little in so few steps.
+        little in so few steps, but for those without a gradient, which the others leave any place.
         """
         average = rotate_back(entry, average)
         for side, (factor, basis) in enumerate(zip(FACTORS, BASES, strict=True)):
