@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from living_cases import CAP, READY, SWITCH, Batches, factor_at
-from torch import Tensor
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
 
 from fuse_ext import FusePV
 from fuse_ext.phase.living import trend
@@ -106,6 +107,29 @@ def test_the_textbook(metric: str, options: dict[str, Any], decay: float, decoup
     torch.testing.assert_close(run.flat, plain.flat, rtol=1e-9, atol=1e-9)
     entry = run.optimizer.state[run.params[0]]
     assert ("row_basis" in entry) == (metric != "diagonal")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("batch", [2, 4])
+def test_directions_that_have_met_no_gradient(batch: int, seed: int) -> None:
+    """Gradients of few rows leave directions of a basis to chance, where second moments are 0.
+
+    A renewal turns the first moment into the new ones exactly: steps along these were up to 427
+    times as long here as the longest may be, of elements that are all ``step_cap`` times lr.
+    """
+    images, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(images / 16, dtype=torch.float32), torch.tensor(labels)
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    weight, lr, longest = model[0].weight, 1e-3, 0.0
+    optimizer = FusePV(model.parameters(), lr, switch=SWITCH, metric="kronecker")
+    for _ in range(SWITCH + READY + 12 * REFRESH):
+        rows, before = torch.randint(len(x), (batch,)), weight.detach().clone()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+        longest = max(longest, float((weight.detach() - before).norm()))
+    assert 0.0 < longest < CAP * lr * math.sqrt(weight.numel())
 
 
 def test_the_metric_is_used_and_lives() -> None:
