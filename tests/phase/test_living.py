@@ -109,6 +109,25 @@ def test_the_textbook(metric: str, options: dict[str, Any], decay: float, decoup
     assert ("row_basis" in entry) == (metric != "diagonal")
 
 
+def test_moments_that_go_back_are_those_of_some_gradients() -> None:
+    """E[g]^2 <= E[g^2] for each element, so that no step is longer than Adam's."""
+    torch.manual_seed(0)
+    weight = torch.zeros(12, 12, dtype=torch.float64, requires_grad=True)
+    steady = torch.zeros(12, 12, dtype=torch.float64)
+    steady[3, 5] = 1.0
+    optimizer = FusePV([weight], 0.01, switch=SWITCH, metric="kronecker", deterministic=False)
+    for _ in range(SWITCH + READY + 2 * REFRESH):
+        noise = torch.randn(12, 2, dtype=torch.float64) @ torch.randn(2, 12, dtype=torch.float64)
+        weight.grad = steady + 0.3 * noise
+        optimizer.step()
+    steps = optimizer.state[weight]["step"].item()
+    optimizer.switch_back()
+    state = optimizer.state[weight]
+    mean = state["exp_avg"] / (1 - 0.9**steps)
+    second = state["exp_avg_sq"] / (1 - 0.999**steps)
+    assert (mean.square() <= second * (1 + 1e-12)).all() and mean.abs().max() > 0.5
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("batch", [2, 4])
 def test_directions_that_have_met_no_gradient(batch: int, seed: int) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fuse_ext.kernels.reference.memory import SCALE_BLOCK
 from fuse_ext.kernels.scalars import new_scalars
-from fuse_ext.phase.living.metric.bases import BASES, adams_second, rotate_back
+from fuse_ext.phase.living.metric.bases import BASES, adams_moments
 from fuse_ext.phase.living.metric.kronecker import MEASURE
 from fuse_ext.phase.living.metric.sides import FACTORS, form_of_state, matrix_shape
 from fuse_ext.phase.living.metric.state import KRONECKER_NAMES, MEASURED, STRETCH
@@ -101,11 +101,9 @@ def _divide_matrices(entry: dict[str, Any], flat: FlatParams, i: int, betas: Any
     average, second = (of.reshape(matrix_shape(of)) for of in (average, second))
     for name, turned in zip(IN_BASES.values(), (average, second), strict=True):
         entry[_own(flat, name)] = _rank_by_rank(flat, turned, side)
-    steps, beta2 = float(held["step"]), float(betas[1])
-    for name, own in (
-        ("exp_avg", rotate_back(held, average)),
-        ("exp_avg_sq", adams_second(held, second, steps, beta2)),
-    ):
+    beta1, beta2 = map(float, betas)
+    moments = adams_moments(held, average, second, float(held["step"]), (beta1, beta2))
+    for name, own in zip(IN_BASES, moments, strict=True):
         entry[name] = like(own.contiguous().view(shape), flat.stand_ins[i])
 
 
@@ -217,13 +215,15 @@ def _divide_whole(state: dict[Any, Any], keys: list[Any], flat: FlatParams) -> N
     first[DIVIDED] = True
 
 
-def _leave_whole_bases(entry: dict[str, Any], beta2: float) -> None:
+def _leave_whole_bases(entry: dict[str, Any], betas: Any) -> None:
     """Adam's moments of a parameter whose metric is not one of shards, and no metric."""
     average, second = entry["exp_avg"], entry["exp_avg_sq"]
     form, steps = form_of_state(entry, average), float(entry["step"])
     if form is not None and entry.get("basis_steps", 0) >= MEASURE:
-        second = form.back(adams_second(entry, form.matrices(second), steps, beta2), average)
-        average = form.back(rotate_back(entry, form.matrices(average)), average)
+        beta1, beta2 = map(float, betas)
+        held = form.matrices(average), form.matrices(second)
+        moments = adams_moments(entry, *held, steps, (beta1, beta2))
+        average, second = (form.back(moment, average) for moment in moments)
     entry["exp_avg"], entry["exp_avg_sq"] = average, second
     for name in KRONECKER_NAMES:
         entry.pop(name, None)
@@ -234,7 +234,7 @@ def _join_matrices(entry: dict[str, Any], flat: FlatParams, i: int, betas: Any) 
     factors = [entry[name] for name in FACTORS if name in entry]
     blocks = flat.spread and any(getattr(factor, "ndim", 0) == 3 for factor in factors)
     if factors and (blocks or is_dtensor(flat.stand_ins[i])):
-        _leave_whole_bases(entry, float(betas[1]))
+        _leave_whole_bases(entry, betas)
         return
     names = (*FACTORS, *BASES, MEASURED, STRETCH, OWN, *IN_BASES.values())
     if not any(isinstance(k, str) and k.startswith(f"{n}_of_") for k in entry for n in names):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fuse_ext.vector.flat import ParamGroup
@@ -62,12 +63,39 @@ def stretch_of(
     return (adams / here).nan_to_num_(1.0, 1.0, 1.0).view(1)
 
 
-def adams_second(entry: dict[str, Any], second: Tensor, steps: float, beta2: float) -> Tensor:
-    """What Adam's second moment would be, from that in the bases; a new tensor.
+def no_less(
+    second: Tensor, average: Tensor, seen: float, steps: float, betas: tuple[float, float]
+) -> Tensor:
+    """A second moment that is no less than the square of the first: E[g]^2 <= E[g^2].
 
-    Coordinates of the basis are next to uncorrelated, so that the variance of an element is the sum
-    of theirs, each by the square of its share. Its own count becomes the parameter's, ``steps``.
+    Where coordinates have just been turned, that of one which has met no gradient is next to 0, and
+    a step along it would be without measure.
+
+    Args:
+        second: Not corrected for its bias.
+        average: The first moment, likewise.
+        seen: Steps of the second one.
+        steps: Of the first one.
+        betas: Decay rates of both moments.
+    """
+    share = (1.0 - betas[1] ** seen) / (1.0 - betas[0] ** steps) ** 2
+    return torch.maximum(second, average.square().mul_(share))
+
+
+def adams_moments(
+    entry: dict[str, Any],
+    average: Tensor,
+    second: Tensor,
+    steps: float,
+    betas: tuple[float, float],
+) -> tuple[Tensor, Tensor]:
+    """What Adam's moments would be, from those in the bases; new tensors.
+
+    The first one exactly. Coordinates of the basis are next to uncorrelated, so that the variance
+    of an element is the sum of theirs, each by the square of its share. Its own count becomes the
+    parameter's, ``steps``.
     """
     squares = {name: entry[name].square() for name in BASES if name in entry}
-    factor = (1.0 - beta2**steps) / (1.0 - beta2 ** entry["basis_steps"])
-    return rotate_back(squares, second) * factor
+    factor = (1.0 - betas[1] ** steps) / (1.0 - betas[1] ** entry["basis_steps"])
+    own = rotate_back(entry, average)
+    return own, no_less(rotate_back(squares, second) * factor, own, steps, steps, betas)

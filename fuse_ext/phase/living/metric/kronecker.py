@@ -31,7 +31,8 @@ from fuse_ext.curvature.moments import Moments
 from fuse_ext.curvature.step_counts import HostCounts
 from fuse_ext.phase.living.metric.bases import (
     BASES,
-    adams_second,
+    adams_moments,
+    no_less,
     root_of,
     rotate,
     rotate_back,
@@ -261,23 +262,15 @@ class KroneckerMetric:
     def _turn(self, i: int, group: ParamGroup) -> None:
         """Adam's moments into the bases, as they have been measured there."""
         entry = self.entry(i)
-        beta1, beta2 = map(float, group["betas"])
-        # E[g]^2 <= E[g^2]: where a direction has not been seen for long, m says more of it.
-        mean = self._corrected_mean(i, entry, beta1)
-        share = 1.0 - beta2 ** entry["basis_steps"]
-        floor = mean.square().mul_(share)
-        second = torch.maximum(entry.pop(MEASURED), floor)
-        entry[STRETCH] = stretch_of(entry, mean, second / share, group)
-        form = self.forms[i]
+        betas, form = _betas(group), self.forms[i]
+        steps, seen = self._moments.counts.of(i), entry["basis_steps"]
         variance, average = (self._moment(name, i) for name in ("exp_avg_sq", "exp_avg"))
+        rotated = rotate(entry, form.matrices(average))
+        second = no_less(entry.pop(MEASURED), rotated, seen, steps, betas)
+        mean = rotated / (1.0 - betas[0] ** steps)
+        entry[STRETCH] = stretch_of(entry, mean, second / (1.0 - betas[1] ** seen), group)
         variance.copy_(form.back(second, variance))
-        average.copy_(form.back(rotate(entry, form.matrices(average)), average))
-
-    def _corrected_mean(self, i: int, entry: dict[str, Any], beta1: float) -> Tensor:
-        """The bias-corrected first moment in the basis."""
-        average = self._moment("exp_avg", i)
-        rotated = rotate(entry, self.forms[i].matrices(average))
-        return rotated.div_(1.0 - beta1 ** self._moments.counts.of(i))
+        average.copy_(form.back(rotated, average))
 
     def _find_bases(self, entry: dict[str, Any]) -> bool:
         """Eigenvectors, largest first; False where there are none to be had this time."""
@@ -297,7 +290,7 @@ class KroneckerMetric:
         entry, weight = self.entry(i), self._moments.weight(i)
         grad, form = self._gradient(i, group), self.forms[i]
         matrix = form.matrices(grad)
-        (beta1, beta2), lr = map(float, group["betas"]), float(group["lr"]) * factor
+        (beta1, beta2), lr = _betas(group), float(group["lr"]) * factor
         steps = self._moments.counts.of(i) + 1.0
         self._average(entry, matrix, FACTOR_EVERY)
         rotated = rotate(entry, matrix)
@@ -320,8 +313,7 @@ class KroneckerMetric:
         weight.add_(step.to(weight.dtype), alpha=-lr / (1.0 - beta1**steps))
         if renews:
             average, second = self._renew(entry, average, second)
-            share = (1.0 - beta2 ** entry["basis_steps"]) / (1.0 - beta1**steps) ** 2
-            second = torch.maximum(second, average.square().mul_(share))
+            second = no_less(second, average, entry["basis_steps"], steps, (beta1, beta2))
         for kept, new in zip(stored, (average, second), strict=True):
             if new.data_ptr() != kept.data_ptr():
                 kept.copy_(form.back(new, kept))
@@ -349,18 +341,25 @@ class KroneckerMetric:
 
     def leave(self, groups: list[ParamGroup]) -> None:
         """Gives the metric up: Adam's moments become those of the weights' own elements."""
-        betas = self._flat.per_segment([group["betas"] for group in groups], None)
+        betas = self._flat.per_segment([_betas(group) for group in groups], None)
         for i in self.forms:
             entry = self.entry(i)
             if self._is_ready(entry):
                 form, steps = self.forms[i], self._moments.counts.of(i)
                 stored, average = (self._moment(name, i) for name in ("exp_avg_sq", "exp_avg"))
-                second = adams_second(entry, form.matrices(stored), steps, betas[i][1])
+                held = form.matrices(average), form.matrices(stored)
+                own, second = adams_moments(entry, *held, steps, betas[i])
                 stored.copy_(form.back(second, stored))
-                average.copy_(form.back(rotate_back(entry, form.matrices(average)), average))
+                average.copy_(form.back(own, average))
         for param in self._flat.params:  # also where they were given up
             for name in KRONECKER_NAMES:
                 self._state.get(param, {}).pop(name, None)
+
+
+def _betas(group: ParamGroup) -> tuple[float, float]:
+    """As numbers, which they may be as tensors."""
+    beta1, beta2 = map(float, group["betas"])
+    return beta1, beta2
 
 
 def _ordered(matrices: Tensor, order: Tensor, side: int) -> Tensor:
