@@ -152,7 +152,8 @@ class Evaluations:
     def look(self, closure: Closure, options: StepOptions, along_direction: bool) -> Point:
         """:meth:`evaluate` where the step's budget has counted that evaluation already."""
         try:
-            loss = self.habits.call(closure) if options.compares else with_grad(closure)
+            asks = options.compares and self.habits.adds is not False
+            loss = self.habits.call(closure) if asks else with_grad(closure)
             self._entry["func_evals"] += 1
             check_loss(loss, options.needs_loss)
         except Exception as error:

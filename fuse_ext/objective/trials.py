@@ -309,6 +309,6 @@ class Trials:
 
 def _is_luck(search: LineSearch, start: Point) -> bool:
     """Whether a search that no step ended well found less than the noise that would explain it."""
-    if search.result.reason in PASSED or not isinstance(search, ApproximateWolfe):
+    if not isinstance(search, ApproximateWolfe) or (result := search.result).reason in PASSED:
         return False
-    return start.value - search.result.loss <= search.noise_needed * abs(start.value) < math.inf
+    return start.value - result.loss <= search.noise_needed * abs(start.value) < math.inf
