@@ -43,7 +43,8 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], bool]] = {
     "torch.optim.AdamW(fused=True)": (partial(torch.optim.AdamW, lr=1e-3, fused=True), True),
     "FusePV, Adam phase": (partial(_PV, switch=10**9), True),
     "living metric, diagonal": (partial(_PV, switch=SWITCH, metric="diagonal"), True),
-    "living metric": (partial(_PV, switch=SWITCH), True),
+    # As by default, but that gradients drawn at random are not worth having bases for.
+    "living metric": (partial(_PV, switch=SWITCH, metric="kronecker"), True),
     "L-BFGS, float32 rows": (_OURS, False),
     "L-BFGS, bfloat16 rows": (partial(_OURS, history_dtype=torch.bfloat16), False),
     "L-BFGS, int8 rows": (partial(_OURS, history_dtype=torch.int8), False),

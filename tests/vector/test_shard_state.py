@@ -311,7 +311,7 @@ def network() -> nn.Module:
 
 HELD: dict[str, dict[str, Any]] = {
     "adam": {"switch": 99},
-    "living": {"switch": 2, "deterministic": False},
+    "living": {"switch": 2, "deterministic": False, "metric": "kronecker"},
     "living diagonal": {"switch": 2, "deterministic": False, "metric": "diagonal"},
     "pairs": {"switch": 2, "deterministic": True, "curvature": "pairs", "history_size": 10},
     "int8": {
