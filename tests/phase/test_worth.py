@@ -178,6 +178,16 @@ def test_the_next_second_phase_looks_again() -> None:
     assert run.has_bases() == [False, True]
 
 
+def test_they_come_back_where_they_are_asked_for() -> None:
+    run, again = Noise(), Noise()
+    run.step(TURN + 1)
+    saved = copy.deepcopy(run.optimizer.state_dict())
+    saved["param_groups"][0]["metric"] = "kronecker"
+    again.optimizer.load_state_dict(saved)
+    again.step(GATHER + MEASURE)
+    assert again.has_bases() == [True, True]
+
+
 def test_no_gradient_says_nothing() -> None:
     """Bases of a weight whose gradient is 0 while they are measured stay."""
     run = Noise()

@@ -90,9 +90,12 @@ class KroneckerMetric:
         self.forms = forms_of(flat, groups, narrow, limited)
         for i in list(self.forms):
             entry = state.get(flat.params[i], {})
-            if "factor_steps" in entry and not any(name in entry for name in FACTORS):
-                del self.forms[i]  # given up
-                continue
+            if "factor_steps" in entry and not any(name in entry for name in FACTORS):  # given up
+                if limited:
+                    del self.forms[i]
+                    continue
+                for name in STEPS:  # what was asked for since begins anew
+                    del entry[name]
             self.forms[i] = form_of_state(entry, flat.tensors[i]) or self.forms[i]
             for name in (*FACTORS, *BASES, MEASURED, OWN, STRETCH):
                 if name in entry:  # perhaps of a checkpoint in another dtype
